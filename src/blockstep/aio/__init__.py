@@ -1,0 +1,1 @@
+"""Everything that blockstep knows about asyncio beyond its manual: see the modules."""

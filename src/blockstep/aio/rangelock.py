@@ -1,0 +1,79 @@
+"""Overlapping ranges take turns; all others pass.
+
+While requests end without waiting, nothing can come between two steps of one, and a held range never meets
+another. Only once a request waits (a read that missed the page cache, a reply from a peer) can a second one reach
+the same bytes. So the lock is made for the case that nobody is there: taking and giving back is a dictionary entry.
+
+Shared holders (readers of the view) pass each other; an exclusive holder passes nobody. Waiters of one range are
+served in the order in which they came; a waiter holds back all later comers that overlap it, so none starves.
+"""
+
+from __future__ import annotations
+
+from blockstep.aio.inline import Completion
+
+
+class RangeLock:
+    """A lock over byte ranges. Usage::
+
+        token = lock.try_take(start, end) or await lock.take(start, end)
+        try: ...
+        finally: lock.give_back(token)
+    """
+
+    __slots__ = ("_held", "_next", "_waiting")
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[int, int, bool]] = {}
+        self._waiting: dict[int, tuple[int, int, bool, Completion[None]]] = {}
+        self._next = 1
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody holds or waits for any range."""
+        return not self._held and not self._waiting
+
+    def try_take(self, start: int, end: int, shared: bool = False) -> int:
+        """Take ``[start, end)`` now. Returns a token (never 0), or 0 if somebody is in the way."""
+        if self._held and self._blocked(start, end, shared, self._next):
+            return 0
+        token = self._next
+        self._next += 1
+        self._held[token] = (start, end, shared)
+        return token
+
+    async def take(self, start: int, end: int, shared: bool = False) -> int:
+        """Take ``[start, end)``, waiting for those who hold or were earlier to wait for a part of it."""
+        token = self.try_take(start, end, shared)
+        if token:
+            return token
+        token = self._next
+        self._next += 1
+        waiter: Completion[None] = Completion()
+        self._waiting[token] = (start, end, shared, waiter)
+        await waiter
+        return token
+
+    def give_back(self, token: int) -> None:
+        """Release what `take` or `try_take` returned; waiters that it held back go on at once."""
+        del self._held[token]
+        if self._waiting:
+            ready = []
+            for waiting, (start, end, shared, waiter) in list(self._waiting.items()):
+                if not self._blocked(start, end, shared, waiting):
+                    del self._waiting[waiting]
+                    self._held[waiting] = (start, end, shared)
+                    ready.append(waiter)
+            for waiter in ready:
+                waiter.set_result(None)
+
+    def _blocked(self, start: int, end: int, shared: bool, token: int) -> bool:
+        for held_start, held_end, held_shared in self._held.values():
+            if held_start < end and start < held_end and not (shared and held_shared):
+                return True
+        for earlier, (held_start, held_end, held_shared, _) in self._waiting.items():
+            if earlier >= token:
+                break
+            if held_start < end and start < held_end and not (shared and held_shared):
+                return True
+        return False

@@ -1,0 +1,170 @@
+"""The driver contract: what a node of the block graph does with data.
+
+A node *is* an instance of its driver. This module says what each operation promises; `blockstep.block.node`
+says how a node hangs in the graph. The border (`blockstep.block.io`) has checked range, flags and permissions
+before a driver sees a request, and drivers call each other without further checks, so:
+
+* ``offset`` and ``length`` are bytes, lie inside the node, may have any alignment, and ``length`` is not 0;
+* the data of a write is valid until the coroutine ends; a driver that wants it longer takes a copy;
+* what a read returns belongs to nobody: the caller may keep it and must not write into it;
+* a request that fails raises `OSError`; after a failed write the range holds old data, new data or a mixture;
+* overlapping requests in flight may take effect in either order, unless a driver promises more;
+* *durable* means: survives a crash of the machine. A write is durable after the next successful `flush` that was
+  started after the write ended, or at its own return if it carries FUA.
+
+Only what a driver changes is overridden: `Filter` passes everything on to its child ``file``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import ClassVar, Final, NamedTuple
+
+from blockstep.block.node import Child, Node, NodeOptions
+
+Buffer = bytes | bytearray | memoryview
+
+#: The write is durable when it returns.
+FUA: Final = 1
+#: Zeroes may be stored as a hole.
+MAY_UNMAP: Final = 2
+#: Fail with ENOTSUP rather than write zeroes as slowly as data.
+FAST: Final = 4
+
+
+class Extent(NamedTuple):
+    """What a node knows about a run of bytes, without reading it."""
+
+    length: int  #: bytes, more than 0
+    data: bool = True  #: occupies storage
+    zero: bool = False  #: reads as zeroes
+    allocated: bool = True  #: the node itself decides the content; False: its backing node does
+    depth: int = 1  #: layers down to the one that decides, 1 is this node; 0: nobody (set by `status`)
+
+
+class Emptying:
+    """A `Driver.prepare_empty` that has succeeded: everything that can fail is done, nothing has changed yet."""
+
+    __slots__ = ("abort", "commit")
+
+    def __init__(self, commit: Callable[[], None], abort: Callable[[], None]) -> None:
+        #: Make the node empty, now. Cannot fail, does not wait.
+        self.commit = commit
+        #: Forget it; the node stays as it is.
+        self.abort = abort
+
+
+def not_supported(what: str) -> OSError:
+    """The error of an operation that a driver does not have."""
+    return OSError(errno.ENOTSUP, f"{os.strerror(errno.ENOTSUP)}: {what}")
+
+
+class Driver(Node):
+    """A node with data. See the module for the promises that hold for all operations."""
+
+    #: The value of ``driver`` in the options.
+    driver: ClassVar[str]
+    #: What the options look like; a subclass of NodeOptions whose tag is ``driver``.
+    Options: ClassVar[type[NodeOptions]]
+    #: Whether `prepare_empty` works.
+    can_be_emptied: ClassVar[bool] = False
+
+    #: The node's size in bytes. Changes only in `truncate` (or a child's).
+    length: int = 0
+
+    async def open(self) -> None:
+        """Get hold of the storage. The children are attached and open. Sets `length`.
+
+        Raises OSError, or OptionError for a bad combination; a driver that raises has released what it held.
+        """
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Release everything. Nothing is in flight. Flushes nothing: who needs durability has flushed before."""
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """Exactly ``length`` bytes from ``offset`` on."""
+        raise NotImplementedError
+
+    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        """Write all of ``data``. ``flags``: FUA."""
+        raise not_supported("write")
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        """Make a range read as zeroes. ``flags``: FUA, MAY_UNMAP, FAST."""
+        if flags & FAST:
+            raise not_supported("fast zeroes")
+        end = offset + length
+        while offset < end:
+            piece = min(end - offset, len(ZEROES))
+            await self.pwrite(offset, ZEROES[:piece], flags & FUA)
+            offset += piece
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Advice that the content of a range is not needed; afterwards it reads as old data or as zeroes."""
+
+    async def flush(self) -> None:
+        """Make all writes that have ended durable."""
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """What is known of the range: at least one extent, from ``offset`` on, together at most ``length``."""
+        return [Extent(length)]
+
+    async def truncate(self, length: int) -> None:
+        """Change the size; what is added reads as zeroes."""
+        raise not_supported("resize")
+
+    async def prepare_empty(self) -> Emptying:
+        """Get ready to drop all that the node itself holds, so that its backing node (or zeroes) shows through.
+
+        In two halves, so that several nodes become empty together or not at all. Nothing must be in flight
+        between the two. Takes the same time however much the node holds.
+        """
+        raise not_supported("make_empty")
+
+    async def make_empty(self) -> None:
+        """Drop all that the node itself holds. Durable after the next flush."""
+        (await self.prepare_empty()).commit()
+
+
+class Filter(Driver):
+    """A driver that passes its child ``file`` through, except for what a subclass overrides."""
+
+    is_filter = True
+    file: Child
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        return self.file.node.length
+
+    async def open(self) -> None:
+        pass
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        return await self.file.pread(offset, length)
+
+    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        await self.file.pwrite(offset, data, flags)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        await self.file.write_zeroes(offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.file.discard(offset, length)
+
+    async def flush(self) -> None:
+        await self.file.flush()
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        return await self.file.block_status(offset, length)
+
+    async def truncate(self, length: int) -> None:
+        await self.file.truncate(length)
+
+    async def prepare_empty(self) -> Emptying:
+        return await self.file.node.prepare_empty()
+
+
+ZEROES: Final = memoryview(bytes(1 << 20))

@@ -1,0 +1,96 @@
+"""What can go wrong, sorted by what the one who catches it can do next.
+
+I/O errors are not here: a request that failed raises plain `OSError` with an errno, the language of disks, of
+the NBD protocol and of Python. Everything else is a `BlockstepError` and carries its facts as fields, so that
+the control socket and the commands can show them without taking a sentence apart.
+
+    BlockstepError
+      OptionError          the user gave a bad value: names the option and says what would be right
+      GraphError           the block graph refuses a change; nothing was changed
+        NodeNotFound         no such node
+        PermissionConflict   two users of a node exclude each other
+        OperationBlocked     somebody has blocked this operation, and says why
+      JobError             a job cannot do that in its state
+      ReplicationError     a replication filter cannot do that; names the filter and the step
+      ProtocolError        the peer broke the protocol: drop the connection
+      PeerRefused          the peer said no in good order: do not ask the same again
+      ConnectionLost       the peer is gone: asking again after a reconnect may succeed
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+class BlockstepError(Exception):
+    """The root of all errors that blockstep raises, except I/O errors (`OSError`)."""
+
+
+class OptionError(BlockstepError):
+    """An option, argument or configuration value is wrong. Nothing was changed."""
+
+    def __init__(self, option: str, value: object, expected: str) -> None:
+        super().__init__(f"{option}: {value!r} is not valid; it should be {expected}")
+        self.option, self.value, self.expected = option, value, expected
+
+
+class GraphError(BlockstepError):
+    """The block graph refuses a change. Nothing was changed."""
+
+
+class NodeNotFound(GraphError):
+    """No node has this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no node named '{name}'")
+        self.name = name
+
+
+class PermissionConflict(GraphError):
+    """A user of a node needs what another user does not share."""
+
+    def __init__(self, node: str, wanted_by: str, refused_by: str, permission: str) -> None:
+        super().__init__(f"'{wanted_by}' needs permission '{permission}' on node '{node}', "
+                         f"which '{refused_by}' does not share")
+        self.node, self.wanted_by, self.refused_by, self.permission = node, wanted_by, refused_by, permission
+
+
+class OperationBlocked(GraphError):
+    """An operation on a node is blocked by somebody who gave a reason."""
+
+    def __init__(self, node: str, operation: str, reason: str) -> None:
+        super().__init__(f"'{operation}' on node '{node}' is not possible now: {reason}")
+        self.node, self.operation, self.reason = node, operation, reason
+
+
+class JobError(BlockstepError):
+    """A job refuses a verb in its state, or there is no such job."""
+
+    def __init__(self, job: str, reason: str) -> None:
+        super().__init__(f"job '{job}': {reason}")
+        self.job, self.reason = job, reason
+
+
+class ReplicationError(BlockstepError):
+    """A replication filter refuses an operation or failed in it."""
+
+    def __init__(self, filter: str, step: str, reason: str) -> None:
+        super().__init__(f"replication filter '{filter}': {step}: {reason}")
+        self.filter, self.step, self.reason = filter, step, reason
+
+
+class ProtocolError(BlockstepError):
+    """The peer broke the protocol. The connection cannot be used any more: drop it."""
+
+
+class PeerRefused(BlockstepError):
+    """The peer refused in good order. Asking the same again will not help."""
+
+
+class ConnectionLost(OSError):
+    """The connection to the peer is gone. An `OSError` (ENOTCONN unless given), so that a request on it fails like any I/O."""
+
+    def __init__(self, reason: str, code: int = errno.ENOTCONN) -> None:
+        super().__init__(code, f"{os.strerror(code)}: {reason}")
+        self.reason = reason

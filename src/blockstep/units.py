@@ -1,0 +1,63 @@
+"""Sizes as people write and read them. Everything inside blockstep is bytes; only the border speaks units."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from blockstep.errors import OptionError
+
+KiB: Final = 1 << 10
+MiB: Final = 1 << 20
+GiB: Final = 1 << 30
+TiB: Final = 1 << 40
+
+_SUFFIX: Final = {"": 1, "b": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB, "p": 1 << 50, "e": 1 << 60}
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([bkmgtpe]?)(?:i?b)?", re.IGNORECASE)
+_TIME: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|)", re.IGNORECASE)
+_SECONDS: Final = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def parse_size(text: str, option: str = "size") -> int:
+    """``"64k"``, ``"1.5 GiB"``, ``"4096"`` to bytes; suffixes are powers of 1024, as in QEMU and nbdkit.
+
+    Raises OptionError naming ``option`` when the text is no size or not a whole number of bytes.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match:
+        size = float(match[1]) * _SUFFIX[match[2].lower()] if "." in match[1] else int(match[1]) * _SUFFIX[
+            match[2].lower()]
+        if size == int(size) and size < 1 << 63:
+            return int(size)
+    raise OptionError(option, text, "a size in bytes, or with one of the suffixes k, M, G, T (powers of 1024)")
+
+
+def parse_duration(text: str, option: str = "time") -> float:
+    """``"500ms"``, ``"5s"``, ``"2m"``, ``"5"`` to seconds. Raises OptionError naming ``option``."""
+    match = _TIME.fullmatch(text.strip())
+    if match:
+        return float(match[1]) * _SECONDS[match[2].lower()]
+    raise OptionError(option, text, "a time in seconds, or with one of the suffixes ms, s, m, h")
+
+
+def format_size(size: float) -> str:
+    """Bytes for people: ``0``, ``512 B``, ``3.1 MiB``, ``40 GiB``."""
+    if size < KiB:
+        return f"{int(size)} B" if size else "0"
+    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        size /= 1024
+        if size < 1024:
+            break
+    text = f"{size:.1f}" if size < 100 else f"{size:.0f}"
+    return f"{text.removesuffix('.0')} {unit}"
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds for people: ``0.8 ms``, ``2.1 s``, ``1m 33s``, ``2h 05m``."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60}m {int(seconds) % 60:02d}s"
+    return f"{int(seconds) // 3600}h {int(seconds) % 3600 // 60:02d}m"
