@@ -89,7 +89,7 @@ class PeerRefused(BlockstepError):
 
 
 class ConnectionLost(OSError):
-    """The connection to the peer is gone. An `OSError` (ENOTCONN unless given), so that a request on it fails like any I/O."""
+    """The connection to the peer is gone. An `OSError` (ENOTCONN unless given): a request fails like any I/O."""
 
     def __init__(self, reason: str, code: int = errno.ENOTCONN) -> None:
         super().__init__(code, f"{os.strerror(code)}: {reason}")

@@ -25,8 +25,8 @@ def parse_size(text: str, option: str = "size") -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     if match:
-        size = float(match[1]) * _SUFFIX[match[2].lower()] if "." in match[1] else int(match[1]) * _SUFFIX[
-            match[2].lower()]
+        number = float(match[1]) if "." in match[1] else int(match[1])
+        size = number * _SUFFIX[match[2].lower()]
         if size == int(size) and size < 1 << 63:
             return int(size)
     raise OptionError(option, text, "a size in bytes, or with one of the suffixes k, M, G, T (powers of 1024)")
@@ -44,10 +44,9 @@ def format_size(size: float) -> str:
     """Bytes for people: ``0``, ``512 B``, ``3.1 MiB``, ``40 GiB``."""
     if size < KiB:
         return f"{int(size)} B" if size else "0"
-    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
-        size /= 1024
-        if size < 1024:
-            break
+    units = iter(("KiB", "MiB", "GiB", "TiB", "PiB"))
+    while size >= 1024:
+        size, unit = size / 1024, next(units, "EiB")
     text = f"{size:.1f}" if size < 100 else f"{size:.0f}"
     return f"{text.removesuffix('.0')} {unit}"
 

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from typing import ClassVar, Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Final, NamedTuple
 
 from blockstep.block.node import Child, Node, NodeOptions
+from blockstep.errors import OptionError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -32,6 +33,10 @@ FUA: Final = 1
 MAY_UNMAP: Final = 2
 #: Fail with ENOTSUP rather than write zeroes as slowly as data.
 FAST: Final = 4
+
+
+def _nothing() -> None:
+    pass
 
 
 class Extent(NamedTuple):
@@ -44,13 +49,16 @@ class Extent(NamedTuple):
     depth: int = 1  #: layers down to the one that decides, 1 is this node; 0: nobody (set by `status`)
 
 
-class Emptying:
-    """A `Driver.prepare_empty` that has succeeded: everything that can fail is done, nothing has changed yet."""
+class Prepared:
+    """A change of a node in its second half: everything that can fail is done, and nothing has changed yet.
+
+    This is how several nodes change together or not at all: prepare all of them, then commit all of them.
+    """
 
     __slots__ = ("abort", "commit")
 
-    def __init__(self, commit: Callable[[], None], abort: Callable[[], None]) -> None:
-        #: Make the node empty, now. Cannot fail, does not wait.
+    def __init__(self, commit: Callable[[], None] = _nothing, abort: Callable[[], None] = _nothing) -> None:
+        #: Take effect, now. Cannot fail, does not wait.
         self.commit = commit
         #: Forget it; the node stays as it is.
         self.abort = abort
@@ -116,7 +124,7 @@ class Driver(Node):
         """Change the size; what is added reads as zeroes."""
         raise not_supported("resize")
 
-    async def prepare_empty(self) -> Emptying:
+    async def prepare_empty(self) -> Prepared:
         """Get ready to drop all that the node itself holds, so that its backing node (or zeroes) shows through.
 
         In two halves, so that several nodes become empty together or not at all. Nothing must be in flight
@@ -127,6 +135,17 @@ class Driver(Node):
     async def make_empty(self) -> None:
         """Drop all that the node itself holds. Durable after the next flush."""
         (await self.prepare_empty()).commit()
+
+    async def prepare_reopen(self, options: Mapping[str, Any]) -> Prepared:
+        """Get ready to change options of the open node. ``options`` always has ``read-only``.
+
+        Raises OptionError for an option that cannot be changed while the node is open. `Graph.reopen` checks the
+        permissions and sets `read_only`; a driver does what its storage needs (open the file anew).
+        """
+        for option in options:
+            if option != "read-only":
+                raise OptionError(option, options[option], "left alone: it cannot be changed while the node is open")
+        return Prepared()
 
 
 class Filter(Driver):
@@ -163,7 +182,7 @@ class Filter(Driver):
     async def truncate(self, length: int) -> None:
         await self.file.truncate(length)
 
-    async def prepare_empty(self) -> Emptying:
+    async def prepare_empty(self) -> Prepared:
         return await self.file.node.prepare_empty()
 
 

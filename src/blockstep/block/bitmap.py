@@ -1,0 +1,160 @@
+"""Bitmaps over a disk's clusters.
+
+The bits live in anonymous memory that the kernel gives out page by page when it is first touched, so a bitmap over
+a terabyte costs nothing until something is in it, and `clear` hands the pages back at once: clearing takes the
+same few microseconds however much is set. All searches run in C (`bitarray`).
+
+`Bitmap` is the set of clusters; `DirtyBitmap` is one that watches a node and has a name.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from bitarray import bitarray
+
+from blockstep.errors import OptionError
+
+if TYPE_CHECKING:
+    from blockstep.block.node import Node
+
+
+class Bitmap:
+    """One bit for each cluster of ``granularity`` bytes (a power of two) of ``length`` bytes."""
+
+    __slots__ = ("_memory", "bits", "granularity", "length", "shift")
+
+    def __init__(self, length: int, granularity: int) -> None:
+        if granularity <= 0 or granularity & (granularity - 1):
+            raise OptionError("granularity", granularity, "a power of two")
+        self.length = length
+        self.granularity = granularity
+        self.shift = granularity.bit_length() - 1
+        self._memory, self.bits = _zeroed(-(-length // granularity))
+
+    def clear(self) -> None:
+        """Reset all bits, in constant time."""
+        self._memory.madvise(mmap.MADV_DONTNEED)
+
+    def resize(self, length: int) -> None:
+        """Follow a disk whose length has changed; what is new is not set."""
+        count = -(-length // self.granularity)
+        memory, bits = _zeroed(count)
+        keep = min(count, len(self.bits))
+        for start, end in _runs(self.bits, 0, keep):
+            bits[start:end] = True
+        self._memory, self.bits, self.length = memory, bits, length
+
+    def set(self, offset: int, length: int) -> None:
+        """Set the bits of all clusters that the range touches."""
+        first, end = offset >> self.shift, (offset + length + self.granularity - 1) >> self.shift
+        if end - first == 1:
+            self.bits[first] = 1
+        else:
+            self.bits[first:end] = True
+
+    def reset(self, offset: int, length: int) -> None:
+        """Reset the bits of all clusters that lie wholly in the range (the last one may end with the disk)."""
+        first = (offset + self.granularity - 1) >> self.shift
+        end = len(self.bits) if offset + length >= self.length else (offset + length) >> self.shift
+        if first < end:
+            self.bits[first:end] = False
+
+    def any(self, offset: int, length: int) -> bool:
+        """Whether a cluster that the range touches is set."""
+        first, end = offset >> self.shift, (offset + length + self.granularity - 1) >> self.shift
+        return self.bits.find(1, first, end) >= 0
+
+    def merge(self, other: Bitmap) -> None:
+        """Set what ``other`` has set; the granularities may differ."""
+        if other.granularity == self.granularity and other.length == self.length:
+            self.bits |= other.bits
+        else:
+            for offset, length in other.dirty():
+                self.set(offset, min(length, self.length - offset))
+
+    def count(self) -> int:
+        """Bytes in set clusters (the last cluster counts as far as the disk goes)."""
+        total = self.bits.count() << self.shift
+        tail = self.length & (self.granularity - 1)
+        if tail and self.bits[self.length >> self.shift]:
+            total -= self.granularity - tail
+        return total
+
+    def next_dirty(self, offset: int, limit: int) -> tuple[int, int] | None:
+        """The first run of set clusters at or after ``offset``, as (offset, length) of at most ``limit`` bytes."""
+        start = self.bits.find(1, offset >> self.shift)
+        if start < 0:
+            return None
+        most = start + max(1, limit >> self.shift)
+        end = self.bits.find(0, start, most)
+        if end < 0:
+            end = min(most, len(self.bits))
+        begin = start << self.shift
+        return begin, min(end << self.shift, self.length) - begin
+
+    def dirty(self) -> Iterator[tuple[int, int]]:
+        """All runs of set clusters as (offset, length), in order."""
+        for start, end in _runs(self.bits, 0, len(self.bits)):
+            begin = start << self.shift
+            yield begin, min(end << self.shift, self.length) - begin
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """The range as runs of (length, dirty)."""
+        result: list[tuple[int, bool]] = []
+        end = offset + length
+        bits, shift = self.bits, self.shift
+        while offset < end:
+            cluster = offset >> shift
+            dirty = bool(bits[cluster])
+            change = bits.find(not dirty, cluster, (end + self.granularity - 1) >> shift)
+            stop = end if change < 0 else min(end, change << shift)
+            result.append((stop - offset, dirty))
+            offset = stop
+        return result
+
+
+class DirtyBitmap(Bitmap):
+    """A named bitmap of what has been written to a node since it was cleared."""
+
+    __slots__ = ("busy", "enabled", "name", "node")
+
+    def __init__(self, node: Node, name: str, length: int, granularity: int = 65536) -> None:
+        super().__init__(length, granularity)
+        self.node = node
+        self.name = name
+        self.enabled = True
+        #: The job or operation that uses it now; others are refused.
+        self.busy: str | None = None
+        node.watch(self)
+        node.bitmaps[name] = self
+
+    def wrote(self, offset: int, length: int) -> None:
+        """A write to the node has ended."""
+        if self.enabled:
+            if offset + length > self.length:
+                self.resize(offset + length)
+            self.set(offset, length)
+
+    def remove(self) -> None:
+        """Stop watching the node."""
+        self.node.unwatch(self)
+        del self.node.bitmaps[self.name]
+
+
+def _zeroed(count: int) -> tuple[mmap.mmap, bitarray]:
+    memory = mmap.mmap(-1, max(1, (count + 7) // 8), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    bits = bitarray(buffer=memory, endian="little")
+    # The buffer is whole bytes, and a bitarray on a foreign buffer keeps that length: what is beyond stays 0.
+    return memory, bits
+
+
+def _runs(bits: bitarray, start: int, end: int) -> Iterator[tuple[int, int]]:
+    while (start := bits.find(1, start, end)) >= 0:
+        stop = bits.find(0, start, end)
+        if stop < 0:
+            stop = end
+        yield start, stop
+        start = stop

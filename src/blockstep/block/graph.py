@@ -1,0 +1,371 @@
+"""The control half of the graph: nodes come and go, edges change, all or nothing.
+
+A change is a `Change`: edges are moved one after the other, each with its undo; at the end the permissions of
+all nodes that it touched are worked out anew, from the top down, and checked. If anything is refused, all steps
+are taken back, last first, and the graph is what it was::
+
+    with graph.change() as change:
+        change.attach(quorum, "children.1", Role.DATA, node)
+        change.replace(old, new)
+
+A change does not wait, so no request can see half of it; requests that are *in flight* across it are another
+matter: a change under live I/O is made inside `Graph.drained`, which holds back new requests and waits for the
+others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+from blockstep.block.driver import Driver, Prepared
+from blockstep.block.io import Backend
+from blockstep.block.node import Child, Node, NodeOptions, NodeRef
+from blockstep.block.permissions import ALL, NONE, READ, RESIZE, WRITE, WRITE_UNCHANGED, Permission, Role
+from blockstep.block.registry import parse_options
+from blockstep.errors import GraphError, NodeNotFound, OptionError, PermissionConflict
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+
+
+class Change:
+    """One all-or-nothing change. Made by `Graph.change`; the steps take effect at once, the checks come at its end."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._undo: list[Callable[[], None]] = []
+        self._touched: dict[int, Driver] = {}
+
+    def attach(self, parent: Driver, name: str, role: Role, node: Driver) -> Child:
+        """Give ``parent`` a child. Raises GraphError if it has one of that name, or if that would make a cycle."""
+        if name in parent.children:
+            raise GraphError(f"node '{parent.name}' has a child '{name}' already")
+        if node is parent or any(below is parent for below in node.below()):
+            raise GraphError(f"node '{node.name}' cannot be a child of '{parent.name}', which lies below it")
+        edge = Child(parent, name, role, node)
+        parent.children[name] = edge
+        node.parents.append(edge)
+        parent.attached(edge)
+
+        def undo() -> None:
+            del parent.children[name]
+            node.parents.remove(edge)
+            parent.detached(edge)
+
+        self._did(undo, parent, node)
+        return edge
+
+    def detach(self, edge: Child) -> None:
+        """Take a child away from its parent node."""
+        parent = edge.parent
+        assert isinstance(parent, Driver)
+        position = list(parent.children).index(edge.name)
+        del parent.children[edge.name]
+        edge.node.parents.remove(edge)
+        parent.detached(edge)
+
+        def undo() -> None:
+            items = list(parent.children.items())
+            items.insert(position, (edge.name, edge))
+            parent.children = dict(items)
+            edge.node.parents.append(edge)
+            parent.attached(edge)
+
+        self._did(undo, parent, edge.node)
+
+    def attach_backend(self, backend: Backend) -> None:
+        """Let a user in."""
+        backend.node.parents.append(backend.edge)
+        self._did(lambda: backend.node.parents.remove(backend.edge), backend.node)
+
+    def move(self, edge: Child, node: Driver) -> None:
+        """Put ``node`` at the lower end of an edge."""
+        old = edge.node
+        if isinstance(edge.parent, Driver) and (node is edge.parent or edge.parent in list(node.below())):
+            raise GraphError(f"node '{node.name}' cannot be a child of '{edge.parent.name}', which lies below it")
+
+        def undo() -> None:
+            node.parents.remove(edge)
+            old.parents.append(edge)
+            edge.bind(old)
+
+        old.parents.remove(edge)
+        node.parents.append(edge)
+        edge.bind(node)
+        self._did(undo, old, node)
+
+    def replace(self, old: Driver, new: Driver) -> None:
+        """Put ``new`` under all parents of ``old``, except those that lie below ``new`` (a filter keeps ``old``)."""
+        inside = {id(new), *(id(node) for node in new.below())}
+        for edge in list(old.parents):
+            if id(edge.parent) not in inside:
+                self.move(edge, new)
+
+    def take(self, edge: Child, taken: Permission, shared: Permission) -> None:
+        """Change what a user takes and shares."""
+        before = edge.taken, edge.shared
+
+        def undo() -> None:
+            edge.taken, edge.shared = before
+
+        edge.taken, edge.shared = taken, shared
+        self._did(undo, edge.node)
+
+    def set_read_only(self, node: Driver, read_only: bool) -> None:
+        """Change whether writes may reach ``node``. The storage is reopened by `Graph.reopen`, which calls this."""
+        before = node.read_only
+
+        def undo() -> None:
+            node.read_only = before
+
+        node.read_only = read_only
+        self._did(undo, node)
+
+    # --- the end ---
+
+    def _did(self, undo: Callable[[], None], *nodes: Driver) -> None:
+        self._undo.append(undo)
+        for node in nodes:
+            self._touched[id(node)] = node
+
+    def finish(self) -> None:
+        """Work out and check the permissions of all that was touched, and of what lies below."""
+        for node in _top_down(self._touched.values()):
+            _check(node)
+            taken, shared = node.cumulative()
+            for child in node.children.values():
+                wanted = node.child_permissions(child, taken, shared)
+                if wanted != (child.taken, child.shared):
+                    before = child.taken, child.shared
+                    self._undo.append(lambda c=child, b=before: _restore(c, b))  # type: ignore[misc]
+                    child.taken, child.shared = wanted
+
+    def rollback(self) -> None:
+        """Take all steps back."""
+        while self._undo:
+            self._undo.pop()()
+
+
+class Graph:
+    """All nodes of a process, by name."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Driver] = {}
+        self._numbers = itertools.count(1)
+
+    # --- nodes ---
+
+    def find(self, name: str) -> Driver:
+        """The node of that name. Raises NodeNotFound."""
+        try:
+            return self.nodes[name]
+        except KeyError:
+            raise NodeNotFound(name) from None
+
+    async def open(self, options: Mapping[str, Any] | NodeOptions, *, owned: bool = True, strict: bool = True) -> Driver:
+        """Open a node, and those of its children that are given as options.
+
+        Raises OptionError, GraphError or OSError; then nothing of it is left open. ``owned`` nodes stay until
+        they are closed by name, others go with their last parent.
+        """
+        driver, checked = parse_options(options, strict)
+        name = checked.node_name or f"#block{next(self._numbers):03d}"
+        if name in self.nodes:
+            raise OptionError("node-name", name, "a name that no other node has")
+        if checked.node_name and not _NAME.fullmatch(name):
+            raise OptionError("node-name", name, "letters, digits, '-', '.' and '_', beginning with a letter")
+        node = driver(name, checked)
+        self.nodes[name] = node  # the name is taken from here on, whatever is opened meanwhile
+        try:
+            for child_name, role, ref in child_references(driver, checked):
+                if not isinstance(ref, str):
+                    inherited = {"read-only": True} if checked.read_only or role is Role.BACKING else {}
+                    ref = (await self.open({**inherited, **ref}, owned=False, strict=strict)).name
+                with self.change() as change:
+                    change.attach(node, child_name, role, self.find(ref))
+            await node.open()
+        except BaseException:
+            del self.nodes[name]
+            await self._close_children(node)
+            raise
+        node.owned = owned
+        return node
+
+    async def close(self, node: Driver) -> None:
+        """Close a node that nobody uses, and those below that only it used. Raises GraphError if it is in use."""
+        if node.parents:
+            users = ", ".join(f"'{edge.parent.description}'" for edge in node.parents)
+            raise GraphError(f"node '{node.name}' is in use by {users}")
+        node.check_operation("remove")
+        node.owned = False
+        await self._close_unused(node)
+
+    async def _close_unused(self, node: Driver) -> None:
+        if node.parents or node.owned:
+            return
+        try:
+            await node.close()
+        finally:
+            self.nodes.pop(node.name, None)
+            await self._close_children(node)
+
+    async def _close_children(self, node: Driver) -> None:
+        for edge in list(node.children.values()):
+            with self.change() as change:
+                change.detach(edge)
+            await self._close_unused(edge.node)
+
+    # --- users ---
+
+    def attach_backend(self, node: Driver, name: str, taken: Permission = READ, shared: Permission = ALL) -> Backend:
+        """Use ``node``. Raises PermissionConflict, or GraphError if it is read-only and WRITE is taken."""
+        backend = Backend(name, node, taken, shared)
+        with self.change() as change:
+            change.attach_backend(backend)
+        return backend
+
+    async def detach_backend(self, backend: Backend) -> None:
+        """Stop using a node: waits for what is in flight, and closes the node if it belonged to nobody else."""
+        await backend.idle()
+        node = backend.node
+        node.parents.remove(backend.edge)
+        with self.change() as change:
+            change._did(lambda: None, node)
+        await self._close_unused(node)
+
+    # --- changes ---
+
+    @contextmanager
+    def change(self) -> Iterator[Change]:
+        """An all-or-nothing change: see the module. Raises GraphError or PermissionConflict; then nothing changed."""
+        change = Change(self)
+        try:
+            yield change
+            change.finish()
+        except BaseException:
+            change.rollback()
+            raise
+
+    async def insert_filter(self, options: Mapping[str, Any] | NodeOptions, below: Driver) -> Driver:
+        """Open a filter over ``below`` and put it under all of its parents, while requests go on."""
+        node = await self.open(options, owned=False)
+        try:
+            async with self.drained(below):
+                with self.change() as change:
+                    change.replace(below, node)
+        except BaseException:
+            await self._close_unused(node)
+            raise
+        return node
+
+    async def remove_filter(self, node: Driver, into: Driver | None = None) -> None:
+        """Put what a filter filters (or ``into``) in its place, and close it if nobody holds it by name."""
+        target = into or node.children["file"].node
+        async with self.drained(node):
+            with self.change() as change:
+                change.replace(node, target)
+        await self._close_unused(node)
+
+    async def reopen(self, changes: Mapping[Driver, Mapping[str, Any]] | Iterable[tuple[Driver, Mapping[str, Any]]]) -> None:
+        """Change options (``read-only``, ``cache.direct``, ...) of open nodes, all of them or none.
+
+        Each driver prepares what can fail; then the permissions are checked; then all take effect.
+        """
+        items = list(changes.items() if isinstance(changes, Mapping) else changes)
+        prepared: list[Prepared] = []
+        try:
+            with self.change() as change:
+                for node, options in items:
+                    read_only = bool(options.get("read-only", node.read_only))
+                    prepared.append(await node.prepare_reopen({**options, "read-only": read_only}))
+                    change.set_read_only(node, read_only)
+        except BaseException:
+            for reopening in reversed(prepared):
+                reopening.abort()
+            raise
+        for reopening in prepared:
+            reopening.commit()
+
+    # --- drain ---
+
+    @asynccontextmanager
+    async def drained(self, *nodes: Driver) -> AsyncIterator[None]:
+        """Inside, no request is in flight in any of ``nodes``, and none starts.
+
+        Holds back all users above them, waits for what those have in flight, then for what the nodes on the way
+        issue by themselves.
+        """
+        above = list(_bottom_up(nodes))
+        backends = {id(e.parent): e.parent for node in above for e in node.parents if isinstance(e.parent, Backend)}
+        held: list[Driver] = []
+        for backend in backends.values():
+            backend.pause()
+        try:
+            for backend in backends.values():
+                await backend.idle()
+            for node in above:
+                held.append(node)
+                await node.drain_begin()
+            yield
+        finally:
+            for node in held:
+                node.drain_end()
+            for backend in backends.values():
+                backend.resume()
+
+
+def child_references(driver: type[Driver], options: NodeOptions) -> Iterator[tuple[str, Role, NodeRef]]:
+    """The children that the options name: (child name, role, node name or options). Lists give ``children.0`` ..."""
+    for field, role in driver.child_roles.items():
+        ref: NodeRef | list[NodeRef] | None = getattr(options, field)
+        if isinstance(ref, list):
+            yield from ((f"{field}.{index}", role, item) for index, item in enumerate(ref))
+        elif ref is not None:
+            yield field, role, ref
+
+
+def _check(node: Driver) -> None:
+    for edge in node.parents:
+        if node.read_only and edge.taken & (WRITE | WRITE_UNCHANGED | RESIZE):
+            raise GraphError(f"node '{node.name}' is read-only, and '{edge.parent.description}' wants to write to it")
+        for other in node.parents:
+            missing = edge.taken & ~other.shared
+            if other is not edge and missing:
+                raise PermissionConflict(node.name, edge.parent.description, other.parent.description, str(missing))
+
+
+def _restore(child: Child, permissions: tuple[Permission, Permission]) -> None:
+    child.taken, child.shared = permissions
+
+
+def _top_down(nodes: Iterable[Driver]) -> list[Driver]:
+    """The nodes and all below them, each after all of its parents in the list."""
+    order: list[Driver] = []
+    seen: set[int] = set()
+
+    def visit(node: Driver) -> None:
+        if id(node) not in seen:
+            seen.add(id(node))
+            for child in node.children.values():
+                visit(child.node)
+            order.append(node)
+
+    for node in nodes:
+        visit(node)
+    return order[::-1]
+
+
+def _bottom_up(nodes: Iterable[Driver]) -> Iterator[Driver]:
+    """The nodes and all above them, each once."""
+    seen: set[int] = set()
+    stack: list[Node] = list(nodes)
+    while stack:
+        node = stack.pop(0)
+        if id(node) not in seen:
+            seen.add(id(node))
+            assert isinstance(node, Driver)
+            yield node
+            stack.extend(edge.parent for edge in node.parents if isinstance(edge.parent, Node))

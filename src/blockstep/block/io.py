@@ -1,0 +1,205 @@
+"""The data half of the graph: the border through which all requests enter.
+
+A `Backend` is a user of a node: an export, a job, a guest's device. It is the only door into the graph, so what
+must hold for every request is checked here, once: the range lies inside the node, the flags are known, the right
+to do it was taken. Below the border drivers trust their input.
+
+It is also where requests can be held back. Draining a node means: pause all Backends from which a request can
+reach it, and wait until what they have in flight is done. See `blockstep.block.graph.Graph.drained`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable
+
+from blockstep.aio.inline import Completion
+from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Buffer, Driver, Extent
+from blockstep.block.node import Child
+from blockstep.block.permissions import ALL, NONE, READ, RESIZE, WRITE, WRITE_UNCHANGED, Permission, Role
+from blockstep.block.status import status_through
+
+_WRITES = WRITE | WRITE_UNCHANGED
+
+
+class Backend:
+    """A user of a node. Made by `Graph.attach_backend`, given up with `Graph.detach_backend`.
+
+    All operations may be called from any number of strands or tasks at a time. They raise OSError: EINVAL for a
+    range outside the node, EPERM for what was not taken, ENOSPC for a write beyond the end, or whatever the
+    driver met. While the node is drained they wait.
+    """
+
+    __slots__ = ("_idle", "_paused", "_resumed", "edge", "in_flight", "name")
+
+    def __init__(self, name: str, node: Driver, taken: Permission, shared: Permission) -> None:
+        self.name = name
+        self.edge = Child(self, "root", Role.FILTERED, node, taken, shared)
+        #: Requests that have passed the border and not ended yet.
+        self.in_flight = 0
+        self._paused = 0
+        self._resumed: list[Completion[None]] = []
+        self._idle: list[Completion[None]] = []
+
+    @property
+    def description(self) -> str:
+        return self.name
+
+    @property
+    def node(self) -> Driver:
+        """The node that it uses; a graph change may have put another one there."""
+        return self.edge.node
+
+    @property
+    def length(self) -> int:
+        """The node's length in bytes, now."""
+        return self.edge.node.length
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused here."""
+        return not self.edge.taken & WRITE
+
+    # --- requests ---
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """Exactly ``length`` bytes from ``offset`` on."""
+        if self._paused:
+            await self._wait()
+        if offset < 0 or length < 0 or offset + length > self.edge.node.length:
+            raise _outside(offset, length, self.edge.node.length)
+        if not length:
+            return b""
+        self.in_flight += 1
+        try:
+            return await self.edge.pread(offset, length)
+        finally:
+            self.in_flight -= 1
+            if self._idle:
+                self._wake_idle()
+
+    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        """Write all of ``data``, which must stay as it is until the end. ``flags``: FUA."""
+        if self._paused:
+            await self._wait()
+        length = len(data)
+        if offset < 0 or offset + length > self.edge.node.length:
+            raise _outside(offset, length, self.edge.node.length, errno.ENOSPC)
+        if not self.edge.taken & _WRITES or flags & ~FUA:
+            raise self._refused(flags & ~FUA)
+        if not length:
+            return
+        self.in_flight += 1
+        try:
+            await self.edge.pwrite(offset, data, flags)
+        finally:
+            self.in_flight -= 1
+            if self._idle:
+                self._wake_idle()
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        """Make the range read as zeroes. ``flags``: FUA, MAY_UNMAP, FAST."""
+        if self._paused:
+            await self._wait()
+        if offset < 0 or length < 0 or offset + length > self.edge.node.length:
+            raise _outside(offset, length, self.edge.node.length, errno.ENOSPC)
+        if not self.edge.taken & _WRITES or flags & ~(FUA | MAY_UNMAP | FAST):
+            raise self._refused(flags & ~(FUA | MAY_UNMAP | FAST))
+        if length:
+            await self._counted(lambda: self.edge.write_zeroes(offset, length, flags))
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The content of the range is not needed any more."""
+        if self._paused:
+            await self._wait()
+        if offset < 0 or length < 0 or offset + length > self.edge.node.length:
+            raise _outside(offset, length, self.edge.node.length)
+        if not self.edge.taken & WRITE:
+            raise self._refused(0)
+        if length:
+            await self._counted(lambda: self.edge.discard(offset, length))
+
+    async def flush(self) -> None:
+        """Make all writes that have ended durable."""
+        if self._paused:
+            await self._wait()
+        await self._counted(self.edge.flush)
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """The range through all layers, as extents whose ``depth`` counts the layers (0: nobody holds it)."""
+        if self._paused:
+            await self._wait()
+        if offset < 0 or length < 0 or offset + length > self.edge.node.length:
+            raise _outside(offset, length, self.edge.node.length)
+        if not length:
+            return []
+        self.in_flight += 1
+        try:
+            return await status_through(self.edge.node, offset, length)
+        finally:
+            self.in_flight -= 1
+            if self._idle:
+                self._wake_idle()
+
+    async def truncate(self, length: int) -> None:
+        """Change the node's length."""
+        if self._paused:
+            await self._wait()
+        if not self.edge.taken & RESIZE:
+            raise self._refused(0)
+        await self._counted(lambda: self.edge.truncate(length))
+
+    # --- drain ---
+
+    def pause(self) -> None:
+        """Hold back new requests. Calls nest. Does not wait: see `idle`."""
+        self._paused += 1
+
+    async def idle(self) -> None:
+        """Wait until nothing is in flight."""
+        while self.in_flight:
+            waiter: Completion[None] = Completion()
+            self._idle.append(waiter)
+            await waiter
+
+    def resume(self) -> None:
+        """Undo one `pause`; the last one lets the held requests go on, in their order."""
+        self._paused -= 1
+        if not self._paused:
+            waiting, self._resumed = self._resumed, []
+            for waiter in waiting:
+                waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        while self._paused:
+            waiter: Completion[None] = Completion()
+            self._resumed.append(waiter)
+            await waiter
+
+    async def _counted(self, operation: Callable[[], Awaitable[None]]) -> None:
+        self.in_flight += 1
+        try:
+            await operation()
+        finally:
+            self.in_flight -= 1
+            if self._idle:
+                self._wake_idle()
+
+    def _wake_idle(self) -> None:
+        if not self.in_flight:
+            waiting, self._idle = self._idle, []
+            for waiter in waiting:
+                waiter.set_result(None)
+
+    def _refused(self, unknown_flags: int) -> OSError:
+        if unknown_flags:
+            return OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: unknown request flags {unknown_flags:#x}")
+        return OSError(errno.EPERM, f"{os.strerror(errno.EPERM)}: '{self.name}' is read-only")
+
+
+def _outside(offset: int, length: int, size: int, code: int = errno.EINVAL) -> OSError:
+    return OSError(code, f"{os.strerror(code)}: {length} bytes at {offset} are not inside {size} bytes")
+
+
+__all__ = ["ALL", "NONE", "READ", "RESIZE", "WRITE", "Backend"]
