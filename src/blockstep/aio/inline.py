@@ -37,9 +37,7 @@ def start(coroutine: Coroutine[Any, Any, T], done: Done) -> bool:
     except StopIteration as stop:
         done(stop.value, None)
         return True
-    except BaseException as error:
-        if not isinstance(error, Exception):
-            raise
+    except (Exception, asyncio.CancelledError) as error:
         done(None, error)
         return True
     _Strand(coroutine, done)._wait(waits_for)
@@ -69,7 +67,7 @@ class _Strand:
             waits_for = self._coroutine.send(None)
         except StopIteration as stop:
             self._done(stop.value, None)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:  # cancelled: what it waited for, not the strand
             self._done(None, error)
         else:
             self._wait(waits_for)
@@ -98,14 +96,18 @@ class Completion(Generic[T]):
 
     def set_result(self, value: T) -> None:
         """Hand over the result and resume the waiter. A second call, or one after `set_error`, is a bug."""
-        assert not self._is_done
+        if self._is_done:
+            assert isinstance(self._error, asyncio.CancelledError)
+            return
         self._is_done = True
         self._value = value
         self._wake()
 
     def set_error(self, error: BaseException) -> None:
         """Make the waiter raise ``error``."""
-        assert not self._is_done
+        if self._is_done:
+            assert isinstance(self._error, asyncio.CancelledError)
+            return
         self._is_done = True
         self._error = error
         self._wake()

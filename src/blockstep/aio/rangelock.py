@@ -10,6 +10,8 @@ served in the order in which they came; a waiter holds back all later comers tha
 
 from __future__ import annotations
 
+import asyncio
+
 from blockstep.aio.inline import Completion
 
 
@@ -43,7 +45,10 @@ class RangeLock:
         return token
 
     async def take(self, start: int, end: int, shared: bool = False) -> int:
-        """Take ``[start, end)``, waiting for those who hold or were earlier to wait for a part of it."""
+        """Take ``[start, end)``, waiting for those who hold or were earlier to wait for a part of it.
+
+        A task that is cancelled meanwhile holds nothing, and holds nobody back.
+        """
         token = self.try_take(start, end, shared)
         if token:
             return token
@@ -51,21 +56,30 @@ class RangeLock:
         self._next += 1
         waiter: Completion[None] = Completion()
         self._waiting[token] = (start, end, shared, waiter)
-        await waiter
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if self._waiting.pop(token, None) is None:  # granted already, though it was not told yet
+                del self._held[token]
+            self._grant()
+            raise
         return token
 
     def give_back(self, token: int) -> None:
         """Release what `take` or `try_take` returned; waiters that it held back go on at once."""
         del self._held[token]
         if self._waiting:
-            ready = []
-            for waiting, (start, end, shared, waiter) in list(self._waiting.items()):
-                if not self._blocked(start, end, shared, waiting):
-                    del self._waiting[waiting]
-                    self._held[waiting] = (start, end, shared)
-                    ready.append(waiter)
-            for waiter in ready:
-                waiter.set_result(None)
+            self._grant()
+
+    def _grant(self) -> None:
+        ready = []
+        for waiting, (start, end, shared, waiter) in list(self._waiting.items()):
+            if not self._blocked(start, end, shared, waiting):
+                del self._waiting[waiting]
+                self._held[waiting] = (start, end, shared)
+                ready.append(waiter)
+        for waiter in ready:
+            waiter.set_result(None)
 
     def _blocked(self, start: int, end: int, shared: bool, token: int) -> bool:
         for held_start, held_end, held_shared in self._held.values():
