@@ -1,0 +1,35 @@
+"""Of the whole suite: the profiles of hypothesis, and a line for each package that tests were skipped for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests import peers
+
+# The same examples in every run, and no deadline per example: this suite runs on shared machines.
+settings.register_profile("default", derandomize=True, deadline=None,
+                          suppress_health_check=[HealthCheck.too_slow])
+# `make fuzz`: other examples in every run, and as many as one likes to wait for.
+settings.register_profile("fuzz", deadline=None, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "20000")),
+                          suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_report_header() -> str:
+    absent = sorted({package for program, package in peers.PACKAGES.items() if shutil.which(program) is None})
+    found = "all here" if not absent else f"not here, so their tests are skipped: {' '.join(absent)}"
+    return f"peers: {found} (python {sys.version.split()[0]}, {os.cpu_count()} CPUs)"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not peers.missed:
+        return
+    terminalreporter.section("peers that are not installed")
+    for package, count in sorted(peers.missed.items()):
+        terminalreporter.line(f"{package}: {count} test{'s' if count > 1 else ''} or modules skipped")
+    terminalreporter.line(f"to run them, as root: apt-get install {' '.join(sorted(peers.missed))}")
