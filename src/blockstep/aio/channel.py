@@ -225,7 +225,7 @@ class Channel:
                         server_hostname: str | None = None) -> None:
         """Send what is queued, then go over to TLS and resume reading.
 
-        The caller has paused reading before, in the frame in which it saw the last plain byte, so that nothing
+        The caller paused reading before, in the frame in which it saw the last plain byte, so that nothing
         of the TLS handshake is taken for plain data. Raises OSError (ssl.SSLError among it) if the handshake
         fails; the channel has been aborted then. Cancellation aborts it too.
         """
