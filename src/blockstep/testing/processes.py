@@ -1,0 +1,175 @@
+"""Other programs, started for a test or a benchmark: ready when they are needed, gone when the block ends.
+
+A server is ready when it accepts a connection, and not a fixed time after its start: `started` tries until it
+does, and fails at once, with what the program printed, when it ends before that. What it prints goes to a file
+without a name, so that a talkative program never waits for somebody to read.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from blockstep.errors import BlockstepError
+
+#: Seconds that a program may take to listen, to end after SIGTERM, and to answer one command.
+START_LIMIT, END_LIMIT, COMMAND_LIMIT = 20.0, 5.0, 50.0
+
+#: Where a server listens: the path of a unix socket, or (host, port).
+Address = Path | tuple[str, int]
+
+
+class ProcessFailed(BlockstepError):
+    """A program ended, or does not answer. ``printed`` is what it wrote to both of its outputs."""
+
+    def __init__(self, command: Sequence[str], what: str, printed: str) -> None:
+        super().__init__(f"{' '.join(command)}\n{what}\n{printed}".strip())
+        self.command, self.what, self.printed = command, what, printed
+
+
+@contextmanager
+def started(command: Sequence[str | Path], listens_on: Address | None = None,
+            **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that lives as long as the block; with ``listens_on`` the block starts when it accepts there.
+
+    ``options`` go to Popen. At the end of the block the process gets SIGTERM, then SIGKILL if it does not go.
+    Raises ProcessFailed.
+    """
+    words = [str(word) for word in command]
+    with tempfile.TemporaryFile() as output:
+        options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, **options}
+        process = subprocess.Popen(words, **options)
+        try:
+            if listens_on is not None:
+                _wait_listening(listens_on, process, words, output)
+            yield process
+        finally:
+            stop(process)
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """End a process, kindly at first, and wait for it. One that was stopped by SIGSTOP ends too."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(END_LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def run(*command: str | Path, timeout: float = COMMAND_LIMIT, check: bool = True,
+        stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a program to its end and return what it printed. Raises ProcessFailed if it fails and ``check``."""
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, input=stdin, timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        raise ProcessFailed(words, f"did not end within {timeout:g} s", str(error.output or "")) from None
+    if check and done.returncode:
+        raise ProcessFailed(words, f"ended with {done.returncode}", done.stdout + done.stderr)
+    return done
+
+
+def accepts(address: Address) -> bool:
+    """Whether somebody accepts connections there now."""
+    if isinstance(address, Path):
+        family: socket.AddressFamily = socket.AF_UNIX
+        target: str | tuple[str, int] = str(address)
+    else:
+        family, target = socket.AF_INET6 if ":" in address[0] else socket.AF_INET, address
+    with socket.socket(family) as probe:
+        try:
+            probe.connect(target)
+        except OSError:
+            return False
+        return True
+
+
+def _wait_listening(address: Address, process: subprocess.Popen[bytes], words: list[str], output: Any) -> None:
+    deadline = time.monotonic() + START_LIMIT
+    pause = 0.001
+    while not accepts(address):
+        what = ""
+        if process.poll() is not None:
+            what = f"ended with {process.returncode} before it listened on {address}"
+        elif time.monotonic() > deadline:
+            what = f"does not listen on {address} after {START_LIMIT:g} s"
+        if what:
+            output.seek(0)
+            raise ProcessFailed(words, what, output.read().decode(errors="replace"))
+        time.sleep(pause)
+        pause = min(pause * 2, 0.05)
+
+
+def unix_uri(path: Path, export: str = "") -> str:
+    """The NBD URI of an export on a unix socket."""
+    return f"nbd+unix:///{quote(export, safe='')}?socket={quote(str(path))}"
+
+
+def blockstep(*arguments: str | Path) -> list[str | Path]:
+    """The words of a blockstep command line, run by this interpreter from the package that it imports."""
+    return [sys.executable, "-c", "import sys; from blockstep.cli import main; sys.exit(main())", *arguments]
+
+
+class QMP:
+    """A blocking QMP client: one command at a time, events kept aside in `events`."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(COMMAND_LIMIT)
+        self._socket.connect(str(path))
+        self._file = self._socket.makefile("rwb")
+        self.events: list[dict[str, Any]] = []
+        self.greeting = json.loads(self._file.readline())["QMP"]
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """The command's return value. An underscore in an argument's name stands for a hyphen.
+
+        Raises RuntimeError with the peer's class and description when it answers with an error, EOFError when it
+        hangs up.
+        """
+        words = {name.replace("_", "-"): value for name, value in arguments.items()}
+        self._file.write(json.dumps({"execute": command, "arguments": words}).encode() + b"\n")
+        self._file.flush()
+        while True:
+            line = self._file.readline()
+            if not line:
+                raise EOFError(f"{command}: the peer hung up")
+            message = json.loads(line)
+            if "event" in message:
+                self.events.append(message)
+            elif "error" in message:
+                raise RuntimeError(f"{command}: {message['error']['class']}: {message['error']['desc']}")
+            else:
+                return message["return"]
+
+    def close(self) -> None:
+        """Hang up."""
+        self._file.close()
+        self._socket.close()
+
+
+@contextmanager
+def qemu_system(directory: Path, *arguments: str | Path, name: str = "qemu") -> Iterator[tuple[
+        QMP, subprocess.Popen[bytes]]]:
+    """QEMU's block layer without a guest (``-machine none``). Yields its QMP connection and the process."""
+    path = directory / f"{name}.qmp"
+    command: list[str | Path] = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none",
+                                 "-S", "-qmp", f"unix:{path},server=on,wait=off", *arguments]
+    with started(command, path) as process:
+        qmp = QMP(path)
+        try:
+            yield qmp, process
+        finally:
+            qmp.close()
