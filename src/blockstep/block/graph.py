@@ -24,7 +24,7 @@ from typing import Any
 from blockstep.block.driver import Driver, Prepared
 from blockstep.block.io import Backend
 from blockstep.block.node import Child, Node, NodeOptions, NodeRef
-from blockstep.block.permissions import ALL, NONE, READ, RESIZE, WRITE, WRITE_UNCHANGED, Permission, Role
+from blockstep.block.permissions import ALL, READ, RESIZE, WRITE, WRITE_UNCHANGED, Permission, Role
 from blockstep.block.registry import parse_options
 from blockstep.errors import GraphError, NodeNotFound, OptionError, PermissionConflict
 
@@ -154,7 +154,14 @@ class Graph:
 
     def __init__(self) -> None:
         self.nodes: dict[str, Driver] = {}
+        #: Called with (event, data) for all that nodes report (`Node.report`), at once, in the strand that met it.
+        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self._numbers = itertools.count(1)
+
+    def report(self, event: str, data: dict[str, Any]) -> None:
+        """Tell all listeners of an event."""
+        for listener in list(self.listeners):
+            listener(event, data)
 
     # --- nodes ---
 
@@ -165,7 +172,9 @@ class Graph:
         except KeyError:
             raise NodeNotFound(name) from None
 
-    async def open(self, options: Mapping[str, Any] | NodeOptions, *, owned: bool = True, strict: bool = True) -> Driver:
+    async def open(
+        self, options: Mapping[str, Any] | NodeOptions, *, owned: bool = True, strict: bool = True
+    ) -> Driver:
         """Open a node, and those of its children that are given as options.
 
         Raises OptionError, GraphError or OSError; then nothing of it is left open. ``owned`` nodes stay until
@@ -178,6 +187,7 @@ class Graph:
         if checked.node_name and not _NAME.fullmatch(name):
             raise OptionError("node-name", name, "letters, digits, '-', '.' and '_', beginning with a letter")
         node = driver(name, checked)
+        node.on_event = self.report
         self.nodes[name] = node  # the name is taken from here on, whatever is opened meanwhile
         try:
             for child_name, role, ref in child_references(driver, checked):
@@ -201,9 +211,10 @@ class Graph:
             raise GraphError(f"node '{node.name}' is in use by {users}")
         node.check_operation("remove")
         node.owned = False
-        await self._close_unused(node)
+        await self.close_unused(node)
 
-    async def _close_unused(self, node: Driver) -> None:
+    async def close_unused(self, node: Driver) -> None:
+        """Close a node, and those below it, if it has no parents and is not held by name."""
         if node.parents or node.owned:
             return
         try:
@@ -216,7 +227,7 @@ class Graph:
         for edge in list(node.children.values()):
             with self.change() as change:
                 change.detach(edge)
-            await self._close_unused(edge.node)
+            await self.close_unused(edge.node)
 
     # --- users ---
 
@@ -234,7 +245,7 @@ class Graph:
         node.parents.remove(backend.edge)
         with self.change() as change:
             change._did(lambda: None, node)
-        await self._close_unused(node)
+        await self.close_unused(node)
 
     # --- changes ---
 
@@ -257,7 +268,7 @@ class Graph:
                 with self.change() as change:
                     change.replace(below, node)
         except BaseException:
-            await self._close_unused(node)
+            await self.close_unused(node)
             raise
         return node
 
@@ -267,18 +278,17 @@ class Graph:
         async with self.drained(node):
             with self.change() as change:
                 change.replace(node, target)
-        await self._close_unused(node)
+        await self.close_unused(node)
 
-    async def reopen(self, changes: Mapping[Driver, Mapping[str, Any]] | Iterable[tuple[Driver, Mapping[str, Any]]]) -> None:
+    async def reopen(self, changes: Iterable[tuple[Driver, Mapping[str, Any]]]) -> None:
         """Change options (``read-only``, ``cache.direct``, ...) of open nodes, all of them or none.
 
         Each driver prepares what can fail; then the permissions are checked; then all take effect.
         """
-        items = list(changes.items() if isinstance(changes, Mapping) else changes)
         prepared: list[Prepared] = []
         try:
             with self.change() as change:
-                for node, options in items:
+                for node, options in changes:
                     read_only = bool(options.get("read-only", node.read_only))
                     prepared.append(await node.prepare_reopen({**options, "read-only": read_only}))
                     change.set_read_only(node, read_only)
@@ -303,6 +313,8 @@ class Graph:
         held: list[Driver] = []
         for backend in backends.values():
             backend.pause()
+        for node in above:
+            node.expedite(True)
         try:
             for backend in backends.values():
                 await backend.idle()
@@ -313,6 +325,8 @@ class Graph:
         finally:
             for node in held:
                 node.drain_end()
+            for node in above:
+                node.expedite(False)
             for backend in backends.values():
                 backend.resume()
 

@@ -31,7 +31,7 @@ class Backend:
     driver met. While the node is drained they wait.
     """
 
-    __slots__ = ("_idle", "_paused", "_resumed", "edge", "in_flight", "name")
+    __slots__ = ("_idle", "_paused", "_resumed", "_revoked", "edge", "in_flight", "name", "on_revoke")
 
     def __init__(self, name: str, node: Driver, taken: Permission, shared: Permission) -> None:
         self.name = name
@@ -41,6 +41,9 @@ class Backend:
         self._paused = 0
         self._resumed: list[Completion[None]] = []
         self._idle: list[Completion[None]] = []
+        self._revoked: str | None = None
+        #: Called by `revoke`: an export drops its clients.
+        self.on_revoke: Callable[[str], None] = lambda reason: None
 
     @property
     def description(self) -> str:
@@ -150,6 +153,17 @@ class Backend:
             raise self._refused(0)
         await self._counted(lambda: self.edge.truncate(length))
 
+    # --- revocation ---
+
+    def revoke(self, reason: str) -> None:
+        """Take the right to write away, now and for good: a stale primary must not write into its successor.
+
+        Writes that come from here on, or that were held back, fail with ESHUTDOWN; those in flight end first.
+        """
+        self._revoked = reason
+        self.edge.taken &= ~(WRITE | WRITE_UNCHANGED | RESIZE)
+        self.on_revoke(reason)
+
     # --- drain ---
 
     def pause(self) -> None:
@@ -195,6 +209,8 @@ class Backend:
     def _refused(self, unknown_flags: int) -> OSError:
         if unknown_flags:
             return OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: unknown request flags {unknown_flags:#x}")
+        if self._revoked:
+            return OSError(errno.ESHUTDOWN, f"{os.strerror(errno.ESHUTDOWN)}: {self._revoked}")
         return OSError(errno.EPERM, f"{os.strerror(errno.EPERM)}: '{self.name}' is read-only")
 
 

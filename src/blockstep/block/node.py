@@ -122,6 +122,8 @@ class Node:
         self.parents: list[Child] = []
         self.watchers: list[Watcher] = []
         self.bitmaps: dict[str, Any] = {}
+        #: Where `report` sends events; set by the graph that opened the node.
+        self.on_event: Callable[[str, dict[str, Any]], None] | None = None
         #: operation -> reasons of those who block it; "*" blocks all
         self.blockers: dict[str, list[str]] = {}
         #: Whether it was added by name: such a node stays when its last parent goes.
@@ -230,7 +232,17 @@ class Node:
             for watcher in self.watchers:
                 watcher.wrote(offset, length)
 
+    # --- events ---
+
+    def report(self, event: str, data: dict[str, Any]) -> None:
+        """Tell the listeners of the graph (`Graph.listeners`) what happened; nobody may be listening."""
+        if self.on_event is not None:
+            self.on_event(event, data)
+
     # --- requests of its own ---
+
+    def expedite(self, on: bool) -> None:
+        """From a call with True to its match with False (they nest): delay nothing, a drain waits for the requests."""
 
     async def drain_begin(self) -> None:
         """Hold back requests that this node issues by itself (a queue), and wait for those that are out."""

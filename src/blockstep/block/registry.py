@@ -52,7 +52,8 @@ def parse_options(options: Mapping[str, Any] | NodeOptions, strict: bool = True)
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$")
         name = where.strip("`.") or "options"
-        raise OptionError(f"{driver.driver}: {name}", _value_at(options, name), f"as its driver takes it: {what}") from None
+        expected = f"as its driver takes it: {what}"
+        raise OptionError(f"{driver.driver}: {name}", _value_at(options, name), expected) from None
 
 
 def _value_at(options: Mapping[str, Any], path: str) -> Any:

@@ -1,0 +1,145 @@
+"""Driver ``copy-before-write``: before a range of ``file`` is overwritten, its old content is saved to ``target``.
+
+    writer ──► copy-before-write ──file──► disk
+                      └──target──► holds what the disk was when the filter came (a *snapshot*), as far as it changed
+
+Data is saved once, in clusters of ``cluster-size``; which are saved is the bitmap `CopyBeforeWrite.done`. A reader
+of the snapshot looks into the target first and, where that holds nothing, into the disk itself, past this filter.
+So between a reader that finds nothing in the target and its read of the disk, no write may slip in: readers take
+`CopyBeforeWrite.lock` shared over what they read, and a write that has something to save takes it exclusively over
+its clusters. A write whose clusters are all saved takes no lock: nobody reads the snapshot from the disk there.
+
+When the old content cannot be saved, ``on-cbw-error`` chooses what breaks: the write (it fails, the snapshot stays
+good) or the snapshot (the write goes on, `broken` says why the snapshot is no longer one).
+
+Durability: a flush makes the target durable first and the disk second. Nothing orders the save before the
+overwrite it precedes: after a crash of the machine the snapshot may be incomplete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import ClassVar, Literal
+
+from blockstep.aio.rangelock import RangeLock
+from blockstep.block.bitmap import Bitmap
+from blockstep.block.driver import Buffer, Filter
+from blockstep.block.node import Child, NodeOptions, NodeRef
+from blockstep.block.permissions import ALL, NONE, READ, RESIZE, WRITE, Permission, Role
+from blockstep.block.registry import register
+from blockstep.errors import OptionError
+
+
+class CopyBeforeWriteOptions(NodeOptions, tag="copy-before-write"):
+    """``file``: the disk. ``target``: where old content goes. ``cluster-size``: bytes, a power of two."""
+
+    file: NodeRef
+    target: NodeRef
+    on_cbw_error: Literal["break-guest-write", "break-snapshot"] = "break-guest-write"
+    cluster_size: int = 65536
+
+
+@register
+class CopyBeforeWrite(Filter):
+    """See the module."""
+
+    driver: ClassVar[str] = "copy-before-write"
+    Options = CopyBeforeWriteOptions
+    child_roles: ClassVar[dict[str, Role]] = {"file": Role.FILTERED, "target": Role.TARGET}
+    options: CopyBeforeWriteOptions
+    target: Child
+
+    async def open(self) -> None:
+        if self.target.node.length < self.file.node.length:
+            raise OptionError("target", self.target.node.name, f"at least as long as '{self.file.node.name}'")
+        #: The clusters that need no saving any more.
+        self.done = Bitmap(self.file.node.length, self.options.cluster_size)
+        #: Taken shared by those who read the snapshot from the disk; see the module.
+        self.lock = RangeLock()
+        #: Why the snapshot is not one any more (``break-snapshot``).
+        self.broken: OSError | None = None
+        #: Called with each failure to save.
+        self.on_error: Callable[[OSError], None] = lambda error: None
+
+    def child_permissions(self, child: Child, taken: Permission, shared: Permission) -> tuple[Permission, Permission]:
+        if not self.parents:  # not in anybody's way yet, or not any more
+            return NONE, ALL
+        if child.name == "file":
+            # Whoever wrote past this filter would change the snapshot.
+            return taken | READ, shared & ~(WRITE | RESIZE)
+        return super().child_permissions(child, taken, shared)
+
+    def forget(self) -> None:
+        """The snapshot is of now: nothing is saved yet. Nothing may be in flight. Constant time."""
+        self.done.clear()
+        self.broken = None
+
+    async def copy(self, offset: int, length: int) -> None:
+        """Save the clusters that the range touches, unless they are. Raises OSError, whatever ``on-cbw-error`` says."""
+        await self._locked(offset, length, None)
+
+    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        done = self.done
+        first, end = offset >> done.shift, (offset + len(data) - 1 >> done.shift) + 1
+        if done.bits.find(0, first, end) < 0 or self.broken:
+            await self.file.pwrite(offset, data, flags)
+            return
+        # The common case of `_locked`, spelled out: this is the path of every first write after a checkpoint.
+        lock = self.lock
+        token = lock.try_take(first << done.shift, end << done.shift) or await lock.take(
+            first << done.shift, end << done.shift
+        )
+        try:
+            await self._save(first, end)
+            await self.file.pwrite(offset, data, flags)
+        finally:
+            lock.give_back(token)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        await self._locked(offset, length, lambda: self.file.write_zeroes(offset, length, flags))
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._locked(offset, length, lambda: self.file.discard(offset, length))
+
+    async def flush(self) -> None:
+        await self.target.flush()
+        await self.file.flush()
+
+    async def truncate(self, length: int) -> None:
+        if length < self.length:
+            await self._locked(length, self.length - length, None)
+        await self.file.truncate(length)
+        self.done.resize(length)
+
+    async def _locked(self, offset: int, length: int, then: Callable[[], Awaitable[None]] | None) -> None:
+        shift = self.done.shift
+        first, end = offset >> shift, (offset + length - 1 >> shift) + 1
+        token = await self.lock.take(first << shift, end << shift)
+        try:
+            await self._save(first, end)
+            if then:
+                await then()
+        finally:
+            self.lock.give_back(token)
+
+    async def _save(self, first: int, end: int) -> None:
+        """Save the clusters ``[first, end)`` as far as they are not. The range is locked."""
+        done, bits = self.done, self.done.bits
+        try:
+            while (start := bits.find(0, first, end)) >= 0:
+                stop = bits.find(1, start, end)
+                if stop < 0:
+                    stop = end
+                offset = start << done.shift
+                length = min(stop << done.shift, done.length) - offset
+                await self.target.pwrite(offset, await self.file.pread(offset, length))
+                if stop - start == 1:
+                    bits[start] = 1
+                else:
+                    bits[start:stop] = True
+                first = stop
+        except OSError as error:
+            self.on_error(error)
+            if self.options.on_cbw_error == "break-guest-write":
+                raise
+            self.broken = error

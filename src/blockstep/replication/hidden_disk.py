@@ -1,0 +1,227 @@
+"""The disk buffer that keeps a checkpoint in an *active* and a *hidden* disk.
+
+    primary's export ──► copy-before-write ──file──► secondary disk
+                              └─target─► hidden ─────backing──┘
+    view ──► replication ──► active ──backing──┘
+
+The old content of what the primary overwrites is saved in the hidden disk, the standby's own writes go to the active
+disk; so active over hidden over secondary is the last checkpoint plus the standby's own writes, always.
+
+* A checkpoint empties both, and forgets what was saved: constant time, whatever they hold.
+* `drop` puts the secondary disk itself under the filter.
+* `fail_over` takes the copy-before-write away and merges active and hidden into the secondary disk, with a commit
+  job, while the view is read and written; then the secondary disk takes the active disk's place.
+
+What it changed to do its work it puts back in the end: read-only flags, blocked operations.
+
+Durable: nothing before the commit job has ended. After a crash the secondary disk holds what the primary wrote, and
+the hidden disk may lack what was saved last. This is what a journal of epochs is to repair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from blockstep.aio.rangelock import RangeLock
+from blockstep.block.driver import Driver, Prepared
+from blockstep.block.graph import Graph
+from blockstep.block.io import Backend
+from blockstep.block.node import Node
+from blockstep.block.permissions import WRITE, Role
+from blockstep.block.status import allocated_above
+from blockstep.drivers.copy_before_write import CopyBeforeWrite
+from blockstep.drivers.replication import Replication, Stage
+from blockstep.errors import BlockstepError, ReplicationError
+from blockstep.jobs.commit import CommitJob
+from blockstep.jobs.job import JobRegistry
+
+if TYPE_CHECKING:
+    from blockstep.jobs.job import Job
+
+#: Bytes saved at a time at the least. Small, so that a first 4k write after a checkpoint saves 4k and not more.
+CLUSTER_SIZE = 4096
+
+
+class HiddenDiskBuffer:
+    """The disk buffer of one filter. Made by `open`; satisfies `DiskBuffer`."""
+
+    def __init__(self, graph: Graph, jobs: JobRegistry, filter: Replication) -> None:
+        self._graph = graph
+        self._jobs = jobs
+        self._filter = filter
+        self._undo: list[Callable[[], Any]] = []
+        self._commit: Job | None = None
+        self.view_lock = RangeLock()
+        self.view_alignment = 65536
+
+    @classmethod
+    async def open(cls, graph: Graph, jobs: JobRegistry, filter: Replication) -> HiddenDiskBuffer:
+        """Check everything that a secondary needs, and start to save. Raises ReplicationError; then nothing changed."""
+        buffer = cls(graph, jobs, filter)
+        buffer._find_disks()
+        try:
+            await buffer._set_up()
+        except BaseException as error:
+            await buffer.undo()
+            if isinstance(error, ReplicationError) or not isinstance(error, BlockstepError | OSError):
+                raise
+            raise ReplicationError(filter.name, "start", str(error)) from error
+        return buffer
+
+    # --- start ---
+
+    def _find_disks(self) -> None:
+        refuse = self._refuse
+        active = self._filter.file.node
+        hidden = active.children["backing"].node if "backing" in active.children else refuse(
+            f"the active disk '{active.name}' has no backing node; it should be the hidden disk")
+        secondary = hidden.children["backing"].node if "backing" in hidden.children else refuse(
+            f"the hidden disk '{hidden.name}' has no backing node; it should be the secondary disk")
+        if not (secondary.owned or any(isinstance(edge.parent, Backend) for edge in secondary.parents)):
+            refuse(f"the secondary disk '{secondary.name}' is not exported and has no name to be exported by")
+        if not active.length == hidden.length == secondary.length:
+            refuse(f"the active disk '{active.name}' ({active.length} bytes), the hidden disk '{hidden.name}' "
+                   f"({hidden.length}) and the secondary disk '{secondary.name}' ({secondary.length}) "
+                   "must have the same length")
+        for disk in (active, hidden):
+            if not disk.can_be_emptied:
+                refuse(f"'{disk.name}' (driver {disk.driver}) cannot be emptied; use an overlay")
+        top_id = self._filter.options.top_id
+        top = self._graph.nodes.get(top_id or "")
+        if top is None:
+            raise self._error(f"top-id '{top_id}' is not a node")
+        if any(isinstance(edge.parent, Node) for edge in top.parents):
+            refuse(f"top-id '{top_id}' is not a root node")
+        if top is not self._filter and self._filter not in top.below():
+            refuse(f"top-id '{top_id}' does not have the filter among its descendants")
+        self.active, self.hidden, self.secondary, self.top = active, hidden, secondary, top
+
+    async def _set_up(self) -> None:
+        frozen = [node for disk in (self.hidden, self.secondary) for node in _storage_of(disk) if node.read_only]
+        await self._graph.reopen([(node, {"read-only": False}) for node in frozen])
+        if frozen:
+            self._undo.append(lambda: self._graph.reopen([(node, {"read-only": True}) for node in frozen]))
+        lift = self.top.block_operations(f"it is replicated by '{self._filter.name}'")
+        self._undo.append(lift)
+        node = await self._graph.insert_filter(
+            {"driver": "copy-before-write", "file": self.secondary.name, "target": self.hidden.name,
+             "cluster-size": CLUSTER_SIZE}, self.secondary)
+        assert isinstance(node, CopyBeforeWrite)
+        self.cbw = node
+        node.on_error = self._filter.fail
+        self.view_lock = node.lock
+        self._undo.append(self._remove_cbw)
+        self.view_alignment = max(getattr(self.active.options, "cluster_size", 65536), 512)
+
+    async def _remove_cbw(self) -> None:
+        # A node of its own, with no name: it is closed when its parents are moved away.
+        await self._graph.remove_filter(self.cbw)
+
+    async def undo(self) -> None:
+        """Undo what start did, last first."""
+        while self._undo:
+            result = self._undo.pop()()
+            if result is not None:
+                await result
+
+    # --- checkpoint ---
+
+    async def prepare_checkpoint(self) -> Prepared:
+        """See `DiskBuffer`. Raises ReplicationError that names the step and the node."""
+        prepared: list[Prepared] = []
+        for disk, what in ((self.active, "active"), (self.hidden, "hidden")):
+            try:
+                prepared.append(await disk.prepare_empty())
+            except OSError as error:
+                for one in prepared:
+                    one.abort()
+                raise ReplicationError(
+                    self._filter.name, "checkpoint", f"cannot empty the {what} disk '{disk.name}': {error}"
+                ) from error
+
+        def commit() -> None:
+            self.cbw.forget()
+            for one in prepared:
+                one.commit()
+
+        def abort() -> None:
+            for one in prepared:
+                one.abort()
+
+        return Prepared(commit, abort)
+
+    # --- the two ends ---
+
+    async def drop(self) -> None:
+        """See `DiskBuffer`. What active and hidden disk hold is not erased: nobody looks at it any more."""
+        async with self._graph.drained(self._filter, self.secondary):
+            with self._graph.change() as change:
+                change.replace(self.cbw, self.secondary)
+                change.move(self._filter.file, self.secondary)
+            self._undo.remove(self._remove_cbw)
+            self._finish()
+        await self._graph.close_unused(self.cbw)
+        await self._graph.close_unused(self.active)
+        await self.undo()
+
+    async def fail_over(self) -> None:
+        """See `DiskBuffer`. Returns when the view can be used; the merge goes on as a job named ``failover-NODE``."""
+        self.revoke_writers()
+        await self._remove_cbw()
+        self._undo.remove(self._remove_cbw)
+        self._filter.enter(Stage.FAILOVER)
+        self._commit = CommitJob(
+            self._graph, self.active, self.secondary, id=f"failover-{self._filter.name}", replace_in=self._filter.file,
+        )
+        self._jobs.start(self._commit, on_end=self._committed)
+
+    def revoke_writers(self) -> None:
+        """From now on nobody but the view writes to the secondary disk: an old primary is refused."""
+        for edge in [*self.cbw.parents, *self.secondary.parents]:
+            if isinstance(edge.parent, Backend) and edge.taken & WRITE:
+                edge.parent.revoke("this standby has been promoted")
+
+    async def _committed(self, error: BaseException | None) -> None:
+        self._commit = None
+        if error is None:
+            self._finish()
+            self._filter.enter(Stage.DONE)
+        else:
+            self._filter.enter(Stage.FAILOVER_FAILED)
+            self._filter.fail(error if isinstance(error, OSError) else OSError(str(error)))
+        await self.undo()
+
+    def _finish(self) -> None:
+        self._filter.buffer = None
+
+    async def close(self) -> None:
+        """See `DiskBuffer`."""
+        if self._commit:
+            self._commit.cancel()
+            await self._commit.wait()
+        elif self._filter.stage is Stage.RUNNING:
+            await self.drop()
+
+    async def split(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """See `DiskBuffer`."""
+        return await allocated_above(self.active, self.secondary, offset, length)
+
+    @property
+    def used(self) -> int:
+        """Bytes saved since the last checkpoint."""
+        return self.cbw.done.count()
+
+    def _refuse(self, reason: str) -> Any:
+        raise self._error(reason)
+
+    def _error(self, reason: str) -> ReplicationError:
+        return ReplicationError(self._filter.name, "start", reason)
+
+
+def _storage_of(disk: Driver) -> Iterator[Driver]:
+    """The node and what it stands on, without its backing nodes."""
+    yield disk
+    for child in disk.children.values():
+        if child.role is not Role.BACKING:
+            yield from _storage_of(child.node)

@@ -1,0 +1,136 @@
+"""All replication filters of a process, and the four operations over all of them.
+
+Several disks of one guest share a point in time only because these operations are all-or-nothing: if one filter
+fails, the others are put back (`start_all`) or stay where they were (`checkpoint_all`), and the error names the filter.
+
+The registry is the graph itself: every open node whose driver is ``replication`` takes part.
+
+    operation    none            running                  failover   failed    done
+    start        go on           refused                  ignored    refused   ignored
+    checkpoint   refused         secondary: go on         ignored    refused   ignored
+    get_error    refused         remembered error         nothing    reported  after failover: nothing; else refused
+    stop         refused         go on                    ignored    refused   ignored after a failover, else refused
+"""
+
+from __future__ import annotations
+
+from blockstep.block.driver import Prepared
+from blockstep.block.graph import Graph
+from blockstep.drivers.replication import Mode, Replication, Stage
+from blockstep.errors import ReplicationError
+from blockstep.jobs.job import JobRegistry
+from blockstep.replication.hidden_disk import HiddenDiskBuffer
+
+
+class ReplicationRegistry:
+    """The four operations of CONTRACT's filter, over all filters of ``graph``."""
+
+    def __init__(self, graph: Graph, jobs: JobRegistry) -> None:
+        self._graph = graph
+        self._jobs = jobs
+
+    @property
+    def filters(self) -> list[Replication]:
+        """All replication filters, in the order in which they were opened."""
+        return [node for node in self._graph.nodes.values() if isinstance(node, Replication)]
+
+    async def start_all(self, mode: Mode) -> None:
+        """Start every filter; promoted ones are left alone. Raises ReplicationError; then none has started."""
+        started: list[Replication] = []
+        try:
+            for filter in self.filters:
+                if filter.stage in (Stage.DONE, Stage.FAILOVER):
+                    continue
+                await self._start(filter, mode)
+                started.append(filter)
+        except BaseException:
+            for filter in reversed(started):
+                await self._put_back(filter)
+            raise
+
+    async def checkpoint_all(self) -> None:
+        """Move the view of all secondaries to what the primary wrote, together.
+
+        Waits until what is in flight has ended and holds back what comes meanwhile. Raises ReplicationError;
+        then every view is still at the old checkpoint. Nothing is durable until the secondary disks are flushed.
+        """
+        running: list[Replication] = []
+        for filter in self.filters:
+            if filter.stage in (Stage.NONE, Stage.FAILOVER_FAILED):
+                raise ReplicationError(filter.name, "checkpoint", f"it is not running (stage {filter.stage.value})")
+            if filter.stage is Stage.RUNNING and filter.buffer is not None:
+                running.append(filter)
+        disks = [node for filter in running if filter.buffer for node in (filter, filter.buffer.secondary)]
+        async with self._graph.drained(*disks):
+            prepared: list[Prepared] = []
+            try:
+                for filter in running:
+                    assert filter.buffer is not None
+                    prepared.append(await filter.buffer.prepare_checkpoint())
+            except BaseException:
+                for one in prepared:
+                    one.abort()
+                raise
+            for one in prepared:
+                one.commit()
+
+    def get_error_all(self) -> None:
+        """Returns if all is well; raises ReplicationError for the first filter that is not, and says why."""
+        for filter in self.filters:
+            if filter.stage is Stage.NONE or (filter.stage is Stage.DONE and not filter.failed_over):
+                raise ReplicationError(filter.name, "get error", f"it is not running (stage {filter.stage.value})")
+            if filter.error and filter.stage in (Stage.RUNNING, Stage.FAILOVER_FAILED):
+                raise ReplicationError(filter.name, "I/O", str(filter.error)) from filter.error
+
+    async def stop_all(self, failover: bool) -> None:
+        """Stop every filter. With ``failover`` the views live on from the checkpoint, else from the primary's data.
+
+        A failover returns when the views can be used and their merging has begun; from then on writers other than
+        the view are refused. Raises ReplicationError; before anything was stopped if a filter is not running.
+        """
+        running: list[Replication] = []
+        for filter in self.filters:
+            if filter.stage is Stage.RUNNING:
+                running.append(filter)
+            elif filter.stage is not Stage.FAILOVER and not filter.failed_over:
+                raise ReplicationError(filter.name, "stop", f"it is not running (stage {filter.stage.value})")
+        for filter in running:
+            await self._stop(filter, failover)
+
+    # --- one filter ---
+
+    async def _start(self, filter: Replication, mode: Mode) -> None:
+        if filter.stage is not Stage.NONE:
+            raise ReplicationError(filter.name, "start", f"it has been started already (stage {filter.stage.value})")
+        if mode != filter.mode:
+            raise ReplicationError(filter.name, "start", f"its mode is {filter.mode}, not {mode}")
+        if mode == "secondary":
+            buffer = await HiddenDiskBuffer.open(self._graph, self._jobs, filter)
+            filter.buffer = buffer
+            try:
+                async with self._graph.drained(filter, buffer.secondary):
+                    (await buffer.prepare_checkpoint()).commit()
+            except BaseException:
+                filter.buffer = None
+                await buffer.undo()
+                raise
+        filter.error = None
+        filter.enter(Stage.RUNNING)
+
+    async def _put_back(self, filter: Replication) -> None:
+        buffer, filter.buffer = filter.buffer, None
+        filter.enter(Stage.NONE)
+        if isinstance(buffer, HiddenDiskBuffer):
+            await buffer.undo()
+
+    async def _stop(self, filter: Replication, failover: bool) -> None:
+        buffer = filter.buffer
+        if buffer is None:  # primary mode
+            filter.enter(Stage.DONE)
+            filter.error = None
+        elif failover:
+            filter.failed_over = True
+            await buffer.fail_over()
+        else:
+            await buffer.drop()
+            filter.enter(Stage.DONE)
