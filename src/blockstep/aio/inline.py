@@ -21,7 +21,7 @@ its own state in order before it does. Strands resumed by asyncio futures run fr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -42,6 +42,53 @@ def start(coroutine: Coroutine[Any, Any, T], done: Done) -> bool:
         return True
     _Strand(coroutine, done)._wait(waits_for)
     return False
+
+
+async def together(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Start all ``coroutines`` before waiting for any, and run them to their ends.
+
+    Returns their values in order; where one failed, the exception stands in place of the value.
+    """
+    results: list[Any] = []
+    running: _Running | None = None
+    for coroutine in coroutines:
+        try:
+            waits_for = coroutine.send(None)
+        except StopIteration as stop:
+            results.append(stop.value)
+        except Exception as error:
+            results.append(error)
+        else:
+            if running is None:
+                running = _Running(results)
+            _Strand(coroutine, running.add(len(results)))._wait(waits_for)
+            results.append(None)
+    if running is not None and running.left:
+        running.all_ended = Completion()
+        await running.all_ended
+    return results
+
+
+class _Running:
+    """Those of `together` that wait for something."""
+
+    __slots__ = ("all_ended", "left", "results")
+
+    def __init__(self, results: list[Any]) -> None:
+        self.results = results
+        self.left = 0
+        self.all_ended: Completion[None] | None = None
+
+    def add(self, index: int) -> Done:
+        self.left += 1
+
+        def ended(value: Any, error: BaseException | None) -> None:
+            self.results[index] = value if error is None else error
+            self.left -= 1
+            if not self.left and self.all_ended is not None:
+                self.all_ended.set_result(None)
+
+        return ended
 
 
 class _Strand:
