@@ -11,6 +11,7 @@ the control socket and the commands can show them without taking a sentence apar
         PermissionConflict   two users of a node exclude each other
         OperationBlocked     somebody has blocked this operation, and says why
       JobError             a job cannot do that in its state
+        JobNotFound          no such job
       ReplicationError     a replication filter cannot do that; names the filter and the step
       ProtocolError        the peer broke the protocol: drop the connection
       PeerRefused          the peer said no in good order: do not ask the same again
@@ -70,6 +71,13 @@ class JobError(BlockstepError):
     def __init__(self, job: str, reason: str) -> None:
         super().__init__(f"job '{job}': {reason}")
         self.job, self.reason = job, reason
+
+
+class JobNotFound(JobError):
+    """No job has this id."""
+
+    def __init__(self, job: str) -> None:
+        super().__init__(job, "there is no such job")
 
 
 class ReplicationError(BlockstepError):

@@ -1,0 +1,438 @@
+"""The QMP server: sockets around sessions.
+
+    server = Server(registry, context)
+    await server.start_unix("/run/blockstep/qmp.sock")
+    await server.start_tcp("::", 4444, ssl=tls, allow=frozenset({"query-name", ...}))
+    server.emit(Stopped())
+    await server.stop()
+
+**Order.** The requests of one monitor are executed one after the other, in the order in which they came, and
+answered in that order; a slow command delays only its own monitor. Out-of-band commands run at once. A command
+that has begun runs to its end even if its monitor goes away, since half a failover is worse than an unread
+answer; what was queued behind it is dropped.
+
+**Bounds.** Each monitor may have `QUEUE` requests waiting and as many running out of band. Beyond that its input
+stays where it is: first here, up to `READ_AHEAD` bytes, then in the kernel, then at the peer. A monitor that does not
+read its answers gets no further ones: its requests wait. Events cannot wait: a monitor that lets more than
+`EVENT_BACKLOG` bytes pile up is cut off, because one that misses events without knowing is worse off than one
+that has to connect again (`Server.cut_off` counts them). A listener takes ``max_monitors`` connections at a time;
+one more is told so and closed. The limit is one of the listener, so that strangers on a TCP port cannot keep the
+administrator from the unix socket.
+
+**Access.** A unix socket has mode 0600 from the moment it can be connected to. A listener may offer fewer
+commands (``allow``): others do not exist for it. TCP may be TLS; who may connect is the ssl context's matter.
+
+**Time and errors.** The clock is passed in. An error that no command may raise is answered with GenericError and
+given to the event loop's exception handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import ssl as tls
+import stat
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from blockstep.qmp import wire
+from blockstep.qmp.errors import is_expected
+from blockstep.qmp.events import Throttle
+from blockstep.qmp.schema import Command, Event, Registry
+from blockstep.qmp.session import Call, Reply, Session
+
+#: Requests of one monitor that wait, or run out of band.
+QUEUE: Final = 8
+#: Bytes of unread input above which a monitor's socket is not read.
+READ_AHEAD: Final = 64 * 1024
+#: Bytes of unsent output above which an event cuts a monitor off.
+EVENT_BACKLOG: Final = 1 << 20
+#: Requests that a monitor may have answered before others get their turn: a flood does not hold the event loop.
+_TURN: Final = 8
+#: Bytes of unsent output above which a monitor's requests wait.
+_HIGH_WATER: Final = 64 * 1024
+
+
+class Listener:
+    """One listening socket. ``address`` is a path, or (host, port) with the port that was really bound."""
+
+    def __init__(self, server: Server, commands: Mapping[str, Command], max_monitors: int) -> None:
+        self.server, self.commands, self.max_monitors = server, commands, max_monitors
+        self.monitors: set[_Monitor] = set()
+        self.address: str | tuple[str, int] = ""
+        self._server: asyncio.Server | None = None
+        self._inode: tuple[int, int] | None = None
+
+    async def _listen(self, sock: socket.socket, ssl: tls.SSLContext | None) -> None:
+        loop = asyncio.get_running_loop()
+        name = sock.getsockname()
+        self.address = os.fsdecode(name) if sock.family == socket.AF_UNIX else name[:2]
+        timeout = {} if ssl is None else {"ssl_handshake_timeout": 10.0, "ssl_shutdown_timeout": 2.0}
+        options: Any = {"sock": sock, "ssl": ssl, "backlog": 128, **timeout}
+        if sock.family == socket.AF_UNIX:
+            self._server = await loop.create_unix_server(self._connected, **options)
+        else:
+            self._server = await loop.create_server(self._connected, **options)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it listens no more."""
+        return self._server is None
+
+    def _connected(self) -> _Monitor:
+        return _Monitor(self)
+
+    def close(self) -> None:
+        """Stop listening; monitors stay. A unix socket that is still ours is removed from the file system."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if self._inode is not None:
+            with contextlib.suppress(OSError):
+                if _inode(self.address) == self._inode:
+                    os.unlink(str(self.address))
+            self._inode = None
+
+
+class Server:
+    """A QMP server over any number of listeners.
+
+    ``context`` is handed to every command. ``version`` is the greeting's. ``clock`` gives nanoseconds since the
+    epoch, for the timestamps of events.
+    """
+
+    def __init__(self, registry: Registry, context: Any, *, version: Any = None,
+                 clock: Callable[[], int] = time.time_ns) -> None:
+        self.registry, self.context, self.version = registry, context, version
+        self.listeners: list[Listener] = []
+        self.cut_off = 0
+        self._clock = clock
+        self._throttle = Throttle()
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def monitors(self) -> list[_Monitor]:
+        """The connections that are open now."""
+        return [monitor for listener in self.listeners for monitor in listener.monitors]
+
+    async def start_unix(self, path: str | os.PathLike[str], *, allow: frozenset[str] | None = None,
+                         max_monitors: int = 64) -> Listener:
+        """Listen on a unix socket with mode 0600. A socket that a dead process left behind is replaced.
+
+        Raises OSError: EADDRINUSE if somebody listens there or the path is no socket.
+        """
+        sock = _bind_unix(os.fspath(path))
+        listener = await self.start_socket(sock, allow=allow, max_monitors=max_monitors)
+        listener._inode = _inode(path)
+        return listener
+
+    async def start_tcp(self, host: str, port: int, ssl: tls.SSLContext | None = None, *,
+                        allow: frozenset[str] | None = None, max_monitors: int = 64) -> Listener:
+        """Listen on the first address that ``host`` resolves to, IPv4 or IPv6; port 0 takes a free one.
+
+        Raises OSError if the address cannot be resolved or bound.
+        """
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except BaseException:
+            sock.close()
+            raise
+        return await self.start_socket(sock, ssl, allow=allow, max_monitors=max_monitors)
+
+    async def start_socket(self, sock: socket.socket, ssl: tls.SSLContext | None = None, *,
+                           allow: frozenset[str] | None = None, max_monitors: int = 64) -> Listener:
+        """Listen on a bound stream socket (systemd's, for one), which is closed with the listener."""
+        try:
+            listener = Listener(self, self.registry.offered(allow), max_monitors)
+            sock.setblocking(False)
+            await listener._listen(sock, ssl)
+        except BaseException:
+            sock.close()
+            raise
+        self.listeners.append(listener)
+        return listener
+
+    def emit(self, event: Event) -> None:
+        """Send an event to every monitor in command mode, now or when its rate limit allows."""
+        if self._throttle.offer(event, asyncio.get_running_loop().time()):
+            self._broadcast(event)
+        elif self._timer is None:
+            self._arm()
+
+    def _broadcast(self, event: Event) -> None:
+        line = wire.encode_event(event.kind.name, event, self._clock())
+        for monitor in self.monitors:
+            monitor.send_event(line)
+
+    def _arm(self) -> None:
+        when = self._throttle.next_time()
+        loop = asyncio.get_running_loop()
+        self._timer = None if when is None else loop.call_at(when, self._due)
+
+    def _due(self) -> None:
+        for event in self._throttle.due(asyncio.get_running_loop().time()):
+            self._broadcast(event)
+        self._arm()
+
+    async def stop(self, grace: float = 2.0) -> None:
+        """Stop listening, let commands that have begun end and answers go out, close all monitors.
+
+        What has not ended after ``grace`` seconds is cancelled. Called from a command it does not wait for that
+        command, whose answer is lost then: let the command return first.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for listener in self.listeners:
+            listener.close()
+        monitors = self.monitors
+        for monitor in monitors:
+            monitor.finish()
+        waiting = self._tasks - {task for task in (asyncio.current_task(),) if task is not None}
+        deadline = asyncio.get_running_loop().time() + grace
+        if waiting:
+            _, late = await asyncio.wait(waiting, timeout=grace)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
+        for monitor in monitors:
+            monitor.close()
+        if gone := [asyncio.ensure_future(monitor.gone.wait()) for monitor in monitors]:
+            _, late_monitors = await asyncio.wait(gone, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+            if late_monitors:
+                for monitor in monitors:
+                    monitor.abort()
+                await asyncio.wait(gone)
+        self.listeners.clear()
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _report(self, error: BaseException, command: str) -> None:
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": f"QMP command '{command}' failed with an error that is a bug", "exception": error})
+
+
+class _Monitor(asyncio.Protocol):
+    """One connection."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener, self._server = listener, listener.server
+        self._session = Session(listener.commands, self._server.version)
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]
+        self._queue: deque[Call | Reply] = deque()
+        self._working = self._reading_paused = self._opened = self._finishing = self._eof = False
+        self._out_of_band = 0
+        self._may_write = asyncio.Event()
+        self._may_write.set()
+        self.gone = asyncio.Event()
+        self.peer = ""
+
+    @property
+    def commands(self) -> Mapping[str, Command]:
+        return self._listener.commands
+
+    # -- the transport's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=_HIGH_WATER)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self.peer = "{}:{}".format(*transport.get_extra_info("peername")[:2])
+        else:
+            self.peer = f"unix:{self._listener.address}"
+        if self._listener.closed:  # it was in its TLS handshake
+            self._finishing = True
+            transport.abort()
+            return
+        if len(self._listener.monitors) >= self._listener.max_monitors:
+            self._finishing = True
+            transport.write(wire.encode_error("GenericError", "this socket has all the monitors that it takes"))
+            transport.close()
+            return
+        self._listener.monitors.add(self)
+        transport.write(self._session.greeting)
+
+    def data_received(self, data: bytes) -> None:
+        if self._finishing:
+            return
+        self._session.feed(data)
+        self._pull()
+
+    def eof_received(self) -> bool:
+        """The peer sends no more; it still gets the answers to what it has asked."""
+        self._eof = True
+        return self._busy
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._finishing = True
+        self._listener.monitors.discard(self)
+        self._queue.clear()
+        self._may_write.set()
+        self.gone.set()
+
+    def pause_writing(self) -> None:
+        self._may_write.clear()
+
+    def resume_writing(self) -> None:
+        self._may_write.set()
+
+    # -- requests
+
+    def _pull(self) -> None:
+        """Take requests out of the input as far as the bounds allow, and see that somebody works on them."""
+        turn = _TURN
+        while not self._finishing and len(self._queue) < QUEUE and self._out_of_band < QUEUE:
+            item = self._session.next()
+            if item is None:
+                break
+            if isinstance(item, Call) and item.oob:
+                self._out_of_band += 1
+                self._server._spawn(self._run_out_of_band(item))
+            elif isinstance(item, Reply) and turn and not self._working and self._may_write.is_set():
+                self._answer(item)
+                turn -= 1
+            else:
+                self._queue.append(item)
+                if not self._working:
+                    self._working = True
+                    self._server._spawn(self._work())
+        self._balance()
+
+    def _balance(self) -> None:
+        """Read the socket only while there is room for what comes."""
+        full = self._session.buffered > READ_AHEAD and (len(self._queue) >= QUEUE or self._out_of_band >= QUEUE)
+        if full != self._reading_paused and not self._transport.is_closing():
+            self._reading_paused = full
+            if full:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
+
+    async def _work(self) -> None:
+        """Answer what is queued, in order. Exists only while there is something."""
+        turn = _TURN
+        try:
+            while self._queue:
+                item = self._queue.popleft()
+                self._answer(item if isinstance(item, Reply) else Reply(await self._run(item)))
+                await self._may_write.wait()
+                self._pull()
+                turn -= 1
+                if not turn:
+                    turn = _TURN
+                    await asyncio.sleep(0)
+        finally:
+            self._working = False
+            self._close_if_done()
+
+    async def _run_out_of_band(self, call: Call) -> None:
+        try:
+            answer = await self._run(call)
+            await self._may_write.wait()
+            self._answer(Reply(answer))
+        finally:
+            self._out_of_band -= 1
+            self._pull()
+            self._close_if_done()
+
+    async def _run(self, call: Call) -> bytes:
+        try:
+            return call.succeeded(await call.command.run(self._server.context, call.args, self))
+        except Exception as error:
+            if not is_expected(error):
+                self._server._report(error, call.command.name)
+            return call.failed(error)
+
+    def _answer(self, reply: Reply) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(reply.data)
+            self._opened = self._opened or reply.opens
+
+    def send_event(self, line: bytes) -> None:
+        """Send an event, or cut the monitor off if it has not read too many."""
+        if not self._opened or self._transport.is_closing():
+            return
+        if self._transport.get_write_buffer_size() + len(line) > EVENT_BACKLOG:
+            self._server.cut_off += 1
+            self._transport.abort()
+        else:
+            self._transport.write(line)
+
+    # -- the end
+
+    @property
+    def _busy(self) -> bool:
+        return self._working or self._out_of_band > 0
+
+    def _close_if_done(self) -> None:
+        if self._eof and not self._busy:
+            self._transport.close()
+
+    def finish(self) -> None:
+        """Begin nothing new."""
+        self._finishing = True
+        self._queue.clear()
+
+    def close(self) -> None:
+        """Close when what was written has gone out."""
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        if not self.gone.is_set():
+            self._transport.abort()
+
+
+def _bind_unix(path: str) -> socket.socket:
+    """A socket bound to ``path`` with mode 0600, not listening yet, so that nobody can connect before the mode."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        try:
+            sock.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_stale(path):
+                raise
+            os.unlink(path)
+            sock.bind(path)
+        os.chmod(path, 0o600)
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _is_stale(path: str) -> bool:
+    """Whether ``path`` is a socket on which nobody listens."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(path) == errno.ECONNREFUSED
+
+
+def _inode(path: object) -> tuple[int, int]:
+    status = Path(str(path)).lstat()
+    return status.st_dev, status.st_ino
+
