@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import ssl as tls
@@ -35,9 +36,17 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from qemu.qmp import ConnectError, ExecuteError, ExecInterruptedError, Message, QMPClient, Runstate, StateError
+from qemu.qmp import (
+    ConnectError,
+    ExecInterruptedError,
+    ExecuteError,
+    Message,
+    QMPClient,
+    QMPError,
+    Runstate,
+    StateError,
+)
 from qemu.qmp.events import EventListener
-from qemu.qmp.protocol import QMPError
 
 from blockstep.errors import ConnectionLost, ProtocolError
 from blockstep.qmp.errors import CommandRefused
@@ -140,7 +149,8 @@ class Connection:
     def greeting(self) -> Mapping[str, Any]:
         """What the server said first: ``version`` and ``capabilities``."""
         assert self._client.greeting is not None
-        return dict(self._client.greeting._raw["QMP"])  # type: ignore[call-overload]
+        said = self._client.greeting.QMP
+        return {"version": said.version, "capabilities": said.capabilities}
 
     @property
     def connected(self) -> bool:
@@ -247,7 +257,7 @@ async def open_connection(address: Address, *, timeout: float = 10.0,
 
 def _failed(address: Address, cause: Exception) -> Exception:
     if isinstance(cause, OSError):
-        return ConnectionLost(f"{_shown(address)}: {cause.strerror or cause}", cause.errno or ConnectionLost("").errno)
+        return ConnectionLost(f"{_shown(address)}: {cause.strerror or cause}", cause.errno or errno.ENOTCONN)
     if isinstance(cause, EOFError):
         return ConnectionLost(f"{_shown(address)}: the peer hung up before it had greeted")
     return ProtocolError(f"{_shown(address)}: this is no QMP server: {cause}")

@@ -11,13 +11,12 @@ answered in that order; a slow command delays only its own monitor. Out-of-band 
 that has begun runs to its end even if its monitor goes away, since half a failover is worse than an unread
 answer; what was queued behind it is dropped.
 
-**Bounds.** Each monitor may have `QUEUE` requests waiting and as many running out of band. Beyond that its input
-stays where it is: first here, up to `READ_AHEAD` bytes, then in the kernel, then at the peer. A monitor that does not
-read its answers gets no further ones: its requests wait. Events cannot wait: a monitor that lets more than
-`EVENT_BACKLOG` bytes pile up is cut off, because one that misses events without knowing is worse off than one
-that has to connect again (`Server.cut_off` counts them). A listener takes ``max_monitors`` connections at a time;
-one more is told so and closed. The limit is one of the listener, so that strangers on a TCP port cannot keep the
-administrator from the unix socket.
+**Bounds.** They are in the module `monitor`: how many requests wait, how much input is read ahead, when output
+holds requests back. Events cannot wait: a monitor that lets more than `monitor.EVENT_BACKLOG` bytes pile up is
+cut off, because one that misses events without knowing is worse off than one that has to connect again
+(`Server.cut_off` counts them). A listener takes ``max_monitors`` connections at a time; one more is told so and
+closed. The limit is one of the listener, so that strangers on a TCP port cannot keep the administrator from the
+unix socket.
 
 **Access.** A unix socket has mode 0600 from the moment it can be connected to. A listener may offer fewer
 commands (``allow``): others do not exist for it. TCP may be TLS; who may connect is the ssl context's matter.
@@ -36,27 +35,14 @@ import socket
 import ssl as tls
 import stat
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from blockstep.qmp import wire
-from blockstep.qmp.errors import is_expected
 from blockstep.qmp.events import Throttle
+from blockstep.qmp.monitor import Connection
 from blockstep.qmp.schema import Command, Event, Registry
-from blockstep.qmp.session import Call, Reply, Session
-
-#: Requests of one monitor that wait, or run out of band.
-QUEUE: Final = 8
-#: Bytes of unread input above which a monitor's socket is not read.
-READ_AHEAD: Final = 64 * 1024
-#: Bytes of unsent output above which an event cuts a monitor off.
-EVENT_BACKLOG: Final = 1 << 20
-#: Requests that a monitor may have answered before others get their turn: a flood does not hold the event loop.
-_TURN: Final = 8
-#: Bytes of unsent output above which a monitor's requests wait.
-_HIGH_WATER: Final = 64 * 1024
 
 
 class Listener:
@@ -64,7 +50,7 @@ class Listener:
 
     def __init__(self, server: Server, commands: Mapping[str, Command], max_monitors: int) -> None:
         self.server, self.commands, self.max_monitors = server, commands, max_monitors
-        self.monitors: set[_Monitor] = set()
+        self.monitors: set[Connection] = set()
         self.address: str | tuple[str, int] = ""
         self._server: asyncio.Server | None = None
         self._inode: tuple[int, int] | None = None
@@ -85,8 +71,8 @@ class Listener:
         """Whether it listens no more."""
         return self._server is None
 
-    def _connected(self) -> _Monitor:
-        return _Monitor(self)
+    def _connected(self) -> Connection:
+        return Connection(self)
 
     def close(self) -> None:
         """Stop listening; monitors stay. A unix socket that is still ours is removed from the file system."""
@@ -118,7 +104,7 @@ class Server:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
-    def monitors(self) -> list[_Monitor]:
+    def monitors(self) -> list[Connection]:
         """The connections that are open now."""
         return [monitor for listener in self.listeners for monitor in listener.monitors]
 
@@ -218,188 +204,16 @@ class Server:
                 await asyncio.wait(gone)
         self.listeners.clear()
 
-    def _spawn(self, coroutine: Any) -> None:
+    def spawn(self, coroutine: Any) -> None:
+        """Run a monitor's work as a task that `stop` waits for."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _report(self, error: BaseException, command: str) -> None:
+    def report(self, error: BaseException, command: str) -> None:
+        """A command raised what no command may raise."""
         asyncio.get_running_loop().call_exception_handler(
             {"message": f"QMP command '{command}' failed with an error that is a bug", "exception": error})
-
-
-class _Monitor(asyncio.Protocol):
-    """One connection."""
-
-    def __init__(self, listener: Listener) -> None:
-        self._listener, self._server = listener, listener.server
-        self._session = Session(listener.commands, self._server.version)
-        self._transport: asyncio.Transport = None  # type: ignore[assignment]
-        self._queue: deque[Call | Reply] = deque()
-        self._working = self._reading_paused = self._opened = self._finishing = self._eof = False
-        self._out_of_band = 0
-        self._may_write = asyncio.Event()
-        self._may_write.set()
-        self.gone = asyncio.Event()
-        self.peer = ""
-
-    @property
-    def commands(self) -> Mapping[str, Command]:
-        return self._listener.commands
-
-    # -- the transport's side
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=_HIGH_WATER)
-        sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            self.peer = "{}:{}".format(*transport.get_extra_info("peername")[:2])
-        else:
-            self.peer = f"unix:{self._listener.address}"
-        if self._listener.closed:  # it was in its TLS handshake
-            self._finishing = True
-            transport.abort()
-            return
-        if len(self._listener.monitors) >= self._listener.max_monitors:
-            self._finishing = True
-            transport.write(wire.encode_error("GenericError", "this socket has all the monitors that it takes"))
-            transport.close()
-            return
-        self._listener.monitors.add(self)
-        transport.write(self._session.greeting)
-
-    def data_received(self, data: bytes) -> None:
-        if self._finishing:
-            return
-        self._session.feed(data)
-        self._pull()
-
-    def eof_received(self) -> bool:
-        """The peer sends no more; it still gets the answers to what it has asked."""
-        self._eof = True
-        return self._busy
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._finishing = True
-        self._listener.monitors.discard(self)
-        self._queue.clear()
-        self._may_write.set()
-        self.gone.set()
-
-    def pause_writing(self) -> None:
-        self._may_write.clear()
-
-    def resume_writing(self) -> None:
-        self._may_write.set()
-
-    # -- requests
-
-    def _pull(self) -> None:
-        """Take requests out of the input as far as the bounds allow, and see that somebody works on them."""
-        turn = _TURN
-        while not self._finishing and len(self._queue) < QUEUE and self._out_of_band < QUEUE:
-            item = self._session.next()
-            if item is None:
-                break
-            if isinstance(item, Call) and item.oob:
-                self._out_of_band += 1
-                self._server._spawn(self._run_out_of_band(item))
-            elif isinstance(item, Reply) and turn and not self._working and self._may_write.is_set():
-                self._answer(item)
-                turn -= 1
-            else:
-                self._queue.append(item)
-                if not self._working:
-                    self._working = True
-                    self._server._spawn(self._work())
-        self._balance()
-
-    def _balance(self) -> None:
-        """Read the socket only while there is room for what comes."""
-        full = self._session.buffered > READ_AHEAD and (len(self._queue) >= QUEUE or self._out_of_band >= QUEUE)
-        if full != self._reading_paused and not self._transport.is_closing():
-            self._reading_paused = full
-            if full:
-                self._transport.pause_reading()
-            else:
-                self._transport.resume_reading()
-
-    async def _work(self) -> None:
-        """Answer what is queued, in order. Exists only while there is something."""
-        turn = _TURN
-        try:
-            while self._queue:
-                item = self._queue.popleft()
-                self._answer(item if isinstance(item, Reply) else Reply(await self._run(item)))
-                await self._may_write.wait()
-                self._pull()
-                turn -= 1
-                if not turn:
-                    turn = _TURN
-                    await asyncio.sleep(0)
-        finally:
-            self._working = False
-            self._close_if_done()
-
-    async def _run_out_of_band(self, call: Call) -> None:
-        try:
-            answer = await self._run(call)
-            await self._may_write.wait()
-            self._answer(Reply(answer))
-        finally:
-            self._out_of_band -= 1
-            self._pull()
-            self._close_if_done()
-
-    async def _run(self, call: Call) -> bytes:
-        try:
-            return call.succeeded(await call.command.run(self._server.context, call.args, self))
-        except Exception as error:
-            if not is_expected(error):
-                self._server._report(error, call.command.name)
-            return call.failed(error)
-
-    def _answer(self, reply: Reply) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(reply.data)
-            self._opened = self._opened or reply.opens
-
-    def send_event(self, line: bytes) -> None:
-        """Send an event, or cut the monitor off if it has not read too many."""
-        if not self._opened or self._transport.is_closing():
-            return
-        if self._transport.get_write_buffer_size() + len(line) > EVENT_BACKLOG:
-            self._server.cut_off += 1
-            self._transport.abort()
-        else:
-            self._transport.write(line)
-
-    # -- the end
-
-    @property
-    def _busy(self) -> bool:
-        return self._working or self._out_of_band > 0
-
-    def _close_if_done(self) -> None:
-        if self._eof and not self._busy:
-            self._transport.close()
-
-    def finish(self) -> None:
-        """Begin nothing new."""
-        self._finishing = True
-        self._queue.clear()
-
-    def close(self) -> None:
-        """Close when what was written has gone out."""
-        self._transport.close()
-
-    def abort(self) -> None:
-        """Close at once."""
-        if not self.gone.is_set():
-            self._transport.abort()
 
 
 def _bind_unix(path: str) -> socket.socket:
