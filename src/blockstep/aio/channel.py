@@ -83,6 +83,10 @@ class Channel:
         self.on_room: Callable[[], None] | None = None
         self.resume()
 
+    def set_receiver(self, receiver: Receiver) -> None:
+        """Change the owner: what is received from now on, and `lost`, is told to ``receiver``."""
+        self._receiver = receiver
+
     # Receiving.
 
     def pause(self) -> None:
