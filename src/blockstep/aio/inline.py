@@ -21,7 +21,7 @@ its own state in order before it does. Strands resumed by asyncio futures run fr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -44,13 +44,29 @@ def start(coroutine: Coroutine[Any, Any, T], done: Done) -> bool:
     return False
 
 
-async def together(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+def go_on(coroutine: Coroutine[Any, Any, Any], waits_for: Any, done: Done) -> None:
+    """Go on with a coroutine that the caller has started itself, and whose ``send(None)`` gave ``waits_for``.
+
+    For loops over many requests: most of them end in that first send, and need no ``done`` at all.
+    """
+    _Strand(coroutine, done)._wait(waits_for)
+
+
+async def together(coroutines: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
     """Start all ``coroutines`` before waiting for any, and run them to their ends.
 
     Returns their values in order; where one failed, the exception stands in place of the value.
     """
+    results, running = start_all(coroutines)
+    if running is not None:
+        await running.wait()
+    return results
+
+
+def start_all(coroutines: Iterable[Coroutine[Any, Any, Any]]) -> tuple[list[Any], Running | None]:
+    """`together` for the hot path: the results, and what to ``await ... .wait()`` for until they are complete."""
     results: list[Any] = []
-    running: _Running | None = None
+    running: Running | None = None
     for coroutine in coroutines:
         try:
             waits_for = coroutine.send(None)
@@ -60,35 +76,39 @@ async def together(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
             results.append(error)
         else:
             if running is None:
-                running = _Running(results)
+                running = Running(results)
             _Strand(coroutine, running.add(len(results)))._wait(waits_for)
             results.append(None)
-    if running is not None and running.left:
-        running.all_ended = Completion()
-        await running.all_ended
-    return results
+    return results, running
 
 
-class _Running:
-    """Those of `together` that wait for something."""
+class Running:
+    """Those of `start_all` that wait for something."""
 
-    __slots__ = ("all_ended", "left", "results")
+    __slots__ = ("_all_ended", "_left", "_results")
 
     def __init__(self, results: list[Any]) -> None:
-        self.results = results
-        self.left = 0
-        self.all_ended: Completion[None] | None = None
+        self._results = results
+        self._left = 0
+        self._all_ended: Completion[None] | None = None
 
     def add(self, index: int) -> Done:
-        self.left += 1
+        """One more; returns what it calls at its end."""
+        self._left += 1
 
         def ended(value: Any, error: BaseException | None) -> None:
-            self.results[index] = value if error is None else error
-            self.left -= 1
-            if not self.left and self.all_ended is not None:
-                self.all_ended.set_result(None)
+            self._results[index] = value if error is None else error
+            self._left -= 1
+            if not self._left and self._all_ended is not None:
+                self._all_ended.set_result(None)
 
         return ended
+
+    async def wait(self) -> None:
+        """Until all have ended."""
+        if self._left:
+            self._all_ended = Completion()
+            await self._all_ended
 
 
 class _Strand:
