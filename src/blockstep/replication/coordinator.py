@@ -1,0 +1,252 @@
+"""The primary's coordinator: what happens to it, and what it does about that. Pure: events in, actions out.
+
+    offline ──Attached──► syncing ──Synced──► checkpointing ◄──Due── replicating
+       ▲                     │                    │   └──Committed──────►│
+       └───────Failed────────┴──────Failed────────┴────────Failed───────┘
+    any ──Refused(promoted)──► fenced           any ──Stop──► stopped
+
+* offline: there is no standby; the disks are written, and what it will lack is remembered. Tries to attach again.
+* syncing: what the standby lacks is being copied; writes go to both.
+* replicating: the standby has all that was acknowledged to it, its view is at the last checkpoint.
+* checkpointing: one is being taken; writes are held back from the links.
+* fenced: the standby has been promoted. This side must not write to it any more, and never does.
+* stopped: replication was ended by command; the disks are served on.
+
+The first checkpoint after a sync makes the standby's state a known one; only from then on is a pair *healthy*.
+
+The one who owns a coordinator calls `apply` for each event and carries the actions out in their order. Only one action at a time
+is awaited by the coordinator (attach, sync, checkpoint), and each is answered by an event that carries its
+*attempt*: answers to an attempt that was given up are ignored.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+
+class State(enum.Enum):
+    """Where the primary stands; see the module."""
+
+    OFFLINE = "offline"
+    SYNCING = "syncing"
+    REPLICATING = "replicating"
+    CHECKPOINTING = "checkpointing"
+    FENCED = "fenced"
+    STOPPED = "stopped"
+
+
+# --- events ---
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """The standby is there. ``full``: nothing is known of what it holds, so everything is copied."""
+
+    attempt: int
+    full: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """The standby holds what the primary's disks hold, and the links are on."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A checkpoint is wanted: by time, by bytes written, or by command."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The standby has taken checkpoint ``epoch``."""
+
+    attempt: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The standby, or the way to it, failed: an action of ``attempt`` did, or (None) a link or the connection."""
+
+    reason: str
+    attempt: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The standby does not take this primary any more: it was promoted."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End replication."""
+
+
+Event = Attached | Synced | Due | Committed | Failed | Refused | Stop
+
+
+# --- actions ---
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Connect to the standby, after ``delay`` seconds; answer Attached, Failed or Refused."""
+
+    attempt: int
+    delay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """Copy everything (``full``) or what the standby lacks, switch the links on; answer Synced or Failed."""
+
+    attempt: int
+    full: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TakeCheckpoint:
+    """Mark all links, settle, let the standby commit ``epoch``, release; answer Committed or Failed."""
+
+    attempt: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class LetGo:
+    """Switch all links off, cut the connections."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Tell the people and programs that listen: the state is a new one."""
+
+    state: State
+    reason: str
+
+
+Action = Attach | Sync | TakeCheckpoint | LetGo | Report
+
+#: Seconds between attempts to attach: the first at once, then doubling.
+FIRST_DELAY: Final = 0.25
+LONGEST_DELAY: Final = 5.0
+
+#: The states in which a standby is attached, or being attached.
+_WITH_STANDBY: Final = frozenset({State.SYNCING, State.REPLICATING, State.CHECKPOINTING})
+
+
+class Coordinator:
+    """The state machine. `state`, `epoch` and `reason` may be read at any time; only `apply` changes them."""
+
+    def __init__(self) -> None:
+        self.state = State.OFFLINE
+        #: The number of the last checkpoint that the standby has committed.
+        self.epoch = 0
+        #: Why the state is what it is, for people.
+        self.reason = "not attached yet"
+        #: Whether the standby has committed a checkpoint since it was attached.
+        self.protected = False
+        self._attempt = 0
+        self._failures = 0
+        self._wanted_again = False
+
+    def begin(self) -> list[Action]:
+        """The first actions."""
+        return [self._attach(0.0)]
+
+    def apply(self, event: Event) -> list[Action]:
+        """Take note of ``event``. Returns what to do, in order; nothing for an event that is out of date."""
+        attempt = getattr(event, "attempt", None)
+        if attempt is not None and attempt != self._attempt:
+            return []
+        handler = _TABLE.get((self.state, type(event)))
+        return handler(self, event) if handler else []
+
+    # --- what the table names ---
+
+    def _attached(self, event: Attached) -> list[Action]:
+        self._attempt += 1
+        return [*self._enter(State.SYNCING, "copying everything" if event.full else "copying what the standby lacks"),
+                Sync(self._attempt, event.full)]
+
+    def _synced(self, _: Synced) -> list[Action]:
+        return self._checkpoint("first checkpoint after the sync")
+
+    def _due(self, _: Due) -> list[Action]:
+        return self._checkpoint("")
+
+    def _due_again(self, _: Due) -> list[Action]:
+        self._wanted_again = True  # several requests meanwhile are one
+        return []
+
+    def _committed(self, event: Committed) -> list[Action]:
+        self.epoch = event.epoch
+        self._failures = 0
+        actions: list[Action] = []
+        if not self.protected:
+            self.protected = True
+            actions += self._enter(State.REPLICATING, "")
+        self.state, self.reason = State.REPLICATING, ""
+        if self._wanted_again:
+            self._wanted_again = False
+            actions += self._checkpoint("")
+        return actions
+
+    def _failed(self, event: Failed) -> list[Action]:
+        delay = min(LONGEST_DELAY, FIRST_DELAY * 2**self._failures) if self._failures < 16 else LONGEST_DELAY
+        self._failures += 1
+        self.protected = False
+        self._wanted_again = False
+        actions: list[Action] = [LetGo(event.reason)] if self.state in _WITH_STANDBY else []
+        if self.state is not State.OFFLINE or self.reason != event.reason:
+            actions += self._enter(State.OFFLINE, event.reason)
+        return [*actions, self._attach(delay)]
+
+    def _refused(self, event: Refused) -> list[Action]:
+        self.protected = False
+        self._attempt += 1
+        return [LetGo(event.reason), *self._enter(State.FENCED, event.reason)]
+
+    def _stop(self, _: Stop) -> list[Action]:
+        self.protected = False
+        self._attempt += 1
+        return [LetGo("stopped"), *self._enter(State.STOPPED, "stopped by command")]
+
+    # --- helpers ---
+
+    def _enter(self, state: State, reason: str) -> list[Action]:
+        self.state, self.reason = state, reason
+        return [Report(state, reason)]
+
+    def _attach(self, delay: float) -> Attach:
+        self._attempt += 1
+        return Attach(self._attempt, delay)
+
+    def _checkpoint(self, reason: str) -> list[Action]:
+        self.state, self.reason = State.CHECKPOINTING, reason
+        self._attempt += 1
+        return [TakeCheckpoint(self._attempt, self.epoch + 1)]
+
+
+_LIVE: Final = (State.OFFLINE, State.SYNCING, State.REPLICATING, State.CHECKPOINTING)
+
+#: Everything that can happen; what is not in the table changes nothing. Walked by the tests.
+_TABLE: Final[dict[tuple[State, type], Callable[[Coordinator, Event], list[Action]]]] = {
+    (State.OFFLINE, Attached): Coordinator._attached,
+    (State.SYNCING, Synced): Coordinator._synced,
+    (State.REPLICATING, Due): Coordinator._due,
+    (State.CHECKPOINTING, Due): Coordinator._due_again,
+    (State.CHECKPOINTING, Committed): Coordinator._committed,
+    **{(state, Failed): Coordinator._failed for state in _LIVE},
+    **{(state, Refused): Coordinator._refused for state in _LIVE},
+    **{(state, Stop): Coordinator._stop for state in (*_LIVE, State.FENCED)},
+}  # type: ignore[dict-item]

@@ -1,0 +1,361 @@
+"""The link: where a primary's writes part, one to its own disk and one to the standby.
+
+    guest ──► link ──file────► the primary's disk
+                └────target──► the standby's secondary disk (an nbd node), while there is one
+
+What a write waits for is the user's choice (``ack``). With ``local`` it is done when the primary's disk has it, and
+its copy waits in a bounded queue; when the queue is full, guests wait for room. With ``both`` it waits for the
+standby as well. Whatever goes wrong beyond the link, a guest's write never fails for it and never waits for longer than
+the deadline of the target's requests: at the first error the link *lets go* (`fail`), and all who wait go on.
+
+The order of overlapping writes is the same on both sides: on this side a range lock is held until a write is both
+queued and on the disk, and on the way to the standby a write waits while an overlapping one is out.
+
+**What the standby may lack.** Two bitmaps, from the first byte on: `since` is what was written since the last mark,
+`closing` what was written before it and is not yet known to be durable on the standby. After a loss their union
+is what has to be copied.
+
+**A checkpoint** holds writes back from the link, not from the guest::
+
+    mark()     now: what came before belongs to the checkpoint, what comes is held
+    settle()   wait until the standby has acknowledged all that came before
+    ...        the standby takes its checkpoint
+    release()  send what was held
+    settled()  the standby's disk is flushed: forget `closing`
+
+`mark` does not wait, so marking the links of several disks one after the other is one point in time: a write that was
+acknowledged before it is in, and one that was begun after it is not.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, ClassVar, Final, Literal, NamedTuple
+
+from blockstep.aio.inline import Completion, start
+from blockstep.aio.rangelock import RangeLock
+from blockstep.block.bitmap import Bitmap
+from blockstep.block.driver import FUA, Buffer, Filter
+from blockstep.block.node import Child, NodeOptions, NodeRef
+from blockstep.block.permissions import Permission, Role
+from blockstep.block.registry import register
+from blockstep.errors import ConnectionLost
+from blockstep.units import MiB
+
+#: Requests on their way to the standby at a time, and their bytes.
+WINDOW: Final = 128
+WINDOW_BYTES: Final = 16 * MiB
+#: What a request without data counts for in the queue.
+SMALL: Final = 4096
+#: Bytes for each bit of what the standby may lack: 2 MiB of memory for a full bitmap over 1 TiB.
+GRANULARITY: Final = 65536
+
+
+class LinkOptions(NodeOptions, tag="link"):
+    """``ack``: who has a write when the guest is told; ``queue``: bytes that may wait for the standby."""
+
+    file: NodeRef
+    ack: Literal["local", "both"] = "local"
+    queue: int = 64 * MiB
+
+
+class _Request(NamedTuple):
+    kind: Literal["pwrite", "write_zeroes", "discard"]
+    offset: int
+    length: int
+    data: Buffer | None
+    flags: int
+    done: Completion[None] | None  # who waits for the standby
+
+    @property
+    def weight(self) -> int:
+        return self.length if self.data is not None else SMALL
+
+
+@register
+class Link(Filter):
+    """See the module."""
+
+    driver: ClassVar[str] = "link"
+    Options = LinkOptions
+    child_roles: ClassVar[dict[str, Role]] = {"file": Role.FILTERED}
+    options: LinkOptions
+    target: Child
+
+    async def open(self) -> None:
+        self.since = Bitmap(self.length, GRANULARITY)
+        self.closing = Bitmap(self.length, GRANULARITY)
+        #: Whether writes go to the standby.
+        self.on = False
+        #: Bytes written since the last mark (a range written twice counts twice).
+        self.written = 0
+        #: Bytes that wait for the standby's acknowledgement.
+        self.queued = 0
+        #: Called once when the link lets go.
+        self.on_fail: Callable[[OSError], None] = lambda error: None
+        #: Called when more than `alarm` bytes were written since the last mark (0: never).
+        self.on_written: Callable[[], None] = lambda: None
+        self.alarm = 0
+        self._lock = RangeLock()  # from the guest: one of several overlapping writes at a time
+        self._sent = RangeLock()  # to the standby: likewise
+        self._queue: deque[_Request] = deque()
+        self._held: deque[_Request] | None = None
+        self._out: set[_Sent] = set()
+        self._in_flight_bytes = 0
+        self._pumping = False
+        self._flushing: set[Completion[None]] = set()
+        self._waiting_for_room: deque[Completion[None]] = deque()
+        self._waiting_for_end: list[Completion[None]] = []
+
+    def child_permissions(self, child: Child, taken: Permission, shared: Permission) -> tuple[Permission, Permission]:
+        if child.name == "target":
+            return super().child_permissions(child, taken, shared)
+        return taken, shared
+
+    @property
+    def behind(self) -> int:
+        """Bytes that the standby may lack: what waits while the link is on, else what a resync has to copy."""
+        if self.on:
+            return self.queued
+        union = Bitmap(self.length, GRANULARITY)
+        union.merge(self.since)
+        union.merge(self.closing)
+        return union.count()
+
+    # --- on and off ---
+
+    def switch_on(self) -> None:
+        """Send writes to ``target`` from now on. Both sides hold the same; nothing is in flight."""
+        self.on = True
+
+    def switch_off(self) -> None:
+        """Stop sending; those who wait for the standby go on. What it may lack stays in the bitmaps."""
+        self.on = False
+        dropped = [*self._queue, *(self._held or ()), *(sent.request for sent in self._out)]
+        self._queue.clear()
+        self._out.clear()
+        self._held = None
+        self.queued = self._in_flight_bytes = 0
+        self._sent = RangeLock()
+        for request in dropped:
+            if request.done:
+                request.done.set_result(None)
+        self._wake(self._flushing)
+        self._make_room()
+        self._wake(self._waiting_for_end)
+
+    def fail(self, error: OSError) -> None:
+        """Let go of a standby that cannot be written to."""
+        if self.on:
+            self.switch_off()
+            self.on_fail(error)
+
+    # --- requests of the guest ---
+
+    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        length = len(data)
+        if self.queued > self.options.queue:
+            await self._room()
+        end = offset + length
+        token = self._lock.try_take(offset, end) or await self._lock.take(offset, end)
+        try:
+            self.since.set(offset, length)
+            self.written += length
+            if self.alarm and self.written > self.alarm:
+                self.on_written()
+            if not self.on:
+                await self.file.pwrite(offset, data, flags)
+            elif self.options.ack == "local":
+                self._put(_Request("pwrite", offset, length, bytes(data), 0, None))
+                await self.file.pwrite(offset, data, flags)
+            else:
+                done: Completion[None] = Completion()
+                self._put(_Request("pwrite", offset, length, data, flags, done))
+                try:
+                    await self.file.pwrite(offset, data, flags)
+                finally:
+                    await done
+        finally:
+            # The bit may have been taken away by a mark or a copy while the write was on its way to the disk.
+            self.since.set(offset, length)
+            self._lock.give_back(token)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        await self._both("write_zeroes", offset, length, flags, lambda: self.file.write_zeroes(offset, length, flags))
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._both("discard", offset, length, 0, lambda: self.file.discard(offset, length))
+
+    async def flush(self) -> None:
+        if not self.on or self.options.ack == "local":
+            await self.file.flush()
+            return
+        done: Completion[None] = Completion()
+        self._flushing.add(done)
+
+        def flushed(_: Any, error: BaseException | None) -> None:
+            if done in self._flushing:
+                self._flushing.remove(done)
+                done.set_result(None)
+                if error:
+                    self.fail(_as_os_error(error))
+
+        start(self.target.flush(), flushed)
+        try:
+            await self.file.flush()
+        finally:
+            await done
+
+    async def _both(
+        self, kind: Any, offset: int, length: int, flags: int, local: Callable[[], Awaitable[None]]
+    ) -> None:
+        if self.queued > self.options.queue:
+            await self._room()
+        token = await self._lock.take(offset, offset + length)
+        try:
+            self.since.set(offset, length)
+            done: Completion[None] | None = None
+            if self.on:
+                wait = self.options.ack == "both"
+                done = Completion() if wait else None
+                self._put(_Request(kind, offset, length, None, flags if wait else flags & ~FUA, done))
+            try:
+                await local()
+            finally:
+                if done:
+                    await done
+        finally:
+            self.since.set(offset, length)
+            self._lock.give_back(token)
+
+    # --- the queue ---
+
+    async def _room(self) -> None:
+        while self.on and self.queued > self.options.queue:
+            waiter: Completion[None] = Completion()
+            self._waiting_for_room.append(waiter)
+            await waiter
+
+    def _make_room(self) -> None:
+        while self._waiting_for_room and not (self.on and self.queued > self.options.queue):
+            self._waiting_for_room.popleft().set_result(None)
+
+    def _put(self, request: _Request) -> None:
+        self.queued += request.weight
+        if self._held is not None:
+            self._held.append(request)
+        else:
+            self._queue.append(request)
+            self._pump()
+
+    def _pump(self) -> None:
+        """Send as much as the window takes. A request that overlaps one on its way waits, and all behind it."""
+        if self._pumping:
+            return
+        self._pumping = True
+        queue = self._queue
+        try:
+            while queue and len(self._out) < WINDOW and self._in_flight_bytes < WINDOW_BYTES:
+                request = queue[0]
+                token = self._sent.try_take(request.offset, request.offset + request.length)
+                if not token:
+                    break
+                queue.popleft()
+                self._in_flight_bytes += request.weight
+                sent = _Sent(self, request, token)
+                self._out.add(sent)
+                if request.kind == "pwrite":
+                    assert request.data is not None
+                    sending = self.target.pwrite(request.offset, request.data, request.flags)
+                elif request.kind == "write_zeroes":
+                    sending = self.target.write_zeroes(request.offset, request.length, request.flags)
+                else:
+                    sending = self.target.discard(request.offset, request.length)
+                start(sending, sent.done)
+        finally:
+            self._pumping = False
+
+    def _acknowledged(self, sent: _Sent) -> None:
+        request = sent.request
+        self._out.remove(sent)
+        self._sent.give_back(sent.token)
+        self._in_flight_bytes -= request.weight
+        self.queued -= request.weight
+        if request.done:
+            request.done.set_result(None)
+        if self._queue:
+            self._pump()
+        elif not self._out and self._waiting_for_end:
+            self._wake(self._waiting_for_end)
+        if self._waiting_for_room:
+            self._make_room()
+
+    @staticmethod
+    def _wake(waiting: list[Completion[None]] | set[Completion[None]]) -> None:
+        while waiting:
+            waiting.pop().set_result(None)
+
+    # --- checkpoints ---
+
+    def mark(self) -> None:
+        """All that was queued up to now belongs to the checkpoint; what comes is held back from the link."""
+        assert self.on
+        assert self._held is None
+        if self.closing.bits.any():
+            self.closing.merge(self.since)
+            self.since.clear()
+        else:
+            self.since, self.closing = self.closing, self.since
+        self.written = 0
+        self._held = deque()
+
+    async def settle(self) -> None:
+        """Wait until the standby has acknowledged what came before the mark. Raises ConnectionLost if it cannot."""
+        while self.on and (self._queue or self._out):
+            waiter: Completion[None] = Completion()
+            self._waiting_for_end.append(waiter)
+            await waiter
+        if not self.on:
+            raise ConnectionLost(f"link '{self.name}' has let go of the standby")
+
+    def release(self) -> None:
+        """Send what was held."""
+        held, self._held = self._held, None
+        if held:
+            self._queue.extend(held)
+            self._pump()
+
+    def settled(self) -> None:
+        """What came before the mark is durable on the standby."""
+        self.closing.clear()
+
+    async def drain_begin(self) -> None:
+        if self._held is None and self.on:
+            try:
+                await self.settle()
+            except ConnectionLost:
+                return  # nothing is on its way any more
+
+
+class _Sent:
+    """A request on its way to the standby."""
+
+    __slots__ = ("_link", "request", "token")
+
+    def __init__(self, link: Link, request: _Request, token: int) -> None:
+        self._link, self.request, self.token = link, request, token
+
+    def done(self, _: Any, error: BaseException | None) -> None:
+        link = self._link
+        if self not in link._out:  # the link has let go meanwhile
+            return
+        if error is None:
+            link._acknowledged(self)
+        else:
+            link.fail(_as_os_error(error))
+
+
+def _as_os_error(error: BaseException) -> OSError:
+    return error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
