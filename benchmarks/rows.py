@@ -1,0 +1,91 @@
+"""The rows of the bench: what is measured, against whom, and what should come out.
+
+A target has two values: *at least*, below which the row is missed, and *aim*. Where less is better (times, memory)
+both are upper bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.measures import Bench, Measured, Race, checkpoint_pause, failover, first_sync, memory
+from benchmarks.tools import Workload
+from blockstep.units import KiB, MiB
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a score should be, in ``unit`` ("x" is a ratio). ``lower``: less is better."""
+
+    at_least: float
+    aim: float
+    unit: str = "x"
+    lower: bool = False
+
+    def verdict(self, score: float) -> str:
+        """``aim``, ``held`` or ``MISS``."""
+        if self.lower:
+            return "aim" if score <= self.aim else "held" if score <= self.at_least else "MISS"
+        return "aim" if score >= self.aim else "held" if score >= self.at_least else "MISS"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure, its scores' targets by name, and the words for people."""
+
+    name: str
+    title: str
+    measure: Callable[[Bench], Measured]
+    targets: dict[str, Target]
+
+
+READ_4K = Workload("randread", 4 * KiB, 16)
+WRITE_4K = Workload("randwrite", 4 * KiB, 16)
+WRITE_4K_ALONE = Workload("randwrite", 4 * KiB, 1)
+WRITE_1M = Workload("write", MiB, 4)
+
+
+def race(name: str, path: str, ours: str, rivals: tuple[str, ...], work: Workload, at_least: float, aim: float,
+         prime: Workload | None = None, cold: bool = False) -> Row:
+    return Row(name, f"{path}: {work}", Race(ours, rivals, work, prime, cold), {"ratio": Target(at_least, aim)})
+
+
+def plain(name: str, work: Workload, at_least: float, aim: float) -> Row:
+    return race(name, "plain export", "blockstep export", ("nbdkit", "qemu-nbd"), work, at_least, aim)
+
+
+def into_standby(name: str, work: Workload, at_least: float, aim: float) -> Row:
+    return race(name, "into a standby", "blockstep standby", ("QEMU standby",), work, at_least, aim)
+
+
+def through_pair(name: str, work: Workload, at_least: float, aim: float) -> Row:
+    return race(name, "pair, both acknowledge", "blockstep pair", ("QEMU pair",), work, at_least, aim)
+
+
+ROWS = [
+    plain("plain-4k-read", READ_4K, 1.0, 1.3),
+    plain("plain-4k-write", WRITE_4K, 1.0, 1.3),
+    plain("plain-4k-read-depth1", Workload("randread", 4 * KiB, 1), 0.8, 1.0),
+    plain("plain-4k-write-depth1", WRITE_4K_ALONE, 0.8, 1.0),
+    plain("plain-1m-read", Workload("read", MiB, 4), 0.9, 1.1),
+    plain("plain-1m-write", WRITE_1M, 0.9, 1.1),
+    into_standby("standby-4k-write", WRITE_4K, 3, 6),
+    into_standby("standby-64k-write", Workload("write", 64 * KiB, 8), 1.5, 3),
+    into_standby("standby-1m-write", WRITE_1M, 1.5, 3),
+    through_pair("pair-4k-write", WRITE_4K, 4, 6),
+    through_pair("pair-1m-write", WRITE_1M, 1.2, 2),
+    through_pair("pair-4k-write-depth1", WRITE_4K_ALONE, 1.2, 2),
+    race("local-4k-write", "pair, acknowledged locally", "blockstep pair (local)", ("blockstep export",), WRITE_4K,
+         0.5, 0.8),
+    race("view-4k-read", "standby's view", "blockstep view", ("QEMU view",), READ_4K, 1.5, 2, prime=WRITE_4K),
+    Row("checkpoint", "checkpoint, the whole disk dirty", checkpoint_pause,
+        {"pause": Target(5, 1, "ms", lower=True), "growth": Target(1, 0.5, "ms", lower=True)}),
+    Row("failover", "failover, the whole disk dirty", failover,
+        {"first write": Target(50, 10, "ms", lower=True), "commit rate": Target(1, 2, "GB/s")}),
+    Row("memory", "resident memory of the larger process", memory,
+        {"resident": Target(80, 60, "MiB", lower=True), "per TiB": Target(64, 32, "MiB", lower=True)}),
+    Row("first-sync", "first sync of a half-empty disk", first_sync, {"ratio": Target(0.8, 1.0)}),
+    race("cold-4k-read", "export of a file that is not cached", "blockstep export", ("qemu-nbd",), READ_4K, 1.0, 1.0,
+         cold=True),
+]

@@ -1,0 +1,260 @@
+"""The contestants: each is a context manager that starts one server, or a pair, and yields an `Endpoint`.
+
+All listen on unix sockets below ``directory`` and keep their disks there. `CONTESTANTS` has them by name.
+
+The blockstep ones are started by its commands, as a user would; their options are in `blockstep_standby` and
+`blockstep_primary`, the words of the control socket in `Control`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tools import make_disk, make_sparse, until
+from blockstep.testing.processes import QMP, blockstep, qemu_system, run, started, unix_uri
+
+Process = subprocess.Popen[bytes]
+
+
+@dataclass
+class Endpoint:
+    """A started contestant: where to send requests, and what can be done with it."""
+
+    socket: Path
+    export: str = ""
+    processes: dict[str, Process] = field(default_factory=dict)
+    checkpoint: Callable[[], object] | None = None
+    #: The exports into the standby, where there is one: (socket, export) of the secondary disk and of the view.
+    ingest: tuple[Path, str] | None = None
+    view: tuple[Path, str] | None = None
+    control: Any = None
+
+    @property
+    def uri(self) -> str:
+        return unix_uri(self.socket, self.export)
+
+
+def needed(*programs: str) -> None:
+    """Raises FileNotFoundError that names what has to be installed."""
+    for program in programs:
+        if shutil.which(program) is None:
+            raise FileNotFoundError(f"{program} is not installed")
+
+
+# One raw file, served.
+
+
+@contextmanager
+def nbdkit_file(directory: Path, size: int) -> Iterator[Endpoint]:
+    needed("nbdkit")
+    disk, path = make_disk(directory / "disk.raw", size), directory / "nbdkit.sock"
+    with started(["nbdkit", "--foreground", f"--unix={path}", "file", f"file={disk}"], path) as process:
+        yield Endpoint(path, processes={"nbdkit": process})
+
+
+@contextmanager
+def qemu_nbd(directory: Path, size: int) -> Iterator[Endpoint]:
+    needed("qemu-nbd")
+    disk, path = make_disk(directory / "disk.raw", size), directory / "qemu-nbd.sock"
+    command = ["qemu-nbd", "--persistent", "--shared=0", "--format=raw", f"--socket={path}", disk]
+    with started(command, path) as process:
+        yield Endpoint(path, processes={"qemu-nbd": process})
+
+
+@contextmanager
+def blockstep_export(directory: Path, size: int) -> Iterator[Endpoint]:
+    disk, path = make_disk(directory / "disk.raw", size), directory / "export.sock"
+    with started(blockstep("export", disk, "--socket", path), path) as process:
+        yield Endpoint(path, processes={"export": process})
+
+
+# QEMU's replication: a secondary, or a secondary and a primary that forwards into it.
+
+
+class QemuStandby:
+    """The secondary: raw secondary disk, qcow2 hidden and active disk above it, both doors exported."""
+
+    def __init__(self, stack: ExitStack, directory: Path, size: int) -> None:
+        needed("qemu-system-x86_64", "qemu-img")
+        secondary = make_disk(directory / "secondary.raw", size)
+        hidden, active = directory / "hidden.qcow2", directory / "active.qcow2"
+        for overlay in (hidden, active):
+            run("qemu-img", "create", "-q", "-f", "qcow2", overlay, str(size))
+        self.socket = directory / "secondary.sock"
+        self.qmp, self.process = stack.enter_context(qemu_system(
+            directory,
+            "-drive", f"id=secondary0,if=none,driver=raw,file.filename={secondary}",
+            "-drive", "id=filter0,if=none,driver=replication,mode=secondary,top-id=view0,"
+                      f"file.driver=qcow2,file.file.filename={active},"
+                      f"file.backing.driver=qcow2,file.backing.file.filename={hidden},"
+                      "file.backing.backing=secondary0",
+            "-drive", "id=view0,if=none,driver=quorum,vote-threshold=1,read-pattern=fifo,children.0=filter0",
+            name="standby"))
+        self.qmp.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(self.socket)}},
+                         max_connections=0)
+        self.qmp.execute("nbd-server-add", device="secondary0", writable=True)
+        self.qmp.execute("nbd-server-add", device="view0", writable=True)
+        self.qmp.execute("xen-set-replication", enable=True, primary=False)
+
+    def checkpoint(self) -> None:
+        self.qmp.execute("xen-colo-do-checkpoint")
+
+    def failover(self) -> None:
+        self.qmp.execute("xen-set-replication", enable=False, primary=False, failover=True)
+
+    def failed_over(self) -> bool:
+        """There is no job to be seen; but the status says "error" as long as the merge runs."""
+        return not self.qmp.execute("query-xen-replication-status")["error"]
+
+    def endpoint(self, export: str) -> Endpoint:
+        return Endpoint(self.socket, export, {"standby": self.process}, self.checkpoint,
+                        (self.socket, "secondary0"), (self.socket, "view0"), self)
+
+
+@contextmanager
+def qemu_standby(directory: Path, size: int) -> Iterator[Endpoint]:
+    with ExitStack() as stack:
+        yield QemuStandby(stack, directory, size).endpoint("secondary0")
+
+
+@contextmanager
+def qemu_view(directory: Path, size: int) -> Iterator[Endpoint]:
+    with ExitStack() as stack:
+        yield QemuStandby(stack, directory, size).endpoint("view0")
+
+
+@contextmanager
+def qemu_pair(directory: Path, size: int) -> Iterator[Endpoint]:
+    with ExitStack() as stack:
+        standby = QemuStandby(stack, directory, size)
+        disk, path = make_disk(directory / "primary.raw", size), directory / "primary.sock"
+        qmp, process = stack.enter_context(qemu_system(
+            directory,
+            "-drive", "id=disk0,if=none,driver=quorum,vote-threshold=1,read-pattern=fifo,"
+                      f"children.0.driver=raw,children.0.file.filename={disk}",
+            name="primary"))
+        # A node without a device can be added by the monitor for people only.
+        qmp.execute("human-monitor-command", command_line=(
+            "drive_add -n buddy driver=replication,mode=primary,node-name=forward0,"
+            f"file.driver=nbd,file.path={standby.socket},file.export=secondary0"))
+        qmp.execute("x-blockdev-change", parent="disk0", node="forward0")
+        qmp.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}}, max_connections=0)
+        qmp.execute("nbd-server-add", device="disk0", writable=True)
+        qmp.execute("xen-set-replication", enable=True, primary=True)
+        endpoint = standby.endpoint("secondary0")
+        endpoint.socket, endpoint.export = path, "disk0"
+        endpoint.processes["primary"] = process
+        yield endpoint
+
+
+# blockstep's pair.
+
+
+class Control:
+    """The control socket of a standby or a primary: every word of it that the bench says."""
+
+    def __init__(self, path: Path) -> None:
+        self.qmp = QMP(path)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Take a checkpoint over all disks; returns when it is committed."""
+        return dict(self.qmp.execute("blockstep-checkpoint") or {})
+
+    def failover(self) -> None:
+        """Take over from the last checkpoint; returns when it is accepted, while the commit runs on."""
+        self.qmp.execute("blockstep-failover", to="checkpoint")
+
+    def status(self) -> dict[str, Any]:
+        return dict(self.qmp.execute("blockstep-status"))
+
+    def replicating(self) -> bool:
+        """Whether the first sync is over and every write goes to the standby."""
+        disks = self.status()["disks"]
+        return bool(disks) and all(disk["state"] == "replicating" for disk in disks)
+
+    def failed_over(self) -> bool:
+        """Whether the merge into the secondary disk is over."""
+        return all(disk["state"] == "done" for disk in self.status()["disks"])
+
+    def close(self) -> None:
+        self.qmp.close()
+
+
+@contextmanager
+def blockstep_standby(directory: Path, size: int, sparse: bool = False) -> Iterator[Endpoint]:
+    """A standby of one disk that exports the secondary disk ("disk") and the view ("view")."""
+    disk = (make_sparse if sparse else make_disk)(directory / "secondary.raw", size)
+    ingest, view, qmp = directory / "standby.sock", directory / "view.sock", directory / "standby.qmp"
+    command = blockstep("standby", f"disk={disk}", "--socket", ingest, "--view-socket", view,
+                        "--qmp", qmp, "--buffer", directory / "buffer")
+    with started(command, ingest) as process:
+        control = Control(qmp)
+        try:
+            yield Endpoint(ingest, "disk", {"standby": process}, control.checkpoint, (ingest, "disk"),
+                           (view, "disk"), control)
+        finally:
+            control.close()
+
+
+@contextmanager
+def blockstep_primary(directory: Path, disk: Path, standby: Endpoint, acknowledge: str,
+                      in_sync: bool) -> Iterator[Endpoint]:
+    """A primary of one disk with its guest's export. ``acknowledge`` is "local" or "both".
+
+    ``in_sync`` says that the two disks are alike already; otherwise it starts with the first sync.
+    """
+    path, qmp = directory / "primary.sock", directory / "primary.qmp"
+    command = blockstep("primary", f"disk={disk}", "--socket", path, "--standby", unix_uri(standby.socket),
+                        "--qmp", qmp, "--acknowledge", acknowledge, "--checkpoint-every", "0",
+                        *(["--in-sync"] if in_sync else []))
+    with started(command, path) as process:
+        control = Control(qmp)
+        try:
+            yield Endpoint(path, "disk", {"primary": process, **standby.processes}, control.checkpoint,
+                           standby.ingest, standby.view, control)
+        finally:
+            control.close()
+
+
+@contextmanager
+def blockstep_pair(directory: Path, size: int, acknowledge: str = "both", sparse: bool = False) -> Iterator[Endpoint]:
+    """A pair that replicates; ``control`` of what it yields is the primary's."""
+    disk = (make_sparse if sparse else make_disk)(directory / "primary.raw", size)
+    with blockstep_standby(directory, size, sparse) as standby, \
+            blockstep_primary(directory, disk, standby, acknowledge, in_sync=True) as primary:
+        until(primary.control.replicating, 60, "the pair replicates")
+        yield primary
+
+
+@contextmanager
+def blockstep_pair_local(directory: Path, size: int) -> Iterator[Endpoint]:
+    with blockstep_pair(directory, size, "local") as endpoint:
+        yield endpoint
+
+
+@contextmanager
+def blockstep_view(directory: Path, size: int) -> Iterator[Endpoint]:
+    with blockstep_standby(directory, size) as standby:
+        assert standby.view is not None
+        standby.socket, standby.export = standby.view
+        yield standby
+
+
+CONTESTANTS: dict[str, Callable[[Path, int], AbstractContextManager[Endpoint]]] = {
+    "nbdkit": nbdkit_file,
+    "qemu-nbd": qemu_nbd,
+    "blockstep export": blockstep_export,
+    "QEMU standby": qemu_standby,
+    "QEMU view": qemu_view,
+    "QEMU pair": qemu_pair,
+    "blockstep standby": blockstep_standby,
+    "blockstep view": blockstep_view,
+    "blockstep pair": blockstep_pair,
+    "blockstep pair (local)": blockstep_pair_local,
+}
