@@ -1,0 +1,145 @@
+"""The memory that a connection receives into.
+
+Requests are decoded where they were received, and the payload of a write is a slice of that memory. While a write
+is in flight its slice must not change, so a buffer is an *arena*: receiving only ever appends, and it starts again
+at the front only when nobody uses what is in it.
+
+    0        start        end              size
+    ├─ used ──┼─ tail ─────┼─ free ─────────┤     tail: an incomplete request; its end is not here yet
+                           └► the next recv_into
+
+When the free space runs short and somebody still uses what lies before, the arena is left to its users and the tail
+moves to another one; the last user gives it back to the pool. A request that does not fit into an arena gets a
+larger one, and the connection goes on with that size for as long as such requests come.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Sizes of arenas: room for a batch of small requests, then for one request of up to 1, 4, 16 and 32 MiB.
+SIZES: Final = tuple((1 << shift) + (64 << 10) for shift in (18, 20, 22, 24, 25))
+#: Below this much free space receiving becomes inefficient.
+_LEAST_FREE: Final = 32 << 10
+#: A tail of at most this many bytes is moved to the front whenever nobody uses the arena.
+_CHEAP_MOVE: Final = 64 << 10
+#: After so many batches without a request that needs it, a large arena is given up.
+_QUIET_BATCHES: Final = 256
+
+
+class Arena:
+    """A piece of memory and how many requests use it."""
+
+    __slots__ = ("pool", "retired", "size", "users", "view")
+
+    def __init__(self, size: int, pool: Pool) -> None:
+        self.view = memoryview(bytearray(size))
+        self.size = size
+        self.users = 0
+        self.retired = False
+        self.pool = pool
+
+    def release(self) -> None:
+        """One user less."""
+        self.users -= 1
+        if self.retired and not self.users:
+            self.pool.give_back(self)
+
+
+class Pool:
+    """Spare arenas, so that memory is not mapped and cleared anew for each batch. Keeps ``limit`` bytes at most."""
+
+    __slots__ = ("_limit", "_spare", "kept")
+
+    def __init__(self, limit: int = 16 << 20) -> None:
+        self._limit = limit
+        self._spare: dict[int, list[Arena]] = {size: [] for size in SIZES}
+        #: Bytes in spare arenas.
+        self.kept = 0
+
+    def take(self, least: int) -> Arena:
+        """An arena of at least ``least`` bytes that nobody uses."""
+        size = next((size for size in SIZES if size >= least), least)
+        spare = self._spare.get(size)
+        if spare:
+            self.kept -= size
+            arena = spare.pop()
+            arena.retired = False
+            return arena
+        return Arena(size, self)
+
+    def give_back(self, arena: Arena) -> None:
+        """Take an arena back that nobody uses or receives into."""
+        spare = self._spare.get(arena.size)
+        if spare is not None and self.kept + arena.size <= self._limit:
+            self.kept += arena.size
+            spare.append(arena)
+
+
+class ReceiveBuffer:
+    """The arena that a connection receives into, and where the undecoded bytes lie in it."""
+
+    __slots__ = ("_large", "_pool", "arena", "end", "need", "start", "view")
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.arena = pool.take(0)
+        self.view = self.arena.view
+        #: The undecoded bytes are ``view[start:end]``.
+        self.start = 0
+        self.end = 0
+        #: What the incomplete request at ``start`` still lacks.
+        self.need = 0
+        self._large = 0  # for how many batches more a large arena is worth having
+
+    def target(self) -> memoryview:
+        """Where to receive. For a large payload it ends with the payload, so that nothing behind it must move."""
+        if self.need > _LEAST_FREE:
+            return self.view[self.end:self.end + self.need]
+        return self.view[self.end:]
+
+    def add(self, data: bytes | bytearray) -> None:
+        """Append bytes that were received elsewhere."""
+        self.need = max(self.need, len(data))
+        self.settle()
+        self.view[self.end:self.end + len(data)] = data
+        self.end += len(data)
+        self.need = 0
+
+    def settle(self) -> None:
+        """After a batch: make room for what comes next. ``need`` bytes at least will fit behind ``end``."""
+        arena, tail = self.arena, self.end - self.start
+        if arena.size > SIZES[0] or self.need > SIZES[0]:
+            self._large = _QUIET_BATCHES if self.need > SIZES[0] else self._large - 1
+        if not arena.users:
+            if not tail:
+                if arena.size > SIZES[0] and self._large <= 0:
+                    self._change(0, 0)
+                self.start = self.end = 0
+                return
+            if self.start and tail <= _CHEAP_MOVE:
+                self.view[:tail] = self.view[self.start:self.end]
+                self.start, self.end = 0, tail
+        free = arena.size - self.end
+        if free >= self.need and (free >= _LEAST_FREE or self.need > _LEAST_FREE):
+            return
+        if not arena.users and arena.size >= tail + max(self.need, _LEAST_FREE):
+            self.view[:tail] = self.view[self.start:self.end]
+        else:
+            self._change(max(tail + self.need, arena.size if self._large > 0 else 0), tail)
+        self.start, self.end = 0, tail
+
+    def give_up(self) -> None:
+        """The connection is gone: leave the arena to its users, or to the pool."""
+        self.arena.retired = True
+        if not self.arena.users:
+            self._pool.give_back(self.arena)
+
+    def _change(self, least: int, tail: int) -> None:
+        old, view = self.arena, self.view
+        self.arena = self._pool.take(least)
+        self.view = self.arena.view
+        self.view[:tail] = view[self.start:self.end]
+        old.retired = True
+        if not old.users:
+            self._pool.give_back(old)

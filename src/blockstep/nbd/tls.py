@@ -1,0 +1,84 @@
+"""TLS contexts from a directory of X.509 files, laid out as QEMU's ``tls-creds-x509`` and libnbd expect it.
+
+    ca-cert.pem                         who signed the peer
+    server-cert.pem, server-key.pem     who the server is
+    client-cert.pem, client-key.pem     who the client is, for servers that ask
+
+TLS 1.2 is the least that is spoken. A server with ``verify_peer`` takes only clients with a certificate that its CA
+signed (mutual TLS). A client always checks the server's certificate against the CA, and its name unless told not to.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from pathlib import Path
+
+from blockstep.errors import OptionError
+
+CA_CERT = "ca-cert.pem"
+SERVER_CERT, SERVER_KEY = "server-cert.pem", "server-key.pem"
+CLIENT_CERT, CLIENT_KEY = "client-cert.pem", "client-key.pem"
+
+
+def server_context(directory: str | os.PathLike[str], verify_peer: bool = False) -> ssl.SSLContext:
+    """The context of a server. With ``verify_peer`` a client must have a certificate signed by ``ca-cert.pem``.
+
+    Raises OptionError naming the file that is missing or that cannot be used.
+    """
+    folder = Path(directory)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _set_common(context)
+    _load_identity(context, folder, SERVER_CERT, SERVER_KEY)
+    if verify_peer:
+        _load_ca(context, folder)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_context(directory: str | os.PathLike[str] | None, check_hostname: bool = True) -> ssl.SSLContext:
+    """The context of a client. Without a directory the system's CAs are trusted and no certificate is shown.
+
+    ``check_hostname`` False accepts any name in a certificate that the CA signed. Raises OptionError as
+    `server_context` does; the client's own certificate may be absent, both files together.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _set_common(context)
+    context.check_hostname = check_hostname
+    if directory is None:
+        context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+        return context
+    folder = Path(directory)
+    _load_ca(context, folder)
+    if (folder / CLIENT_CERT).exists() or (folder / CLIENT_KEY).exists():
+        _load_identity(context, folder, CLIENT_CERT, CLIENT_KEY)
+    return context
+
+
+def _set_common(context: ssl.SSLContext) -> None:
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+
+
+def _load_ca(context: ssl.SSLContext, folder: Path) -> None:
+    path = _existing(folder, CA_CERT)
+    try:
+        context.load_verify_locations(path)
+    except (OSError, ssl.SSLError) as error:
+        raise OptionError("tls-certificates", str(path), f"a readable PEM file of CA certificates ({error})") from error
+
+
+def _load_identity(context: ssl.SSLContext, folder: Path, cert: str, key: str) -> None:
+    cert_path, key_path = _existing(folder, cert), _existing(folder, key)
+    try:
+        context.load_cert_chain(cert_path, key_path)
+    except (OSError, ssl.SSLError) as error:
+        raise OptionError("tls-certificates", str(cert_path),
+                          f"a PEM certificate that fits the unencrypted key in {key_path} ({error})") from error
+
+
+def _existing(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise OptionError("tls-certificates", str(folder), f"a directory with a file {name}; there is no {path}")
+    return path
