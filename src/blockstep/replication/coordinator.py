@@ -14,9 +14,9 @@
 
 The first checkpoint after a sync makes the standby's state a known one; only from then on is a pair *healthy*.
 
-The one who owns a coordinator calls `apply` for each event and carries the actions out in their order. Only one action at a time
-is awaited by the coordinator (attach, sync, checkpoint), and each is answered by an event that carries its
-*attempt*: answers to an attempt that was given up are ignored.
+The one who owns a coordinator calls `apply` for each event and carries the actions out in their order. Only one
+action at a time is awaited by the coordinator (attach, sync, checkpoint), and each is answered by an event that
+carries its *attempt*: answers to an attempt that was given up are ignored.
 """
 
 from __future__ import annotations
@@ -70,6 +70,14 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class NotCommitted:
+    """The standby could not take the checkpoint and says why. It is still at the old one, and the links are good."""
+
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The standby, or the way to it, failed: an action of ``attempt`` did, or (None) a link or the connection."""
 
@@ -89,7 +97,7 @@ class Stop:
     """End replication."""
 
 
-Event = Attached | Synced | Due | Committed | Failed | Refused | Stop
+Event = Attached | Synced | Due | Committed | NotCommitted | Failed | Refused | Stop
 
 
 # --- actions ---
@@ -179,10 +187,10 @@ class Coordinator:
                 Sync(self._attempt, event.full)]
 
     def _synced(self, _: Synced) -> list[Action]:
-        return self._checkpoint("first checkpoint after the sync")
+        return self._checkpoint()
 
     def _due(self, _: Due) -> list[Action]:
-        return self._checkpoint("")
+        return self._checkpoint()
 
     def _due_again(self, _: Due) -> list[Action]:
         self._wanted_again = True  # several requests meanwhile are one
@@ -191,17 +199,21 @@ class Coordinator:
     def _committed(self, event: Committed) -> list[Action]:
         self.epoch = event.epoch
         self._failures = 0
-        actions: list[Action] = []
-        if not self.protected:
-            self.protected = True
-            actions += self._enter(State.REPLICATING, "")
+        is_news = not self.protected or bool(self.reason)
+        self.protected = True
         self.state, self.reason = State.REPLICATING, ""
+        actions = self._enter(State.REPLICATING, "") if is_news else []
         if self._wanted_again:
             self._wanted_again = False
-            actions += self._checkpoint("")
+            actions += self._checkpoint()
         return actions
 
+    def _not_committed(self, event: NotCommitted) -> list[Action]:
+        return self._enter(State.REPLICATING, f"the last checkpoint failed: {event.reason}")
+
     def _failed(self, event: Failed) -> list[Action]:
+        if self.state is State.OFFLINE and event.attempt is None:
+            return []  # an echo of what has been let go
         delay = min(LONGEST_DELAY, FIRST_DELAY * 2**self._failures) if self._failures < 16 else LONGEST_DELAY
         self._failures += 1
         self.protected = False
@@ -231,8 +243,8 @@ class Coordinator:
         self._attempt += 1
         return Attach(self._attempt, delay)
 
-    def _checkpoint(self, reason: str) -> list[Action]:
-        self.state, self.reason = State.CHECKPOINTING, reason
+    def _checkpoint(self) -> list[Action]:
+        self.state = State.CHECKPOINTING
         self._attempt += 1
         return [TakeCheckpoint(self._attempt, self.epoch + 1)]
 
@@ -240,13 +252,14 @@ class Coordinator:
 _LIVE: Final = (State.OFFLINE, State.SYNCING, State.REPLICATING, State.CHECKPOINTING)
 
 #: Everything that can happen; what is not in the table changes nothing. Walked by the tests.
-_TABLE: Final[dict[tuple[State, type], Callable[[Coordinator, Event], list[Action]]]] = {
+_TABLE: Final[dict[tuple[State, type], Callable[..., list[Action]]]] = {
     (State.OFFLINE, Attached): Coordinator._attached,
     (State.SYNCING, Synced): Coordinator._synced,
     (State.REPLICATING, Due): Coordinator._due,
     (State.CHECKPOINTING, Due): Coordinator._due_again,
     (State.CHECKPOINTING, Committed): Coordinator._committed,
+    (State.CHECKPOINTING, NotCommitted): Coordinator._not_committed,
     **{(state, Failed): Coordinator._failed for state in _LIVE},
     **{(state, Refused): Coordinator._refused for state in _LIVE},
     **{(state, Stop): Coordinator._stop for state in (*_LIVE, State.FENCED)},
-}  # type: ignore[dict-item]
+}
