@@ -120,6 +120,14 @@ class Driver(Node):
         """What is known of the range: at least one extent, from ``offset`` on, together at most ``length``."""
         return [Extent(length)]
 
+    def raw_range(self, offset: int, length: int) -> tuple[int, int] | None:
+        """A file descriptor and an offset in it where the range lies as it is, for the kernel to copy from.
+
+        None if there is no such place, and for filters. Good until the next write to the range, change of the
+        options or make_empty. Copying *to* the place would go past the node: do not.
+        """
+        return None
+
     async def truncate(self, length: int) -> None:
         """Change the size; what is added reads as zeroes."""
         raise not_supported("resize")

@@ -1,0 +1,46 @@
+"""System calls that may wait for a device, made in a few threads so that the event loop does not.
+
+One pool serves all drivers: what is waited for is the storage, and a device has only so many requests that it can
+work on at a time. A trip to a thread and back costs some ten microseconds, which is why drivers first try what
+ends at once (`blockstep.aio.posix.Cached`) and come here with the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: Requests that wait for storage at the same time; what comes beyond them queues.
+THREADS: Final = 16
+
+_pool: Final = ThreadPoolExecutor(THREADS, "blockstep-io")
+
+
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run ``function(*args)`` in a thread of the pool, and return or raise what it does.
+
+    May be awaited in a strand. A task that is cancelled here is cancelled only once the thread has ended: nobody
+    finds a buffer still in use, or a range still being written, whose request has gone.
+    """
+    loop = asyncio.get_running_loop()
+    future = loop.run_in_executor(_pool, lambda: function(*args, **kwargs))
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        while not future.done():
+            try:
+                await asyncio.wait([future])
+            except asyncio.CancelledError:
+                pass
+        future.exception()
+        raise
+
+
+def in_background(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Run ``function(*args)`` in a thread of the pool, and do not wait: for releasing what nobody uses any more."""
+    _pool.submit(function, *args, **kwargs)

@@ -1,0 +1,281 @@
+"""Driver ``file``: a regular file or a block device of this host.
+
+A request is made in the event loop where it ends at once, and in a thread where it would wait:
+
+    read             page cache (RWF_NOWAIT), else a thread
+    write            page cache; a thread while the kernel makes writers wait, and for FUA (RWF_DSYNC)
+    flush            fdatasync in a thread
+    zeroes, discard  fallocate in a thread; few zeroes that need no hole are written
+    cache.direct     everything in threads, from aligned buffers; a misaligned write reads the blocks at its ends,
+                     merges and writes them, one such request per range at a time
+
+How the calls are chosen: `blockstep.aio.posix`. Nothing is promised between overlapping requests in flight.
+
+**Durability.** A write is durable after the next flush, or at once with FUA. When the kernel fails to write pages
+back it reports that once, to one fdatasync, and forgets the data: to try again would report success. So after a
+failed flush (or a FUA write that failed in the device) this node's flushes and FUA writes fail with that error
+until it is closed and opened again, and its user knows that what was written since the last good flush is
+uncertain. ``cache.no-flush`` gives all of that up: flush and FUA then mean nothing.
+
+The end of the file may lie before the node's end (somebody shortened it): what is missing reads as zeroes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+from blockstep.aio.pool import in_thread
+from blockstep.aio.posix import (
+    INLINE,
+    Locking,
+    OpenFile,
+    Reader,
+    Writer,
+    data_runs,
+    is_block_device,
+    length_of,
+    punch_hole,
+    quick_io,
+    read_whole,
+    write_whole,
+    zero_range,
+)
+from blockstep.aio.rangelock import RangeLock
+from blockstep.block.driver import FUA, MAY_UNMAP, ZEROES, Buffer, Driver, Extent, Prepared, not_supported
+from blockstep.block.node import NodeOptions
+from blockstep.block.registry import register
+from blockstep.errors import OptionError
+
+#: So many zeroes are written rather than handed to a thread for fallocate.
+_FEW_ZEROES: Final = 64 << 10
+#: Extents of one answer of block_status.
+_MOST_EXTENTS: Final = 1024
+#: Errors of a write that say nothing about what was written earlier.
+_OWN_FAULT: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL, errno.EBADF, errno.EPERM}
+_BLKSSZGET: Final = 0x1268  # <linux/fs.h>
+
+
+class FileOptions(NodeOptions, tag="file"):
+    """``filename``; ``locking``: keep out other writers (``auto``: where the filesystem can)."""
+
+    filename: str
+    locking: Locking = "auto"
+
+
+@register
+class File(Driver):
+    """See the module."""
+
+    driver: ClassVar[str] = "file"
+    Options = FileOptions
+    options: FileOptions
+
+    fd: int
+    _file: OpenFile
+    _read: Reader
+    _write: Writer
+
+    async def open(self) -> None:
+        options = self.options
+        self._file = await in_thread(OpenFile, options.filename, writable=not self.read_only,
+                                     direct=options.cache.direct, locking=options.locking)
+        self.fd = self._file.fd
+        self.length = length_of(self.fd)
+        self._is_device = is_block_device(self.fd)
+        self._lost: OSError | None = None
+        self._lock = RangeLock()
+        self._choose_calls()
+
+    def _choose_calls(self) -> None:
+        self._read, self._write = quick_io(self.fd)
+        self._alignment = _direct_alignment(self.fd, self._is_device) if self._file.direct else 1
+
+    async def close(self) -> None:
+        await in_thread(self._file.close)
+
+    # --- data ---
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        if length <= INLINE:
+            data = self._read(self.fd, length, offset)
+            if len(data) == length:
+                return data
+        if self._alignment > 1:
+            return await in_thread(_read_direct, self.fd, length, offset, self._alignment)
+        return await in_thread(read_whole, self.fd, length, offset)
+
+    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        if not flags and len(data) <= INLINE and self._write(self.fd, data, offset) == len(data):
+            return
+        durable = flags & FUA and not self.options.cache.no_flush
+        if durable and self._lost:
+            raise self._lost
+        sync = os.RWF_DSYNC if durable else 0
+        try:
+            if self._alignment > 1:
+                await self._pwrite_direct(offset, data, sync)
+            else:
+                await in_thread(write_whole, self.fd, data, offset, sync)
+        except OSError as error:
+            if durable and error.errno not in _OWN_FAULT:
+                self._lost = error
+            raise
+
+    async def _pwrite_direct(self, offset: int, data: Buffer, sync: int) -> None:
+        start = offset & -self._alignment
+        end = -(-(offset + len(data)) // self._alignment) * self._alignment
+        token = self._lock.try_take(start, end) or await self._lock.take(start, end)
+        try:
+            if end > self.length:  # the last block is not whole: O_DIRECT cannot write it
+                await in_thread(_write_through_cache, self.fd, data, offset, sync)
+            else:
+                await in_thread(_write_direct, self.fd, data, offset, start, end, self._alignment, sync)
+        finally:
+            self._lock.give_back(token)
+
+    async def flush(self) -> None:
+        if self.options.cache.no_flush or self.read_only:
+            return
+        if self._lost:
+            raise self._lost
+        try:
+            await in_thread(os.fdatasync, self.fd)
+        except OSError as error:
+            self._lost = error
+            raise
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        unmap = flags & MAY_UNMAP and self.options.discard == "unmap"
+        if length <= _FEW_ZEROES and not unmap:
+            await self.pwrite(offset, ZEROES[:length], flags & FUA)
+            return
+        if self._alignment > 1:
+            token = self._lock.try_take(offset, offset + length) or await self._lock.take(offset, offset + length)
+            try:
+                done = await in_thread(self._zero, offset, length, flags)
+            finally:
+                self._lock.give_back(token)
+        else:
+            done = await in_thread(self._zero, offset, length, flags)
+        if not done:
+            await super().write_zeroes(offset, length, flags)
+        elif flags & FUA:
+            await self.flush()
+
+    def _zero(self, offset: int, length: int, flags: int) -> bool:
+        if flags & MAY_UNMAP and self.options.discard == "unmap" and punch_hole(self.fd, offset, length):
+            return True
+        if zero_range(self.fd, offset, length):
+            return True
+        # No way to keep the space: a hole is better than slow zeroes, if the caller can do with one.
+        return bool(flags & MAY_UNMAP) and punch_hole(self.fd, offset, length)
+
+    async def discard(self, offset: int, length: int) -> None:
+        if self.options.discard == "unmap":
+            await in_thread(punch_hole, self.fd, offset, length)
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        if self._is_device:
+            return [Extent(length)]
+        return await in_thread(file_status, self.fd, offset, length)
+
+    def raw_range(self, offset: int, length: int) -> tuple[int, int] | None:
+        return self.fd, offset
+
+    # --- control ---
+
+    async def truncate(self, length: int) -> None:
+        if self._is_device:
+            self.length = length_of(self.fd)
+            if self.length != length:
+                raise not_supported("resize of a block device")
+            return
+        await in_thread(os.ftruncate, self.fd, length)
+        self.length = length
+
+    async def prepare_reopen(self, options: Mapping[str, Any]) -> Prepared:
+        direct = self._file.direct
+        for option, value in options.items():
+            if option == "cache.direct":
+                direct = bool(value)
+            elif option != "read-only":
+                raise OptionError(option, value, "left alone: only read-only and cache.direct can be changed")
+        if (not options["read-only"], direct) == (self._file.writable, self._file.direct):
+            return Prepared()
+        swap, abort = await in_thread(self._file.prepare_reopen, not options["read-only"], direct)
+
+        def commit() -> None:
+            swap()
+            self._choose_calls()
+
+        return Prepared(commit, abort)
+
+
+def file_status(fd: int, offset: int, length: int) -> list[Extent]:
+    """Where a file has data and where holes; waits for the filesystem's metadata."""
+    extents: list[Extent] = []
+    for run, data in data_runs(fd, offset, offset + length):
+        extents.append(Extent(run, data=data, zero=not data))
+        if len(extents) == _MOST_EXTENTS:
+            break
+    return extents
+
+
+# --- O_DIRECT: offsets, lengths and buffers in whole blocks ---
+
+
+def _direct_alignment(fd: int, is_device: bool) -> int:
+    """The block size for O_DIRECT: the smallest that is known to work."""
+    if is_device:
+        size: int = struct.unpack("@i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0]
+        return size
+    if os.fstat(fd).st_size >= 1024:
+        with memoryview(mmap.mmap(-1, 4096)) as view:
+            try:
+                os.preadv(fd, (view[512:1024],), 512)
+                return 512
+            except OSError:
+                pass
+    return 4096
+
+
+def _read_direct(fd: int, length: int, offset: int, alignment: int) -> Buffer:
+    start = offset & -alignment
+    end = -(-(offset + length) // alignment) * alignment
+    view = memoryview(mmap.mmap(-1, end - start))
+    _fill(fd, view, start)
+    return view[offset - start:offset - start + length]
+
+
+def _fill(fd: int, view: memoryview, offset: int) -> None:
+    """Read into all of ``view``; what lies beyond the end of the file is left alone."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, (view[done:],), offset + done)
+        done += count
+        if not count or count & 511:  # an odd count is the end of the file
+            return
+
+
+def _write_direct(fd: int, data: Buffer, offset: int, start: int, end: int, alignment: int, sync: int) -> None:
+    view = memoryview(mmap.mmap(-1, end - start))
+    if offset > start:
+        _fill(fd, view[:alignment], start)
+    if offset + len(data) < end and (end - start > alignment or offset == start):
+        _fill(fd, view[-alignment:], end - alignment)
+    view[offset - start:offset - start + len(data)] = data
+    write_whole(fd, view, start, sync)
+
+
+def _write_through_cache(fd: int, data: Buffer, offset: int, sync: int) -> None:
+    cached = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        write_whole(cached, data, offset, sync)
+    finally:
+        os.close(cached)
