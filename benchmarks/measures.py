@@ -146,7 +146,7 @@ class Race:
 
 
 def checkpoint_pause(bench: Bench) -> Measured:
-    """The longest write of the primary's guest while a checkpoint is taken, with little and with much dirty.
+    """The longest time without a write of the primary's guest while a checkpoint is taken, little and much dirty.
 
     Scores: ``pause`` with the whole disk dirty, and ``growth`` from a sixteenth of it dirty to all of it; in ms.
     """
@@ -163,14 +163,16 @@ def checkpoint_pause(bench: Bench) -> Measured:
                 pair.checkpoint()
                 fio(pair.uri, FILL, dirty, 0, "--end_fsync=1")
                 with WriteLog(pair.socket, pair.export, dirty) as log:
-                    begin = time.perf_counter()
-                    pair.checkpoint()
-                    end = time.perf_counter()
-                measured.add(f"{label}: guest's longest write", log.longest(begin) * 1e3)
+                    with log.held(pair.stops_guest):
+                        begin = time.perf_counter()
+                        pair.checkpoint()
+                        end = time.perf_counter()
+                    log.some_more()
+                measured.add(f"{label}: the guest's pause", log.longest(begin) * 1e3)
                 measured.add(f"{label}: the command", (end - begin) * 1e3)
                 measured.add(f"{label}: a usual write", log.usual() * 1e3)
-        pause = measured.median(f"{much}: guest's longest write")
-        small = measured.median(f"{little}: guest's longest write")
+        pause = measured.median(f"{much}: the guest's pause")
+        small = measured.median(f"{little}: the guest's pause")
         if name.startswith("blockstep") and pause is not None and small is not None:
             measured.scores = {"pause": pause, "growth": pause - small}
     return measured

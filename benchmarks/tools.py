@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -10,7 +11,8 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +98,8 @@ class Prober:
 class WriteLog:
     """Writes 4 KiB blocks one after the other in a thread, and notes when each began and ended.
 
-    `longest(since)` is the longest time, in seconds, that a write begun or waiting after ``since`` took. What else
-    the machine does is in it: `usual()` says how long a write takes at other times.
+    `longest(since)` is the longest time, in seconds, in which no write was done. What else the machine does is in it:
+    `usual()` says how long a write takes at other times. `held()` is a guest that its manager has stopped.
     """
 
     def __init__(self, path: Path, export: str, span: int) -> None:
@@ -107,6 +109,7 @@ class WriteLog:
         self._error: OSError | None = None
         self._stop = threading.Event()
         self._first = threading.Event()
+        self._turn = threading.Lock()
         self._thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> WriteLog:
@@ -125,9 +128,10 @@ class WriteLog:
         data, offset = os.urandom(4096), 0
         try:
             while not self._stop.is_set():
-                begin = time.perf_counter()
-                self._prober.write(offset, data)
-                self._times.append((begin, time.perf_counter()))
+                with self._turn:
+                    begin = time.perf_counter()
+                    self._prober.write(offset, data)
+                    self._times.append((begin, time.perf_counter()))
                 offset = (offset + 8 * 4096) % self._span
                 if len(self._times) > 100:
                     self._first.set()
@@ -136,9 +140,24 @@ class WriteLog:
         finally:
             self._first.set()
 
+    def some_more(self) -> None:
+        """Return when a few more writes are done (or the log has ended)."""
+        goal = len(self._times) + 20
+        until(lambda: len(self._times) >= goal or not self._thread.is_alive(), 30, "writes go on")
+
     def longest(self, since: float) -> float:
-        """Seconds; call it after the block, when all writes are noted."""
-        return max((end - begin for begin, end in self._times if end >= since), default=0.0)
+        """Seconds between two writes that were done, the second after ``since``. Call it after the block."""
+        ends = [end for _, end in self._times]
+        return max((after - before for before, after in itertools.pairwise(ends) if after >= since), default=0.0)
+
+    @contextmanager
+    def held(self, hold: bool = True) -> Iterator[None]:
+        """No write is in flight inside the block (if ``hold``)."""
+        if not hold:
+            yield
+            return
+        with self._turn:
+            yield
 
     def usual(self) -> float:
         """Seconds of the median write."""
