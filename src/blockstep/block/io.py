@@ -214,8 +214,33 @@ class Backend:
         return OSError(errno.EPERM, f"{os.strerror(errno.EPERM)}: '{self.name}' is read-only")
 
 
+async def enter(*backends: Backend) -> None:
+    """Begin one piece of work that is several requests, through ``backends`` together; then use their edges.
+
+    Until `leave` the work counts as in flight in all of them, so a drain waits for its end as a whole. Waits while
+    any of them is drained, and holds none of them meanwhile.
+    """
+    while True:
+        for backend in backends:
+            if backend._paused:
+                await backend._wait()
+                break
+        else:
+            break
+    for backend in backends:
+        backend.in_flight += 1
+
+
+def leave(*backends: Backend) -> None:
+    """The end of the work that began with `enter`."""
+    for backend in backends:
+        backend.in_flight -= 1
+        if backend._idle:
+            backend._wake_idle()
+
+
 def _outside(offset: int, length: int, size: int, code: int = errno.EINVAL) -> OSError:
     return OSError(code, f"{os.strerror(code)}: {length} bytes at {offset} are not inside {size} bytes")
 
 
-__all__ = ["ALL", "NONE", "READ", "RESIZE", "WRITE", "Backend"]
+__all__ = ["ALL", "NONE", "READ", "RESIZE", "WRITE", "Backend", "enter", "leave"]
