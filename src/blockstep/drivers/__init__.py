@@ -1,5 +1,5 @@
 """The drivers: one file each, and one page of documentation each in ``docs/drivers``. ``ls`` is the feature list."""
 
-from blockstep.drivers import copy_before_write, file, null, quorum, replication
+from blockstep.drivers import blkdebug, blklog, copy_before_write, file, null, quorum, replication, throttle
 
-__all__ = ["copy_before_write", "file", "null", "quorum", "replication"]
+__all__ = ["blkdebug", "blklog", "copy_before_write", "file", "null", "quorum", "replication", "throttle"]
