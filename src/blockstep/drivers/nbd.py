@@ -1,0 +1,244 @@
+"""Driver ``nbd``: a disk that an NBD server exports.
+
+Where the server is, in one of these ways:
+
+    server: {type: inet, host, port} | {type: unix, path} | {type: fd, str}      as QEMU has it
+    host, port | path                                                             the same, flat
+    uri                                                                           with export and TLS in it
+
+The connection comes back by itself when it is lost: see ``reconnect-delay`` and `blockstep.nbd.session`. When it
+comes and goes, the event ``NBD_CONNECTION`` says so. The length is the export's at the latest handshake.
+
+A flush makes durable what the server calls durable. What the server cannot do is done with what it can: FUA by a
+flush, zeroes by writing them, discard by nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from typing import ClassVar
+
+import msgspec
+
+from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Buffer, Driver, Extent, not_supported
+from blockstep.block.node import NodeOptions
+from blockstep.block.registry import register
+from blockstep.errors import OptionError
+from blockstep.nbd import constants as c
+from blockstep.nbd.client import Client
+from blockstep.nbd.dial import ClientTls
+from blockstep.nbd.session import Session, State
+from blockstep.nbd.tls import client_context
+from blockstep.nbd.uri import Address, InetAddress, NbdUri, UnixAddress, parse_uri
+
+
+class InetServer(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="inet"):
+    """A TCP server."""
+
+    host: str
+    port: int | str
+
+
+class UnixServer(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="unix"):
+    """A unix socket."""
+
+    path: str
+
+
+class FdServer(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="fd"):
+    """A connected socket: the number of its file descriptor, of which a duplicate is used. It cannot come back."""
+
+    text: str = msgspec.field(name="str")
+
+
+class NbdOptions(NodeOptions, tag="nbd"):
+    """See the module for ``server``, ``host``, ``port``, ``path`` and ``uri``; times are seconds.
+
+    ``export``: its name. ``tls-creds``: a directory as `blockstep.nbd.tls` describes it; TLS is required then.
+    ``tls-hostname``: whom the server's certificate must name, if not the host. ``open-timeout``: how long to try
+    at the start; 0: once. ``reconnect-delay``: how long requests wait for a lost connection; then they fail, and
+    dialling goes on. ``timeout``: how long a request may stay unanswered before the connection is cut; 0: for ever.
+    ``connections``: how many, if the server offers multi-conn. ``x-dirty-bitmap``: a metadata context that takes
+    the place of ``base:allocation`` in block status.
+    """
+
+    server: InetServer | UnixServer | FdServer | None = None
+    host: str | None = None
+    port: int | str | None = None
+    path: str | None = None
+    uri: str | None = None
+    export: str | None = None
+    tls_creds: str | None = None
+    tls_hostname: str | None = None
+    open_timeout: float = 0.0
+    reconnect_delay: float = 0.0
+    timeout: float = 0.0
+    connections: int = 1
+    x_dirty_bitmap: str | None = None
+
+
+@register
+class Nbd(Driver):
+    """See the module."""
+
+    driver: ClassVar[str] = "nbd"
+    Options = NbdOptions
+    options: NbdOptions
+    #: The connections; for those who want more than a driver does (`Session.yank`, `Session.submit_write`).
+    session: Session
+
+    async def open(self) -> None:
+        options = self.options
+        for name in ("open_timeout", "reconnect_delay", "timeout"):
+            if getattr(options, name) < 0:
+                raise OptionError(name.replace("_", "-"), getattr(options, name), "0 or more seconds")
+        if not 1 <= options.connections <= 16:
+            raise OptionError("connections", options.connections, "1 to 16")
+        uri = parse_uri(options.uri) if options.uri is not None else None
+        address = _address(options, uri)
+        tls = _tls(options, uri)
+        export = options.export if options.export is not None else uri.export if uri is not None else ""
+        self._context = options.x_dirty_bitmap or c.BASE_ALLOCATION
+        self.session = Session(
+            lambda: Client.connect(address() if callable(address) else address, export, tls=tls,
+                                   contexts=(self._context,), timeout=options.timeout or None),
+            connections=options.connections, reconnect_delay=options.reconnect_delay, on_state=self._state)
+        await self.session.open(options.open_timeout)
+        info = self.session.info
+        try:
+            if info.flags & c.FLAG_READ_ONLY and not self.read_only:
+                raise OptionError("read-only", False, f"true: the server exports '{info.name}' read-only")
+            if options.x_dirty_bitmap and self._context not in info.contexts:
+                raise OptionError("x-dirty-bitmap", self._context, f"a metadata context of export '{info.name}'")
+        except OptionError:
+            await self.session.close()
+            raise
+        self._read_info()
+
+    async def close(self) -> None:
+        await self.session.close()
+
+    def yank(self) -> None:
+        """Cut the connections: all requests have failed when this returns, and all later ones fail."""
+        self.session.yank()
+
+    def _state(self, state: State, error: Exception | None) -> None:
+        if state == "connected":
+            self._read_info()
+        self.report("NBD_CONNECTION", {"node-name": self.name, "state": state,
+                                       **({"error": str(error)} if error is not None else {})})
+
+    def _read_info(self) -> None:
+        info = self.session.info
+        self.length = info.size
+        self._has_status = self._context in info.contexts
+
+    # Requests.
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        return await self.session.pread(offset, length)
+
+    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        await self.session.pwrite(offset, data, flags)
+
+    async def flush(self) -> None:
+        await self.session.flush()
+
+    async def discard(self, offset: int, length: int) -> None:
+        if self.options.discard == "unmap" and self.session.info.flags & c.FLAG_SEND_TRIM:
+            await self.session.discard(offset, length)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        offered = self.session.info.flags
+        if offered & c.FLAG_SEND_WRITE_ZEROES and (not flags & FAST or offered & c.FLAG_SEND_FAST_ZERO):
+            if self.options.discard != "unmap":
+                flags &= ~MAY_UNMAP
+            await self.session.write_zeroes(offset, length, _ZERO_FLAGS[flags])
+        elif flags & FAST:
+            raise not_supported("fast zeroes")
+        else:
+            await super().write_zeroes(offset, length, flags)
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        if not self._has_status:
+            return [Extent(length)]
+        extents = await self.session.block_status(offset, length, self._context)
+        return [Extent(count, data=not flags & c.STATE_HOLE, zero=bool(flags & c.STATE_ZERO))
+                for count, flags in extents]
+
+
+_ZERO_FLAGS = {flags: (c.CMD_FLAG_FUA if flags & FUA else 0)
+               | (0 if flags & MAY_UNMAP else c.CMD_FLAG_NO_HOLE)
+               | (c.CMD_FLAG_FAST_ZERO if flags & FAST else 0)
+               for flags in range(8)}
+
+
+def _address(options: NbdOptions, uri: NbdUri | None) -> Address | _Duplicate:
+    given = {"server": options.server is not None, "host": options.host is not None,
+             "path": options.path is not None, "uri": options.uri is not None}
+    if sum(given.values()) != 1:
+        raise OptionError("server", ", ".join(name for name in given if given[name]) or None,
+                          "given once, as one of server, host (and port), path and uri")
+    if options.port is not None and options.host is None:
+        raise OptionError("port", options.port, "given together with host")
+    if uri is not None:
+        return uri.address
+    if options.path is not None:
+        return UnixAddress(options.path)
+    if options.host is not None:
+        return InetAddress(options.host, _port(options.port, "port"))
+    server = options.server
+    if isinstance(server, InetServer):
+        return InetAddress(server.host, _port(server.port, "server.port"))
+    if isinstance(server, UnixServer):
+        return UnixAddress(server.path)
+    assert server is not None
+    return _Duplicate(server.text)
+
+
+def _port(port: int | str | None, option: str) -> int:
+    if port is None:
+        return c.DEFAULT_PORT
+    try:
+        number = int(port)
+    except ValueError:
+        number = 0
+    if not 0 < number < 65536:
+        raise OptionError(option, port, "a port number, 1 to 65535")
+    return number
+
+
+class _Duplicate:
+    """A connected socket that was handed to this process: each call gives a duplicate of it."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            self._fd = int(text)
+            os.fstat(self._fd)
+        except (ValueError, OSError):
+            raise OptionError("server.str", text, "the number of an open file descriptor") from None
+
+    def __call__(self) -> socket.socket:
+        return socket.socket(fileno=os.dup(self._fd))
+
+
+def _tls(options: NbdOptions, uri: NbdUri | None) -> ClientTls | None:
+    directory, hostname, required, verify = options.tls_creds, options.tls_hostname, True, True
+    if uri is not None and (uri.tls or uri.tls_certificates is not None):
+        if uri.tls_type not in (None, "x509") or uri.tls_psk_file is not None or uri.username is not None:
+            raise OptionError("uri", options.uri, "an NBD URI with TLS by X.509 certificates: "
+                              "there is no TLS with pre-shared keys or anonymous peers here")
+        required = uri.tls or directory is not None
+        directory = directory or uri.tls_certificates
+        hostname = hostname or uri.tls_hostname
+        verify = uri.tls_verify_peer is not False
+    elif directory is None:
+        if hostname is not None:
+            raise OptionError("tls-hostname", hostname, "given together with tls-creds")
+        return None
+    context = client_context(directory, check_hostname=verify)
+    if not verify:
+        context.verify_mode = ssl.CERT_NONE
+    return ClientTls(context, hostname, required)
