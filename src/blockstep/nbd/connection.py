@@ -348,10 +348,13 @@ class Connection:
         if self._backlog is not None:
             if not self._running and self._room() > 0:
                 self._run(self._backlog)
-                if self._backlog is None and not self._finishing:
-                    self.channel.resume()
+                self._resume()
         elif self._finishing:
             self._close_if_idle()
+
+    def _resume(self) -> None:
+        if self._backlog is None and not self._finishing:
+            self.channel.resume()
 
     def _flush(self) -> None:
         if self._out:
