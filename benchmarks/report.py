@@ -20,15 +20,17 @@ from blockstep.units import KiB, format_size
 COLOURS = {"aim": "green", "held": "yellow", "MISS": "red", "error": "red", "-": "dim"}
 
 
-def figures(row: Row, measured: Measured) -> str:
-    """The medians of a row, short: ``blockstep export 131k, nbdkit 120k, qemu-nbd 30k``."""
-    return ", ".join(f"{name} {_figure(row, measured.unit, statistics.median(values))}"
-                     for name, values in measured.samples.items())
+def figures(row: Row, measured: Measured) -> list[str]:
+    """The medians of a row, one a line, with the least and the greatest of the rounds."""
+    width = max(map(len, measured.samples), default=0)
+    return [f"{name:{width}}{_figure(row, measured.unit, statistics.median(values)):>12}"
+            f"   ({_figure(row, measured.unit, min(values))} to {_figure(row, measured.unit, max(values))})"
+            for name, values in measured.samples.items()]
 
 
 def _figure(row: Row, unit: str, value: float) -> str:
     if unit != "IOPS":
-        return f"{value:.3g} {unit}"
+        return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     if isinstance(row.measure, Race) and row.measure.work.block >= 64 * KiB:
         return f"{value * row.measure.work.block / 1e6:.0f} MB/s"
     return f"{value / 1e3:.1f}k/s"
@@ -67,8 +69,8 @@ def summary(results: Sequence[tuple[Row, Measured]]) -> Table:
 def show(console: Console, row: Row, measured: Measured) -> None:
     """One row as soon as it is measured."""
     console.print(f"[bold]{row.name}[/]  {row.title}", highlight=False)
-    if measured.samples:
-        console.print(f"    {figures(row, measured)}", highlight=False)
+    for line in figures(row, measured):
+        console.print(f"    {line}", highlight=False, markup=False)
     for name, score, verdict in verdicts(row, measured):
         if score:
             console.print(f"    {name} {score}  [{COLOURS[verdict]}]{verdict}", highlight=False)

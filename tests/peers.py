@@ -45,6 +45,7 @@ missed: dict[str, int] = {}
 
 def need(*programs: str) -> None:
     """Skip the calling test (or module, when called at its top) unless all ``programs`` are installed."""
+    __tracebackhide__ = True  # so that the summary names the test, and not this line
     absent = [name for name in programs if shutil.which(name) is None]
     if absent:
         packages = sorted({PACKAGES.get(name, name) for name in absent})
