@@ -199,7 +199,7 @@ def blockstep_standby(directory: Path, size: int, sparse: bool = False) -> Itera
     ingest, view, qmp = directory / "standby.sock", directory / "view.sock", directory / "standby.qmp"
     command = blockstep("standby", f"disk={disk}", "--socket", ingest, "--view-socket", view,
                         "--qmp", qmp, "--buffer", directory / "buffer")
-    with started(command, ingest) as process:
+    with started(command, ingest, view, qmp) as process:
         control = Control(qmp)
         try:
             yield Endpoint(ingest, "disk", {"standby": process}, control.checkpoint, (ingest, "disk"),
@@ -219,7 +219,7 @@ def blockstep_primary(directory: Path, disk: Path, standby: Endpoint, acknowledg
     command = blockstep("primary", f"disk={disk}", "--socket", path, "--standby", unix_uri(standby.socket),
                         "--qmp", qmp, "--acknowledge", acknowledge, "--checkpoint-every", "0",
                         *(["--in-sync"] if in_sync else []))
-    with started(command, path) as process:
+    with started(command, path, qmp) as process:
         control = Control(qmp)
         try:
             yield Endpoint(path, "disk", {"primary": process, **standby.processes}, control.checkpoint,

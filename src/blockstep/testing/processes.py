@@ -37,9 +37,8 @@ class ProcessFailed(BlockstepError):
 
 
 @contextmanager
-def started(command: Sequence[str | Path], listens_on: Address | None = None,
-            **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that lives as long as the block; with ``listens_on`` the block starts when it accepts there.
+def started(command: Sequence[str | Path], *listens_on: Address, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that lives as long as the block; the block starts when it accepts connections everywhere it should.
 
     ``options`` go to Popen. At the end of the block the process gets SIGTERM, then SIGKILL if it does not go.
     Raises ProcessFailed.
@@ -49,8 +48,8 @@ def started(command: Sequence[str | Path], listens_on: Address | None = None,
         options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, **options}
         process = subprocess.Popen(words, **options)
         try:
-            if listens_on is not None:
-                _wait_listening(listens_on, process, words, output)
+            for address in listens_on:
+                _wait_listening(address, process, words, output)
             yield process
         finally:
             stop(process)
