@@ -20,6 +20,7 @@ the hidden disk may lack what was saved last. This is what a journal of epochs i
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from blockstep.drivers.copy_before_write import CopyBeforeWrite
 from blockstep.drivers.replication import Replication, Stage
 from blockstep.errors import BlockstepError, ReplicationError
 from blockstep.jobs.commit import CommitJob
-from blockstep.jobs.job import JobRegistry
+from blockstep.jobs.registry import JobRegistry
 
 if TYPE_CHECKING:
     from blockstep.jobs.job import Job
@@ -171,10 +172,10 @@ class HiddenDiskBuffer:
         await self._remove_cbw()
         self._undo.remove(self._remove_cbw)
         self._filter.enter(Stage.FAILOVER)
-        self._commit = CommitJob(
-            self._graph, self.active, self.secondary, id=f"failover-{self._filter.name}", replace_in=self._filter.file,
-        )
-        self._jobs.start(self._commit, on_end=self._committed)
+        self._commit = await self._jobs.create(CommitJob(
+            self._graph, self.active, self.secondary, id=f"failover-{self._filter.name}",
+            replace_in=self._filter.file))
+        self._waiter = asyncio.get_running_loop().create_task(self._committed(self._commit))
 
     def revoke_writers(self) -> None:
         """From now on nobody but the view writes to the secondary disk: an old primary is refused."""
@@ -182,7 +183,8 @@ class HiddenDiskBuffer:
             if isinstance(edge.parent, Backend) and edge.taken & WRITE:
                 edge.parent.revoke("this standby has been promoted")
 
-    async def _committed(self, error: BaseException | None) -> None:
+    async def _committed(self, commit: Job) -> None:
+        error = await commit.wait()
         self._commit = None
         if error is None:
             self._finish()
@@ -198,8 +200,8 @@ class HiddenDiskBuffer:
     async def close(self) -> None:
         """See `DiskBuffer`."""
         if self._commit:
-            self._commit.cancel()
-            await self._commit.wait()
+            self._commit.end(force=True)
+            await self._waiter
         elif self._filter.stage is Stage.RUNNING:
             await self.drop()
 

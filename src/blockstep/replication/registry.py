@@ -18,7 +18,7 @@ from blockstep.block.driver import Prepared
 from blockstep.block.graph import Graph
 from blockstep.drivers.replication import Mode, Replication, Stage
 from blockstep.errors import ReplicationError
-from blockstep.jobs.job import JobRegistry
+from blockstep.jobs.registry import JobRegistry
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
 
 

@@ -1,0 +1,5 @@
+"""``python -m blockstep``."""
+
+from blockstep.cli import main
+
+main()

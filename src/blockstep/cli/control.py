@@ -1,0 +1,58 @@
+"""How the commands reach a running primary or standby: the control socket, by pair and role, or by path."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from blockstep.daemon.service import QMP_SUFFIX, runtime_directory
+from blockstep.errors import OptionError
+from blockstep.qmp.client import Connection, connect
+
+T = TypeVar("T")
+
+PairName = Annotated[str | None, typer.Argument(metavar="[PAIR]", help="The pair's name; needed if several run here.")]
+Qmp = Annotated[Path | None, typer.Option("--qmp", metavar="PATH", help="The control socket, if it is not where "
+                                          "the program puts it by itself.")]
+Json = Annotated[bool, typer.Option("--json", help="The answer as JSON, for programs.")]
+
+
+def find_sockets(pair: str | None, role: str | None, qmp: Path | None) -> list[Path]:
+    """The control sockets that are meant. Raises OptionError if there is none."""
+    if qmp:
+        return [qmp]
+    directory = runtime_directory()
+    found = sorted(directory.glob(f"{pair or '*'}.{role or '*'}{QMP_SUFFIX}"))
+    if not found:
+        what = f"pair '{pair}'" if pair else "pair"
+        raise OptionError("--qmp", None, f"given: no {role or 'program'} of a {what} has its control socket "
+                          f"in {directory}; is it running?")
+    return found
+
+
+def find_socket(pair: str | None, role: str | None, qmp: Path | None) -> Path:
+    """The one control socket that is meant. Raises OptionError if there is none, or more than one."""
+    found = find_sockets(pair, role, qmp)
+    if len(found) > 1:
+        names = ", ".join(path.name.removesuffix(QMP_SUFFIX) for path in found)
+        raise OptionError("PAIR", pair, f"given, or --qmp: several run here ({names})")
+    return found[0]
+
+
+def ask(path: Path, talk: Callable[[Connection], Awaitable[T]], timeout: float = 10.0) -> T:
+    """Connect to a control socket and run ``talk``. Raises ConnectionLost, CommandRefused, TimeoutError."""
+
+    async def run() -> T:
+        async with connect(path, timeout=timeout) as qmp:
+            return await talk(qmp)
+
+    return asyncio.run(run())
+
+
+def execute(path: Path, command: str, arguments: dict[str, Any] | None = None, timeout: float = 10.0) -> Any:
+    """One command. Raises as `ask`."""
+    return ask(path, lambda qmp: qmp.execute(command, arguments), timeout)

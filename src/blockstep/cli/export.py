@@ -1,0 +1,45 @@
+"""``blockstep export``: serve one raw file or block device over NBD."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from blockstep.cli.options import Listen, Socket, parse_served
+
+
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The raw file or block device.")],
+    name: Annotated[str, typer.Option("--name", help="The export's name.")] = "",
+    socket: Socket = None,
+    listen: Listen = None,
+    read_only: Annotated[bool, typer.Option("--read-only", "-r", help="Refuse writes.")] = False,
+    cache: Annotated[Literal["writeback", "none"], typer.Option(help="none: O_DIRECT, past the page cache.")]
+        = "writeback",
+    discard: Annotated[Literal["unmap", "ignore"], typer.Option(help="What trim does to the file.")] = "unmap",
+    tls: Annotated[Literal["off", "optional", "required"], typer.Option(help="TLS for clients.")] = "off",
+    tls_certificates: Annotated[Path | None, typer.Option(metavar="DIR", help="Directory of ca-cert.pem, "
+                                "server-cert.pem and server-key.pem.")] = None,
+    tls_verify_peer: Annotated[bool, typer.Option(help="Clients must have a certificate of the same CA.")] = False,
+    max_connections: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
+) -> None:
+    """Serve a raw file or block device over NBD, until SIGTERM or SIGINT.
+
+    Listens where --socket or --listen say, or on the sockets that systemd passes, or else on a socket
+    in the runtime directory.
+    """
+    from blockstep.daemon.export import ExportConfig, main
+
+    config = ExportConfig(
+        path=file, name=name, address=parse_served(socket, listen, "export.nbd"), read_only=read_only,
+        direct=cache == "none", discard=discard, tls=tls, tls_certificates=tls_certificates,
+        tls_verify_peer=tls_verify_peer, max_connections=max_connections, given=bool(socket or listen))
+    asyncio.run(main(config, lambda uris: typer.echo("\n".join(uris))))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("export")(export)

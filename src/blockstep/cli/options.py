@@ -1,0 +1,64 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockstep.daemon.disks import DiskSpec
+from blockstep.daemon.service import runtime_directory
+from blockstep.errors import OptionError
+from blockstep.nbd.uri import Address, InetAddress, UnixAddress, parse_address
+from blockstep.units import parse_size
+
+Pair = Annotated[str, typer.Option("--pair", metavar="NAME", help="The pair's name; the same on both sides.")]
+Disks = Annotated[
+    list[str],
+    typer.Option("--disk", metavar="NAME=PATH[,size=SIZE]", help="A disk: its name in the pair and its raw file or "
+                 "block device. With size, a missing file is made. May be given several times."),
+]
+Socket = Annotated[Path | None, typer.Option("--socket", metavar="PATH", help="Serve the disks on a unix socket.")]
+Listen = Annotated[str | None, typer.Option("--listen", metavar="HOST:PORT", help="Serve the disks on TCP.")]
+Qmp = Annotated[Path | None, typer.Option("--qmp", metavar="PATH", help="The control socket.")]
+Tls = Annotated[
+    Path | None,
+    typer.Option("--tls", metavar="DIR", help="Require TLS between the two sides; DIR holds ca-cert.pem and the "
+                 "side's certificate and key, named as QEMU names them."),
+]
+
+
+def parse_disks(texts: list[str]) -> tuple[DiskSpec, ...]:
+    """``NAME=PATH[,size=SIZE]``, several. Raises OptionError."""
+    disks: dict[str, DiskSpec] = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        path, comma, option = rest.rpartition(",size=")
+        if not comma:
+            path, option = rest, ""
+        if not equals or not name or not path:
+            raise OptionError("--disk", text, "NAME=PATH or NAME=PATH,size=SIZE")
+        if name in disks:
+            raise OptionError("--disk", text, f"one disk for each name; '{name}' was given twice")
+        disks[name] = DiskSpec(name, Path(path), parse_size(option, "--disk size") if option else None)
+    if not disks:
+        raise OptionError("--disk", None, "given at least once: NAME=PATH")
+    return tuple(disks.values())
+
+
+def parse_served(socket: Path | None, listen: str | None, default: str) -> Address:
+    """Where disks are served: ``--socket`` or ``--listen``, or a socket named ``default`` in the runtime directory."""
+    if socket and listen:
+        raise OptionError("--listen", listen, "left out when --socket is given")
+    if listen:
+        return parse_address(listen, "--listen")
+    return UnixAddress(str((socket or runtime_directory() / default).absolute()))
+
+
+def parse_inet(text: str, option: str) -> InetAddress:
+    """``HOST[:PORT]``. Raises OptionError."""
+    address = parse_address(text, option)
+    if not isinstance(address, InetAddress):
+        raise OptionError(option, text, "HOST:PORT or [IPV6]:PORT")
+    return address

@@ -1,0 +1,57 @@
+"""``blockstep primary``: serve a guest's disks and keep a standby of them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Literal
+
+import typer
+
+from blockstep.cli.options import Disks, Listen, Pair, Qmp, Socket, Tls, parse_disks, parse_inet, parse_served
+from blockstep.daemon.service import runtime_directory
+from blockstep.units import parse_duration, parse_size
+
+
+def primary(
+    disk: Disks,
+    standby: Annotated[str, typer.Option("--standby", metavar="HOST[:PORT]", help="The standby's --link address.")],
+    pair: Pair = "default",
+    socket: Socket = None,
+    listen: Listen = None,
+    checkpoint_every: Annotated[str, typer.Option(metavar="TIME", help="A checkpoint is due after this time; "
+                                "0: not by time.")] = "5s",
+    checkpoint_bytes: Annotated[str, typer.Option(metavar="SIZE", help="A checkpoint is due after so much was "
+                                "written; 0: not by size.")] = "256M",
+    ack: Annotated[Literal["local", "both"], typer.Option(help="Who has a write when the guest is told.")] = "local",
+    queue: Annotated[str, typer.Option(metavar="SIZE", help="What may wait for the standby, for each disk, with "
+                     "--ack local.")] = "64M",
+    max_stall: Annotated[str, typer.Option(metavar="TIME", help="The longest that a sick standby can hold up the "
+                         "guest; then the pair lets go of it.")] = "2s",
+    qmp: Qmp = None,
+    tls: Tls = None,
+) -> None:
+    """Serve disks to a guest, forward their writes to a standby, and take checkpoints.
+
+    The disks are served where --socket or --listen say, or else on a socket in the runtime directory.
+    """
+    from blockstep.daemon.primary import Primary, PrimaryConfig, main
+
+    config = PrimaryConfig(
+        pair=pair, disks=parse_disks(disk), standby=parse_inet(standby, "--standby"),
+        export=parse_served(socket, listen, f"{pair}.primary.nbd"),
+        qmp=(qmp or runtime_directory() / f"{pair}.primary.qmp").absolute(), ack=ack,
+        queue=parse_size(queue, "--queue"), max_stall=parse_duration(max_stall, "--max-stall"),
+        checkpoint_every=parse_duration(checkpoint_every, "--checkpoint-every"),
+        checkpoint_bytes=parse_size(checkpoint_bytes, "--checkpoint-bytes"), tls=tls)
+
+    def ready(program: Primary) -> None:
+        typer.echo(f"primary of pair '{pair}': standby at {config.standby}, control {config.qmp}")
+        for uri in program.status().exports:
+            typer.echo(uri)
+
+    asyncio.run(main(config, ready))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("primary")(primary)

@@ -1,0 +1,53 @@
+"""``blockstep standby``: keep the disks of a primary, and their view at the last checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockstep.cli.options import Disks, Listen, Pair, Qmp, Socket, Tls, parse_disks, parse_inet, parse_served
+from blockstep.daemon.service import runtime_directory
+from blockstep.units import parse_size
+
+
+def standby(
+    disk: Disks,
+    pair: Pair = "default",
+    link: Annotated[str, typer.Option("--link", metavar="HOST:PORT", help="Where the primary connects to; the port "
+                    "above it is used as well.")] = "[::]:10809",
+    socket: Socket = None,
+    listen: Listen = None,
+    buffer_memory: Annotated[str, typer.Option(metavar="SIZE", help="What the buffers of one disk may hold in memory "
+                             "between two checkpoints, each.")] = "1G",
+    buffer_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the buffers go beyond that. Without "
+                          "it they are full then.")] = None,
+    qmp: Qmp = None,
+    tls: Tls = None,
+) -> None:
+    """Keep a standby of a primary's disks.
+
+    The disks' views (at the last checkpoint) are served where --socket or --listen say, or else on a
+    socket in the runtime directory; they may be read and written.
+    """
+    from blockstep.daemon.standby import Standby, StandbyConfig, main
+
+    config = StandbyConfig(
+        pair=pair, disks=parse_disks(disk), link=parse_inet(link, "--link"),
+        view=parse_served(socket, listen, f"{pair}.standby.nbd"),
+        qmp=(qmp or runtime_directory() / f"{pair}.standby.qmp").absolute(),
+        buffer_memory=parse_size(buffer_memory, "--buffer-memory"), buffer_dir=buffer_dir, tls=tls)
+
+    def ready(program: Standby) -> None:
+        typer.echo(f"standby of pair '{pair}': waiting for its primary at {config.link}, control {config.qmp}")
+        for uri in program.exports:
+            typer.echo(uri)
+
+    asyncio.run(main(config, ready))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("standby")(standby)

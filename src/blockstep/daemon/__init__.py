@@ -1,0 +1,7 @@
+"""The programs: each composes graph, replication, exports and control socket, starts and stops them.
+
+    service   what they share: runtime directory, control socket, signals, systemd notification
+    export    ``blockstep export``: one disk over NBD
+    standby   ``blockstep standby``
+    primary   ``blockstep primary``
+"""

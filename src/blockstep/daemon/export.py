@@ -1,0 +1,65 @@
+"""``blockstep export``: one raw file or block device over NBD; what qemu-nbd does for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from blockstep import drivers as _drivers  # noqa: F401  registers them
+from blockstep.block.graph import Graph
+from blockstep.block.permissions import NONE, READ, WRITE
+from blockstep.daemon.disks import listen
+from blockstep.daemon.service import Service
+from blockstep.nbd.export import Export
+from blockstep.nbd.server import Server, passed_sockets
+from blockstep.nbd.tls import server_context
+from blockstep.nbd.uri import Address, NbdUri
+
+
+@dataclass(frozen=True, slots=True)
+class ExportConfig:
+    """What ``blockstep export`` was told. ``given``: the user said where to listen."""
+
+    path: Path
+    name: str
+    address: Address
+    read_only: bool = False
+    direct: bool = False
+    discard: Literal["unmap", "ignore"] = "unmap"
+    tls: Literal["off", "optional", "required"] = "off"
+    tls_certificates: Path | None = None
+    tls_verify_peer: bool = False
+    max_connections: int = 0
+    given: bool = True
+
+
+async def main(config: ExportConfig, ready: Callable[[list[str]], None]) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what is in flight, flush, and close.
+
+    ``ready`` gets the URIs once clients can connect. Raises OptionError or OSError if it cannot serve.
+    """
+    tls = server_context(config.tls_certificates or "", config.tls_verify_peer) if config.tls != "off" else None
+    service = Service(None)
+    graph = Graph()
+    node = await graph.open({
+        "driver": "file", "node-name": "disk", "filename": str(config.path), "read-only": config.read_only,
+        "discard": config.discard, "cache": {"direct": config.direct}})
+    backend = graph.attach_backend(node, "export", READ | (NONE if config.read_only else WRITE))
+    server = Server(tls=config.tls, tls_context=tls, max_connections=config.max_connections)
+    try:
+        server.add(Export(config.name, backend))
+        passed = [] if config.given else passed_sockets()
+        for fd in passed:
+            server.start_fd(fd)
+        if not passed:
+            await listen(server, config.address)
+        ready([] if passed else [str(NbdUri(config.address, config.name, tls=config.tls == "required"))])
+        await service.wait()
+    finally:
+        await server.stop()
+        if not config.read_only:
+            await backend.flush()
+        await graph.detach_backend(backend)
+        await graph.close(node)

@@ -1,0 +1,472 @@
+"""``blockstep primary``: serves a guest's disks, and keeps a standby of them.
+
+For each disk NAME, once opened:
+
+    guest's export ──► NAME (link) ──file──► NAME-disk (file)
+                          └──target──► NAME-standby (nbd), while there is a standby
+
+`Primary` is the hands of a `Coordinator`: it turns what happens (connections, jobs, timers, commands) into events
+and carries the resulting actions out. All its decisions are in the coordinator; all its waiting is here.
+
+The first sync and every resync is a mirror job for each disk, from NAME-disk to NAME-standby, in write-blocking mode, so
+that it converges while the guest writes. When all of them are ready, the guest is held back for a moment, the links
+are switched on, and the jobs end. A full sync covers the disk; a resync covers what the link remembers.
+
+No request of the guest and no control command ever waits for the standby for longer than ``max-stall``: each
+request to it has that deadline, and after it the pair lets go and goes on alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import ssl
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from blockstep.block.bitmap import DirtyBitmap
+from blockstep.block.graph import Graph
+from blockstep.block.io import Backend
+from blockstep.block.node import Role
+from blockstep.block.permissions import READ, WRITE
+from blockstep.daemon.disks import DiskSpec, listen, work_status
+from blockstep.daemon.service import Service
+from blockstep.drivers.nbd import Nbd
+from blockstep.errors import BlockstepError, ConnectionLost, PeerRefused
+from blockstep.jobs.mirror import MirrorJob
+from blockstep.jobs.registry import JobRegistry
+from blockstep.nbd.export import Export
+from blockstep.nbd.server import Server as NbdServer
+from blockstep.nbd.tls import client_context, server_context
+from blockstep.nbd.uri import Address, InetAddress, NbdUri
+from blockstep.qmp.client import Connection, open_connection
+from blockstep.qmp.commands import replication as qmp
+from blockstep.qmp.errors import CommandRefused
+from blockstep.replication import coordinator as c
+from blockstep.replication.link import GRANULARITY, Link
+
+
+@dataclass(frozen=True, slots=True)
+class PrimaryConfig:
+    """What ``blockstep primary`` was told. Times in seconds, sizes in bytes."""
+
+    pair: str
+    disks: tuple[DiskSpec, ...]
+    standby: InetAddress
+    export: Address
+    qmp: Path
+    ack: Literal["local", "both"] = "local"
+    #: Bytes of writes that may wait for the standby, for each disk.
+    queue: int = 64 << 20
+    max_stall: float = 2.0
+    #: When a checkpoint is due (0: never by this).
+    checkpoint_every: float = 5.0
+    checkpoint_bytes: int = 256 << 20
+    #: A directory with certificates: the standby is spoken to with TLS only.
+    tls: Path | None = None
+    #: Likewise for the guest's side.
+    export_tls: Path | None = None
+
+
+@dataclass(slots=True)
+class _Disk:
+    spec: DiskSpec
+    link: Link
+    backend: Backend
+    standby: Nbd | None = None
+    job: MirrorJob | None = None
+    bitmap: DirtyBitmap | None = None
+
+
+class Primary(Service):
+    """The program. `open` starts to serve, `close` ends everything."""
+
+    def __init__(self, config: PrimaryConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(config.pair)
+        self.config = config
+        self.graph = Graph()
+        self.jobs = JobRegistry()
+        self.disks: dict[str, _Disk] = {}
+        self.coordinator = c.Coordinator()
+        self._clock = clock
+        self._instance = str(uuid.uuid4())
+        self._server: NbdServer | None = None
+        self._control: Connection | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._cleanup: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._sync_is_full = True
+        self._standby_runs = False
+        self._committed_at: float | None = None
+        self._pause = 0.0
+        self._asking: list[asyncio.Future[qmp.Committed]] = []
+        self._asking_next: list[asyncio.Future[qmp.Committed]] = []
+
+    # --- start and stop ---
+
+    async def open(self) -> None:
+        """Open the disks and serve them; the standby is looked for meanwhile. Raises OptionError or OSError."""
+        try:
+            for spec in self.config.disks:
+                await self._open_disk(spec)
+            tls = server_context(self.config.export_tls, verify_peer=True) if self.config.export_tls else None
+            self._server = NbdServer(tls="required" if tls else "off", tls_context=tls)
+            for name, disk in self.disks.items():
+                self._server.add(Export(name, disk.backend, description=f"pair {self.config.pair}, primary"))
+            await listen(self._server, self.config.export)
+            await self.serve_qmp(self.config.qmp, qmp.commands)
+        except BaseException:
+            await self.close()
+            raise
+        self._act(self.coordinator.begin())
+        self._schedule()
+
+    async def _open_disk(self, spec: DiskSpec) -> None:
+        spec.make()
+        await self.graph.open(
+            {"driver": "file", "node-name": f"{spec.name}-disk", "filename": str(spec.path), "discard": "unmap"})
+        link = await self.graph.open(
+            {"driver": "link", "node-name": spec.name, "file": f"{spec.name}-disk",
+             "ack": self.config.ack, "queue": self.config.queue})
+        assert isinstance(link, Link)
+        link.on_fail = lambda error: self._post(c.Failed(f"disk '{spec.name}': {error.strerror or error}"))
+        link.on_written = self._written
+        self.disks[spec.name] = _Disk(spec, link, self.graph.attach_backend(link, f"guest's {spec.name}", READ | WRITE))
+
+    async def close(self) -> None:
+        """End everything: exports are drained, the standby is let go, nodes are flushed and closed."""
+        self._act(self.coordinator.apply(c.Stop()))
+        if self._timer:
+            self._timer.cancel()
+        if self._server:
+            await self._server.stop()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._cleanup:
+            await self._cleanup
+        for name, disk in self.disks.items():
+            await disk.backend.flush()
+            await self.graph.detach_backend(disk.backend)
+            await self.graph.close(disk.link)
+            await self.graph.close(self.graph.find(f"{name}-disk"))
+        await self.stop_qmp()
+
+    # --- events in, actions out ---
+
+    def _post(self, event: c.Event) -> None:
+        self._act(self.coordinator.apply(event))
+
+    def _act(self, actions: list[c.Action]) -> None:
+        for action in actions:
+            match action:
+                case c.Attach():
+                    self._begin(action.attempt, self._attach(action.attempt, action.delay))
+                case c.Sync():
+                    self._begin(action.attempt, self._sync(action.attempt, action.full))
+                case c.TakeCheckpoint():
+                    self._begin(action.attempt, self._checkpoint(action.attempt, action.epoch))
+                case c.LetGo():
+                    self._let_go(action.reason)
+                case c.Report():
+                    self._report()
+
+    def _begin(self, attempt: int, work: Coroutine[Any, Any, c.Event]) -> None:
+        """Carry an action out; what it returns, or how it fails, is the event that answers it."""
+
+        async def run() -> None:
+            event: c.Event
+            try:
+                event = await work
+            except (OSError, BlockstepError, TimeoutError) as error:
+                event = c.Failed(getattr(error, "strerror", None) or str(error), attempt)
+            self._post(event)
+
+        self._spawn(run())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- attach ---
+
+    async def _attach(self, attempt: int, delay: float) -> c.Event:
+        await asyncio.sleep(delay)
+        if self._cleanup:
+            await self._cleanup
+        host, port = self.config.standby.host, self.config.standby.port
+        control = await open_connection((host, port + 1), timeout=max(self.config.max_stall, 1.0), ssl=self._tls())
+        try:
+            answer = await control.execute("pair-attach", {
+                "pair": self.config.pair, "instance": self._instance,
+                "disks": [{"name": name, "size": disk.link.length} for name, disk in self.disks.items()]})
+            if not answer["accepted"]:
+                await control.close()
+                return c.Refused(answer["reason"])
+            for name, disk in self.disks.items():
+                disk.standby = await self._open_standby(name)
+        except CommandRefused as error:
+            await control.close()
+            raise PeerRefused(str(error)) from None
+        except BaseException:
+            await control.close()
+            await self._close_standbys()
+            raise
+        self._control = control
+        self._spawn(self._watch(control))
+        known = answer["running"] and answer["instance"] == self._instance
+        self._sync_is_full = not known
+        self.coordinator.epoch = max(self.coordinator.epoch, answer["epoch"])
+        self._standby_runs = bool(answer["running"])
+        return c.Attached(attempt, full=not known)
+
+    async def _open_standby(self, name: str) -> Nbd:
+        tls = {"tls-creds": str(self.config.tls)} if self.config.tls else {}
+        node = await self.graph.open({
+            "driver": "nbd", "node-name": f"{name}-standby", "export": name, "timeout": self.config.max_stall,
+            "server": {"type": "inet", "host": self.config.standby.host, "port": self.config.standby.port}, **tls})
+        assert isinstance(node, Nbd)
+        return node
+
+    def _tls(self) -> ssl.SSLContext | None:
+        return client_context(self.config.tls) if self.config.tls else None
+
+    async def _watch(self, control: Connection) -> None:
+        """Hear of the control connection's end; and, by asking, of a standby that answers no more."""
+        limit = max(self.config.max_stall, 1.0)
+        try:
+            while self._control is control:
+                await control.execute("pair-query", timeout=limit)
+                await asyncio.sleep(limit / 2)
+        except (OSError, BlockstepError, TimeoutError) as error:
+            if self._control is control:
+                self._post(c.Failed(getattr(error, "strerror", None) or str(error)))
+
+    # --- sync ---
+
+    async def _sync(self, attempt: int, full: bool) -> c.Event:
+        jobs = []
+        for name, disk in self.disks.items():
+            assert disk.standby is not None
+            source = self.graph.find(f"{name}-disk")
+            if not full:
+                disk.bitmap = DirtyBitmap(source, "resync", disk.link.length, GRANULARITY)
+                disk.bitmap.merge(disk.link.since)
+                disk.bitmap.merge(disk.link.closing)
+            disk.job = await self.jobs.create(MirrorJob(
+                self.graph, source, disk.standby, id=f"sync-{name}", sync="bitmap" if disk.bitmap else "full",
+                bitmap=disk.bitmap, copy_mode="write-blocking", pivot=False))
+            jobs.append(disk.job)
+        for job in jobs:
+            await job.wait_ready()
+        async with self.graph.drained(*(disk.link for disk in self.disks.values())):
+            for job in jobs:
+                job.complete()
+            for job in jobs:
+                error = await job.wait()
+                if error:
+                    raise error
+            assert self._control is not None
+            if not self._standby_runs:
+                await self._control.execute("pair-start", timeout=max(self.config.max_stall, 1.0))
+            for disk in self.disks.values():
+                assert disk.standby is not None
+                with self.graph.change() as change:
+                    change.attach(disk.link, "target", Role.TARGET, disk.standby)
+                disk.link.switch_on()
+        self._drop_bitmaps()
+        return c.Synced(attempt)
+
+    def _drop_bitmaps(self) -> None:
+        for disk in self.disks.values():
+            disk.job = None
+            if disk.bitmap:
+                disk.bitmap.remove()
+                disk.bitmap = None
+
+    # --- checkpoints ---
+
+    def _schedule(self) -> None:
+        if self.config.checkpoint_every:
+            self._timer = asyncio.get_running_loop().call_later(self.config.checkpoint_every, self._due)
+
+    def _due(self) -> None:
+        self._schedule()
+        self._post(c.Due())
+
+    def _written(self) -> None:
+        written = sum(disk.link.written for disk in self.disks.values())
+        if self.config.checkpoint_bytes and written > self.config.checkpoint_bytes:
+            for disk in self.disks.values():
+                disk.link.alarm = 0
+            asyncio.get_running_loop().call_soon(self._post, c.Due())
+
+    async def _checkpoint(self, attempt: int, epoch: int) -> c.Event:
+        links = [disk.link for disk in self.disks.values()]
+        asking, self._asking_next = self._asking_next, []
+        self._asking += asking
+        control = self._control
+        if control is None:
+            raise ConnectionLost("the standby's control connection is gone")
+        started = self._clock()
+        for link in links:
+            link.mark()
+            link.alarm = self.config.checkpoint_bytes // len(links)
+        try:
+            for link in links:
+                await link.settle()
+            await control.execute("pair-checkpoint", {"epoch": epoch}, timeout=max(self.config.max_stall, 1.0))
+        except CommandRefused as error:
+            self._answer(None, str(error))
+            return c.NotCommitted(attempt, str(error))
+        except BaseException as error:
+            self._answer(None, str(error))
+            raise
+        finally:
+            for link in links:
+                if link.on:
+                    link.release()
+        self._pause, self._committed_at = self._clock() - started, self._clock()
+        self._answer(qmp.Committed(epoch=epoch, pause=self._pause), "")
+        self.emit(qmp.ReplicationCheckpoint(pair=self.config.pair, epoch=epoch, pause=self._pause))
+        self._spawn(self._settle())
+        return c.Committed(attempt, epoch)
+
+    async def _settle(self) -> None:
+        """Make the checkpoint's data durable on the standby; from then on a resync need not copy it again."""
+        for disk in self.disks.values():
+            if disk.standby and disk.link.on:
+                with contextlib.suppress(OSError):  # the link hears of it as well, and lets go
+                    await disk.standby.flush()
+                    disk.link.settled()
+
+    def _answer(self, committed: qmp.Committed | None, reason: str) -> None:
+        waiting, self._asking = self._asking, []
+        for future in waiting:
+            if not future.done():
+                if committed:
+                    future.set_result(committed)
+                else:
+                    future.set_exception(BlockstepError(f"no checkpoint was taken: {reason}"))
+
+    # --- letting go ---
+
+    def _let_go(self, reason: str) -> None:
+        """At once: writes go on alone, nobody waits. The rest of the clearing up follows."""
+        for disk in self.disks.values():
+            disk.link.switch_off()
+            if disk.standby:
+                disk.standby.yank()
+        control, self._control = self._control, None
+        self._asking += self._asking_next
+        self._asking_next = []
+        self._answer(None, reason)
+        before = self._cleanup
+        self._cleanup = asyncio.get_running_loop().create_task(self._clear_up(control, before))
+
+    async def _clear_up(self, control: Connection | None, before: asyncio.Task[None] | None) -> None:
+        if before:
+            await before
+        if control:
+            await control.close()
+        for disk in self.disks.values():
+            if disk.job:
+                disk.job.end(force=True)
+                await disk.job.wait()
+        self._drop_bitmaps()
+        for disk in self.disks.values():
+            if "target" in disk.link.children:
+                with self.graph.change() as change:
+                    change.detach(disk.link.target)
+        await self._close_standbys()
+
+    async def _close_standbys(self) -> None:
+        for disk in self.disks.values():
+            standby, disk.standby = disk.standby, None
+            if standby:
+                await self.graph.close(standby)
+
+    # --- the operator's commands ---
+
+    async def checkpoint(self) -> qmp.Committed:
+        """A checkpoint now; several requests at a time are one."""
+        if self.coordinator.state not in (c.State.REPLICATING, c.State.CHECKPOINTING):
+            raise BlockstepError(f"no checkpoint can be taken: the pair is {self.coordinator.state.value}"
+                                 f" ({self.coordinator.reason})")
+        future: asyncio.Future[qmp.Committed] = asyncio.get_running_loop().create_future()
+        self._asking_next.append(future)
+        self._post(c.Due())
+        return await future
+
+    async def fail_over(self, to: Literal["checkpoint", "latest"]) -> qmp.Promoted:
+        """Not here."""
+        raise BlockstepError("this is the primary; a failover is asked of its standby")
+
+    async def stop_replication(self) -> None:
+        """End replication; the disks are served on, and what is written is remembered no more than before."""
+        self._post(c.Stop())
+        if self._cleanup:
+            await self._cleanup
+
+    # --- how it is ---
+
+    def _health(self) -> tuple[qmp.Health, str]:
+        coordinator = self.coordinator
+        state = coordinator.state
+        if state in (c.State.OFFLINE, c.State.FENCED, c.State.STOPPED):
+            return "at-risk", coordinator.reason
+        if not coordinator.protected:
+            return "degraded", coordinator.reason or "the first checkpoint is being taken"
+        if coordinator.reason:
+            return "degraded", coordinator.reason
+        age = self._age()
+        if self.config.checkpoint_every and age > 3 * self.config.checkpoint_every + self.config.max_stall:
+            return "degraded", f"the last checkpoint is {age:.1f} s old"
+        return "healthy", ""
+
+    def _age(self) -> float:
+        return self._clock() - self._committed_at if self._committed_at is not None else 0.0
+
+    def status(self) -> qmp.PairStatus:
+        """The truth, at once."""
+        health, reason = self._health()
+        checkpoint = None
+        if self._committed_at is not None:
+            checkpoint = qmp.CheckpointStatus(epoch=self.coordinator.epoch, age=self._age(), pause=self._pause)
+        jobs = [disk.job for disk in self.disks.values() if disk.job]
+        return qmp.PairStatus(
+            pair=self.config.pair, role="primary", state=self.coordinator.state.value, health=health, reason=reason,
+            peer=str(self.config.standby), ack=self.config.ack, checkpoint_every=self.config.checkpoint_every,
+            checkpoint_bytes=self.config.checkpoint_bytes, checkpoint=checkpoint,
+            disks=[self._disk_status(name, disk) for name, disk in self.disks.items()],
+            work=work_status("sync" if self._sync_is_full else "resync", jobs) if jobs else None,
+            exports=[str(NbdUri(self.config.export, name)) for name in self.disks])
+
+    def _disk_status(self, name: str, disk: _Disk) -> qmp.DiskStatus:
+        state = self.coordinator.state
+        word = "replicating" if disk.link.on else "syncing" if disk.job else state.value
+        return qmp.DiskStatus(name=name, size=disk.link.length, state=word, behind=disk.link.behind,
+                              buffer_used=0, buffer_limit=0)
+
+    def _report(self) -> None:
+        health, reason = self._health()
+        self.emit(qmp.ReplicationState(
+            pair=self.config.pair, role="primary", state=self.coordinator.state.value, health=health, reason=reason,
+            epoch=self.coordinator.epoch))
+
+
+async def main(config: PrimaryConfig, ready: Callable[[Primary], None]) -> None:
+    """Run a primary until it is told to stop."""
+    os.umask(0o077)
+    primary = Primary(config)
+    await primary.open()
+    try:
+        ready(primary)
+        await primary.wait()
+    finally:
+        await primary.close()

@@ -1,0 +1,103 @@
+"""What the programs share: where their sockets are, the control socket, readiness and a clean stop.
+
+A program is a coroutine that starts everything and then waits in `Service.wait` until it is told to stop: by
+SIGTERM or SIGINT, or by the command ``quit``. Under systemd it says READY=1 when it serves and STOPPING=1 when it
+begins to stop (sd_notify's protocol: a datagram to $NOTIFY_SOCKET).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from pathlib import Path
+
+from blockstep import __version__
+from blockstep.qmp.commands import core
+from blockstep.qmp.schema import Event, Registry
+from blockstep.qmp.server import Server
+
+#: Suffix of control sockets in the runtime directory.
+QMP_SUFFIX = ".qmp"
+
+
+def runtime_directory() -> Path:
+    """Where sockets go unless the user says otherwise.
+
+    ``$RUNTIME_DIRECTORY`` (systemd), ``/run/blockstep`` for root, ``$XDG_RUNTIME_DIR/blockstep``, or
+    ``/tmp/blockstep-UID``: the first that applies.
+    """
+    if directory := os.environ.get("RUNTIME_DIRECTORY"):
+        return Path(directory.split(":")[0])
+    if directory := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(directory) / "blockstep"
+    if os.geteuid() == 0:
+        return Path("/run/blockstep")
+    return Path(f"/tmp/blockstep-{os.geteuid()}")
+
+
+def make_parent(path: Path) -> None:
+    """Make the directory of a socket, for its owner alone, if it is missing."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it listens. Failing to is no reason to fail."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.connect("\0" + path[1:] if path.startswith("@") else path)
+        sock.send(state.encode())
+
+
+class Service:
+    """A program that runs until it is told to stop. Make it in a running event loop."""
+
+    run_state = "running"
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+        major, minor, micro = (int(part) for part in __version__.split("."))
+        self.version = core.Version(
+            qemu=core.Triple(major=7, minor=2, micro=0), package=f"blockstep {major}.{minor}.{micro}"
+        )
+        self.qmp: Server | None = None
+        self._quit = asyncio.Event()
+
+    def request_quit(self) -> None:
+        """Begin a clean stop."""
+        self._quit.set()
+
+    async def serve_qmp(self, path: Path, *areas: Registry) -> None:
+        """Open the control socket with the commands of ``areas`` and those that every program has."""
+        make_parent(path)
+        self.qmp = Server(Registry.of(core.commands, *areas), self, version=self.version)
+        await self.qmp.start_unix(path)
+
+    def emit(self, event: Event) -> None:
+        """Send an event to all monitors."""
+        if self.qmp:
+            self.qmp.emit(event)
+
+    async def wait(self) -> None:
+        """Say that everything is served, and wait for the end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.request_quit)
+        notify("READY=1")
+        try:
+            await self._quit.wait()
+        finally:
+            notify("STOPPING=1")
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    async def stop_qmp(self) -> None:
+        """Close the control socket, after its answers have gone out."""
+        if self.qmp:
+            self.emit(core.Shutdown())
+            await self.qmp.stop()
+

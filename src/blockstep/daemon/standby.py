@@ -1,0 +1,375 @@
+"""``blockstep standby``: the disks that a primary writes to, and their view at the last checkpoint.
+
+For each disk NAME, once opened:
+
+    link server ──► NAME-secondary ◄── NAME-hidden ◄── NAME-active ◄── NAME-filter ◄── NAME ──► view server
+    (for the primary)   file            overlay          overlay       replication    quorum   (for a guest)
+
+A primary presents itself on the control port (the link's port + 1): `attach`. When it has copied its disks it says
+`start`, and from then on the views are checkpoints, moved forward by `commit`, all together. Nothing on this side
+decides: it does as its primary says, until an operator promotes it (`fail_over`); then the link's exports are gone
+at once, and no primary is taken any more.
+
+State, in words: *waiting* for a primary, *syncing*, *replicating*, *lost* (it had a checkpoint and the primary is gone),
+*failover* (promoted, the merge runs), *promoted*, *failover-failed*, *stopped*.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from blockstep.block.graph import Graph
+from blockstep.block.io import Backend
+from blockstep.block.permissions import READ, WRITE
+from blockstep.daemon.disks import DiskSpec, listen, work_status
+from blockstep.daemon.service import Service
+from blockstep.drivers.replication import Replication, Stage
+from blockstep.errors import BlockstepError, OptionError, ReplicationError
+from blockstep.jobs.registry import JobRegistry
+from blockstep.nbd.export import Export
+from blockstep.nbd.server import Server as NbdServer
+from blockstep.nbd.tls import server_context
+from blockstep.nbd.uri import Address, InetAddress, NbdUri
+from blockstep.qmp.commands import replication as qmp
+from blockstep.qmp.schema import Monitor, Registry
+from blockstep.qmp.server import Server as QmpServer
+from blockstep.replication.hidden_disk import HiddenDiskBuffer
+from blockstep.replication.registry import ReplicationRegistry
+
+
+@dataclass(frozen=True, slots=True)
+class StandbyConfig:
+    """What ``blockstep standby`` was told."""
+
+    pair: str
+    disks: tuple[DiskSpec, ...]
+    #: Where the primary connects to; the control port is one above.
+    link: InetAddress
+    #: Where a guest finds the views.
+    view: Address
+    qmp: Path
+    #: Bytes that the buffers of one disk may hold in memory, and where they spill to (None: then they are full).
+    buffer_memory: int
+    buffer_dir: Path | None
+    #: A directory with certificates: TLS is required of the primary, both sides are verified.
+    tls: Path | None = None
+
+
+@dataclass(slots=True)
+class _Disk:
+    """One disk, opened."""
+
+    spec: DiskSpec
+    filter: Replication
+    view: Backend
+    link: Backend | None = None
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def buffer(self) -> HiddenDiskBuffer | None:
+        return self.filter.buffer if isinstance(self.filter.buffer, HiddenDiskBuffer) else None
+
+
+class Standby(Service):
+    """The program. `open` starts to serve, `close` ends everything; between them it reacts."""
+
+    def __init__(self, config: StandbyConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(config.pair)
+        self.config = config
+        self.graph = Graph()
+        self.jobs = JobRegistry(on_event=self._job_event)
+        self.registry = ReplicationRegistry(self.graph, self.jobs)
+        self.disks: dict[str, _Disk] = {}
+        self._clock = clock
+        self._view_server = NbdServer()
+        self._link_server: NbdServer | None = None
+        self._control: QmpServer | None = None
+        self._primary: Monitor | None = None
+        self._instance = ""
+        self._wanted_instance = ""
+        self._epoch = 0
+        self._committed_at = 0.0
+        self._promoted_to = ""
+        self._stopped = False
+        self._last_error = ""
+        self._told = ""
+
+    # --- start and stop ---
+
+    async def open(self) -> None:
+        """Open the disks, serve the views, and wait for a primary. Raises OptionError or OSError; then all is closed."""
+        try:
+            for spec in self.config.disks:
+                await self._open_disk(spec)
+            tls = server_context(self.config.tls, verify_peer=True) if self.config.tls else None
+            self._link_server = NbdServer(tls="required" if tls else "off", tls_context=tls)
+            host, port = self.config.link.host, self.config.link.port
+            (_, self.link_port), *_ = await self._link_server.start_tcp(host, port)
+            self._control = QmpServer(Registry.of(qmp.peer_commands), self, version=self.version)
+            listener = await self._control.start_tcp(host, self.link_port + 1, tls)
+            listener.on_gone = self._monitor_gone
+            await listen(self._view_server, self.config.view)
+            await self.serve_qmp(self.config.qmp, qmp.commands)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _open_disk(self, spec: DiskSpec) -> None:
+        spec.make()
+        name = spec.name
+        secondary = await self.graph.open(
+            {"driver": "file", "node-name": f"{name}-secondary", "filename": str(spec.path), "discard": "unmap"})
+        limits: dict[str, Any] = {"memory-limit": self.config.buffer_memory}
+        if self.config.buffer_dir:
+            limits["spill-dir"] = str(self.config.buffer_dir)
+        backing: Any = secondary.name
+        for part in ("hidden", "active"):
+            await self.graph.open({"driver": "overlay", "node-name": f"{name}-{part}", "backing": backing, **limits})
+            backing = f"{name}-{part}"
+        top = await self.graph.open({
+            "driver": "quorum", "node-name": name, "vote-threshold": 1, "read-pattern": "fifo",
+            "children": [{"driver": "replication", "node-name": f"{name}-filter", "mode": "secondary",
+                          "top-id": name, "file": backing}]})
+        filter = self.graph.find(f"{name}-filter")
+        assert isinstance(filter, Replication)
+        disk = _Disk(spec, filter, self.graph.attach_backend(top, f"view of {name}", READ | WRITE))
+        filter.on_error = lambda error: self._io_error(disk, error)
+        self.disks[name] = disk
+        self._view_server.add(Export(name, disk.view, description=f"pair {self.config.pair}, standby's view"))
+
+    async def close(self) -> None:
+        """End everything: exports are drained, jobs cancelled, nodes flushed and closed."""
+        for server in (self._control, self._link_server, self._view_server):
+            if server:
+                await server.stop()
+        await self.jobs.cancel_all()
+        for disk in self.disks.values():
+            if disk.filter.stage in (Stage.DONE, Stage.FAILOVER_FAILED):
+                await disk.view.flush()
+            await self.graph.detach_backend(disk.view)
+            if disk.link:
+                await self.graph.detach_backend(disk.link)
+        for name in reversed(list(self.graph.nodes)):
+            node = self.graph.nodes.get(name)
+            if node and node.owned and not node.parents:
+                await self.graph.close(node)
+        await self.stop_qmp()
+
+    # --- the primary's commands ---
+
+    async def attach(self, args: qmp.AttachArguments, monitor: Monitor) -> qmp.Attached:
+        """A primary presents itself. What another connection of the same primary still had is cut off."""
+        if self._promoted_to or self._stopped:
+            what = "was promoted" if self._promoted_to else "was stopped"
+            return self._answer(False, f"standby '{self.config.pair}' {what}; it takes no primary any more")
+        self._check_primary(args, monitor)
+        self._primary = monitor
+        if self._link_server is None:
+            raise BlockstepError("the standby is not ready")
+        for name, disk in self.disks.items():
+            if disk.link:
+                await self._link_server.remove(name, "hard")
+                await self.graph.detach_backend(disk.link)
+            node = self.graph.find(f"{name}-secondary")
+            # Below the copy-before-write filter, if there is one: it is put over the node's parents.
+            top = disk.buffer.cbw if disk.buffer else node
+            disk.link = self.graph.attach_backend(top, f"link of {name}", READ | WRITE)
+            self._link_server.add(Export(name, disk.link, description=f"pair {self.config.pair}, for the primary"))
+        self._tell()
+        return self._answer(True, "")
+
+    def _check_primary(self, args: qmp.AttachArguments, monitor: Monitor) -> None:
+        if args.pair != self.config.pair:
+            raise OptionError("pair", args.pair, f"'{self.config.pair}', as this standby was told")
+        if self._primary and self._primary is not monitor and args.instance != self._instance and self._instance:
+            raise BlockstepError(f"another primary, at {self._primary.peer}, is attached; stop it first")
+        mine = {name: disk.view.length for name, disk in self.disks.items()}
+        theirs = {disk.name: disk.size for disk in args.disks}
+        if set(mine) != set(theirs):
+            raise OptionError("disks", ", ".join(sorted(theirs)), f"those of this standby: {', '.join(sorted(mine))}")
+        for name, size in theirs.items():
+            if mine[name] != size:
+                raise OptionError(f"size of disk '{name}'", size, f"{mine[name]} bytes, as the standby's is")
+        self._wanted_instance = args.instance
+
+    def _answer(self, accepted: bool, reason: str) -> qmp.Attached:
+        return qmp.Attached(accepted=accepted, reason=reason, instance=self._instance, epoch=self._epoch,
+                            running=self._running, port=self.link_port)
+
+    async def start(self) -> None:
+        """The disks hold what the primary's hold: replicate from here on."""
+        if not self._running:
+            await self.registry.start_all("secondary")
+        self._instance = self._wanted_instance
+
+    async def commit(self, epoch: int) -> None:
+        """Move the views of all disks forward, or of none."""
+        self._must_run("checkpoint")
+        try:
+            await self.registry.checkpoint_all()
+        except BlockstepError as error:
+            self._last_error = str(error)
+            self._tell()
+            raise
+        self._instance, self._epoch, self._committed_at = self._wanted_instance, epoch, self._clock()
+        self._last_error = ""
+        for disk in self.disks.values():
+            disk.filter.error = None
+            disk.errors.clear()
+        self._tell()
+
+    def _monitor_gone(self, monitor: Any) -> None:
+        if monitor is self._primary:
+            self._primary = None
+            self._tell()
+
+    # --- the operator's commands ---
+
+    async def checkpoint(self) -> qmp.Committed:
+        """Not here."""
+        raise BlockstepError("checkpoints are taken on the primary; ask it")
+
+    async def fail_over(self, to: Literal["checkpoint", "latest"]) -> qmp.Promoted:
+        """Promote: see `qmp.replication_failover`."""
+        started = self._clock()
+        self._must_run("failover")
+        self._promoted_to = to
+        await self._revoke()
+        try:
+            await self.registry.stop_all(failover=to == "checkpoint")
+        except BaseException:
+            self._promoted_to = ""
+            raise
+        seconds = self._clock() - started
+        self.emit(qmp.ReplicationFailover(pair=self.config.pair, stage="begun", to=to, epoch=self._epoch, reason=""))
+        self._tell()
+        return qmp.Promoted(epoch=self._epoch, seconds=seconds, exports=self.exports)
+
+    async def stop_replication(self) -> None:
+        """The view becomes what the primary wrote last, and no primary is taken any more."""
+        self._must_run("stop")
+        self._stopped = True
+        await self._revoke()
+        await self.registry.stop_all(failover=False)
+        self._tell()
+
+    async def _revoke(self) -> None:
+        """A primary's writes are refused from here on: at the border at once, then its connections are cut."""
+        for disk in self.disks.values():
+            if disk.link:
+                disk.link.revoke(f"standby '{self.config.pair}' has been promoted")
+        for name, disk in self.disks.items():
+            if disk.link and self._link_server:
+                await self._link_server.remove(name, "hard")
+                await self.graph.detach_backend(disk.link)
+                disk.link = None
+
+    def _must_run(self, step: str) -> None:
+        if not self._running:
+            raise ReplicationError(self.config.pair, step, f"there is no checkpoint to stand on (it is {self.state})")
+
+    # --- how it is ---
+
+    @property
+    def _running(self) -> bool:
+        return bool(self.disks) and all(disk.filter.stage is Stage.RUNNING for disk in self.disks.values())
+
+    @property
+    def state(self) -> str:
+        """One word; see the module."""
+        stages = {disk.filter.stage for disk in self.disks.values()}
+        if Stage.FAILOVER_FAILED in stages:
+            return "failover-failed"
+        if Stage.FAILOVER in stages:
+            return "failover"
+        if self._promoted_to:
+            return "promoted"
+        if self._stopped:
+            return "stopped"
+        if self._running:
+            return "replicating" if self._primary else "lost"
+        return "syncing" if self._primary else "waiting"
+
+    @property
+    def exports(self) -> list[str]:
+        """The NBD URIs of the views."""
+        return [str(NbdUri(self.config.view, name)) for name in self.disks]
+
+    def _health(self) -> tuple[qmp.Health, str]:
+        state = self.state
+        errors = [f"disk '{name}': {error}" for name, disk in self.disks.items() for error in disk.errors[:1]]
+        if state == "failover-failed":
+            return "at-risk", "; ".join(errors) or "the merge after the failover failed"
+        if state in ("waiting", "syncing"):
+            return "at-risk", "there is no checkpoint yet"
+        if state == "lost":
+            return "at-risk", f"the primary is gone; the view is at checkpoint {self._epoch}"
+        if state in ("promoted", "failover", "stopped"):
+            return "degraded", "it has no standby of its own"
+        if errors or self._last_error:
+            return "degraded", "; ".join([*errors, *([self._last_error] if self._last_error else [])])
+        return "healthy", ""
+
+    def status(self) -> qmp.PairStatus:
+        """The truth, at once."""
+        health, reason = self._health()
+        checkpoint = None
+        if self._epoch:
+            age = self._clock() - self._committed_at
+            checkpoint = qmp.CheckpointStatus(epoch=self._epoch, age=age, pause=0.0)
+        return qmp.PairStatus(
+            pair=self.config.pair, role="promoted" if self._promoted_to else "standby", state=self.state,
+            health=health, reason=reason, peer=self._primary.peer if self._primary else "", ack="",
+            checkpoint_every=0.0, checkpoint_bytes=0, checkpoint=checkpoint,
+            disks=[self._disk_status(name, disk) for name, disk in self.disks.items()],
+            work=self._work(), exports=self.exports)
+
+    def _disk_status(self, name: str, disk: _Disk) -> qmp.DiskStatus:
+        return qmp.DiskStatus(
+            name=name, size=disk.view.length, state=disk.filter.stage.value, behind=0,
+            buffer_used=disk.buffer.used if disk.buffer else 0,
+            buffer_limit=0 if self.config.buffer_dir else self.config.buffer_memory)
+
+    def _work(self) -> qmp.WorkStatus | None:
+        jobs = self.jobs.list()
+        return work_status("failover", jobs) if jobs else None
+
+    def _io_error(self, disk: _Disk, error: OSError) -> None:
+        disk.errors.append(str(error))
+        del disk.errors[8:]
+        self.emit(qmp.ReplicationIoError(pair=self.config.pair, disk=disk.spec.name, reason=str(error)))
+        self._tell()
+
+    def _job_event(self, name: str, data: dict[str, Any]) -> None:
+        if name in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED") and self._promoted_to:
+            failed = str(data.get("error", "")) or ("cancelled" if name == "BLOCK_JOB_CANCELLED" else "")
+            self.emit(qmp.ReplicationFailover(
+                pair=self.config.pair, stage="failed" if failed else "done", to=self._promoted_to,
+                epoch=self._epoch, reason=failed))
+        self._tell()
+
+    def _tell(self) -> None:
+        health, reason = self._health()
+        news = f"{self.state} {health} {reason}"
+        if news != self._told:
+            self._told = news
+            self.emit(qmp.ReplicationState(
+                pair=self.config.pair, role="promoted" if self._promoted_to else "standby", state=self.state,
+                health=health, reason=reason, epoch=self._epoch))
+
+
+async def main(config: StandbyConfig, ready: Callable[[Standby], None]) -> None:
+    """Run a standby until it is told to stop."""
+    os.umask(0o077)
+    standby = Standby(config)
+    await standby.open()
+    try:
+        ready(standby)
+        await standby.wait()
+    finally:
+        await standby.close()

@@ -1,0 +1,250 @@
+"""What a pair answers: its status, checkpoints, failover, stop; and what a primary asks of its standby.
+
+Two areas. `commands` is for operators, on the QMP socket of either end. `peer_commands` is for the primary, on the
+control port of a standby, which offers nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Protocol
+
+from msgspec import Meta
+
+from blockstep.qmp.schema import Arguments, Event, Monitor, Registry, Result
+
+commands = Registry()
+peer_commands = Registry()
+
+Health = Literal["healthy", "degraded", "at-risk"]
+
+
+class DiskStatus(Result):
+    """One disk of a pair. All sizes in bytes."""
+
+    name: str
+    size: int
+    state: str
+    #: What the standby lacks (on the primary): in the queue, or to be copied by a resync.
+    behind: int
+    #: What the standby's disk buffer holds, and may hold (0: no limit). 0 on the primary.
+    buffer_used: int
+    buffer_limit: int
+
+
+class WorkStatus(Result):
+    """A long work: the first sync, a resync, the merge after a failover."""
+
+    kind: Literal["sync", "resync", "failover"]
+    current: int
+    total: int
+    #: Bytes a second, so far.
+    speed: float
+    #: Seconds that it will take at this speed; negative if it cannot be told yet.
+    time_left: float
+
+
+class CheckpointStatus(Result):
+    """The last checkpoint."""
+
+    epoch: int
+    #: Seconds since it was committed.
+    age: float
+    #: Seconds for which writes were held back from the link.
+    pause: float
+
+
+class PairStatus(Result):
+    """Result of query-replication. Consumers ignore members that they do not know."""
+
+    pair: str
+    role: Literal["primary", "standby", "promoted"]
+    state: str
+    health: Health
+    #: Why it is not healthy; empty if it is.
+    reason: str
+    #: The other end, as far as it is known.
+    peer: str
+    #: Who has a write when the guest is told: ``local`` or ``both``.
+    ack: str
+    #: Seconds and bytes after which a checkpoint is due (0: never).
+    checkpoint_every: float
+    checkpoint_bytes: int
+    #: None before the first one.
+    checkpoint: CheckpointStatus | None
+    disks: list[DiskStatus]
+    work: WorkStatus | None
+    #: Where a guest finds the disks: NBD URIs.
+    exports: list[str]
+
+
+class Committed(Result):
+    """Result of replication-checkpoint."""
+
+    epoch: int
+    pause: float
+
+
+class FailoverArguments(Arguments):
+    """Arguments of replication-failover."""
+
+    to: Annotated[
+        Literal["checkpoint", "latest"],
+        Meta(description="Live on from the last checkpoint, or from the latest data that the primary sent."),
+    ] = "checkpoint"
+
+
+class Promoted(Result):
+    """Result of replication-failover. ``seconds``: until the disks could be used."""
+
+    epoch: int
+    seconds: float
+    exports: list[str]
+
+
+class Pair(Protocol):
+    """What these commands need of their context."""
+
+    def status(self) -> PairStatus: ...
+    async def checkpoint(self) -> Committed: ...
+    async def fail_over(self, to: Literal["checkpoint", "latest"]) -> Promoted: ...
+    async def stop_replication(self) -> None: ...
+
+
+@commands.event("REPLICATION_STATE")
+class ReplicationState(Event):
+    """The pair, as seen from this end, has entered another state."""
+
+    pair: str
+    role: str
+    state: str
+    health: str
+    reason: str
+    epoch: int
+
+
+@commands.event("REPLICATION_CHECKPOINT", rate_limit=0.1, per=("pair",))
+class ReplicationCheckpoint(Event):
+    """The standby has committed a checkpoint."""
+
+    pair: str
+    epoch: int
+    pause: float
+
+
+@commands.event("REPLICATION_FAILOVER")
+class ReplicationFailover(Event):
+    """The standby was promoted (``stage`` begun), the merge of its buffers has ended (done), or failed (failed)."""
+
+    pair: str
+    stage: Literal["begun", "done", "failed"]
+    to: str
+    epoch: int
+    reason: str
+
+
+@commands.event("REPLICATION_IO_ERROR", rate_limit=1.0, per=("pair", "disk"))
+class ReplicationIoError(Event):
+    """A request failed of which no guest is told."""
+
+    pair: str
+    disk: str
+    reason: str
+
+
+@commands.command("query-replication")
+async def query_replication(context: Pair, args: Arguments) -> PairStatus:
+    """How the pair is, as seen from this end. Never waits for the other end."""
+    return context.status()
+
+
+@commands.command("replication-checkpoint")
+async def replication_checkpoint(context: Pair, args: Arguments) -> Committed:
+    """Take a checkpoint over all disks of the pair, on the primary. Answers when the standby has committed it."""
+    return await context.checkpoint()
+
+
+@commands.command("replication-failover")
+async def replication_failover(context: Pair, args: FailoverArguments) -> Promoted:
+    """Promote this standby. From then on its old primary's writes are refused.
+
+    Answers when the disks can be used; merging the buffers goes on in the background, as a job.
+    """
+    return await context.fail_over(args.to)
+
+
+@commands.command("replication-stop")
+async def replication_stop(context: Pair, args: Arguments) -> None:
+    """End replication. The primary serves its disks on; a standby shows what the primary wrote last."""
+    await context.stop_replication()
+
+
+# --- between the two ends ---
+
+
+class AttachDisk(Arguments):
+    """A disk of the primary."""
+
+    name: str
+    size: int
+
+
+class AttachArguments(Arguments):
+    """Arguments of pair-attach. ``instance`` names the running primary: its bitmaps last as long as it does."""
+
+    pair: str
+    instance: str
+    disks: list[AttachDisk]
+
+
+class Attached(Result):
+    """Result of pair-attach.
+
+    ``accepted`` False: the standby was promoted, ``reason`` says so. ``instance`` and ``epoch`` name the last
+    checkpoint that it committed and whose; ``running``: it has one. ``port``: where its disks are exported.
+    """
+
+    accepted: bool
+    reason: str
+    instance: str
+    epoch: int
+    running: bool
+    port: int
+
+
+class CommitArguments(Arguments):
+    """Arguments of pair-checkpoint."""
+
+    epoch: int
+
+
+class Peer(Protocol):
+    """What the primary's commands need of their context."""
+
+    async def attach(self, args: AttachArguments, monitor: Monitor) -> Attached: ...
+    async def start(self) -> None: ...
+    async def commit(self, epoch: int) -> None: ...
+
+
+@peer_commands.command("pair-attach")
+async def pair_attach(context: Peer, args: AttachArguments, monitor: Monitor) -> Attached:
+    """A primary presents itself. Whoever was attached before is cut off."""
+    return await context.attach(args, monitor)
+
+
+@peer_commands.command("pair-start")
+async def pair_start(context: Peer, args: Arguments) -> None:
+    """The disks hold what the primary's hold: start to replicate."""
+    await context.start()
+
+
+@peer_commands.command("pair-checkpoint")
+async def pair_checkpoint(context: Peer, args: CommitArguments) -> None:
+    """Commit a checkpoint: everything that belongs to it has been acknowledged. All disks, or none."""
+    await context.commit(args.epoch)
+
+
+@peer_commands.command("pair-query")
+async def pair_query(context: Any, args: Arguments) -> PairStatus:
+    """As query-replication."""
+    status: PairStatus = context.status()
+    return status
