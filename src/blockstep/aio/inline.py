@@ -154,7 +154,7 @@ class Completion(Generic[T]):
         self._value: T | None = None
         self._error: BaseException | None = None
         self._strand: _Strand | None = None
-        self._callbacks: list[tuple[Callable[[Any], object], Any]] | None = None
+        self._callbacks: list[tuple[Callable[[Any], object], Any, asyncio.AbstractEventLoop]] | None = None
         self._asyncio_future_blocking = False
 
     def done(self) -> bool:
@@ -190,8 +190,7 @@ class Completion(Generic[T]):
         if self._strand is not None:
             self._strand._resume()
         elif self._callbacks:
-            loop = asyncio.get_running_loop()
-            for callback, context in self._callbacks:
+            for callback, context, loop in self._callbacks:
                 loop.call_soon(callback, self, context=context)
 
     def __await__(self) -> Generator[Any, None, T]:
@@ -206,7 +205,8 @@ class Completion(Generic[T]):
         if self._is_done:
             asyncio.get_running_loop().call_soon(callback, self, context=context)
         else:
-            self._callbacks = [*(self._callbacks or []), (callback, context)]
+            # The loop of today: asyncio.run cancels its last tasks while none is running.
+            self._callbacks = [*(self._callbacks or []), (callback, context, asyncio.get_running_loop())]
 
     def remove_done_callback(self, callback: Callable[[Any], object]) -> int:
         before = self._callbacks or []
