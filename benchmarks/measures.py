@@ -37,7 +37,7 @@ from benchmarks.tools import (
     resident,
     until,
 )
-from blockstep.testing.processes import run, unix_uri
+from blockstep.testing.processes import nbd_uri, run
 from blockstep.units import GiB, MiB, TiB
 
 FILL = Workload("write", MiB, 4)
@@ -139,7 +139,7 @@ class Race:
         if endpoint.checkpoint is not None:
             endpoint.checkpoint()
         if self.prime is not None and endpoint.ingest is not None:
-            fio(unix_uri(*endpoint.ingest), self.prime, bench.size, min(1.0, bench.seconds))
+            fio(nbd_uri(*endpoint.ingest), self.prime, bench.size, min(1.0, bench.seconds))
         if self.cold:
             forget(directory / "disk.raw")
         return fio(endpoint.uri, self.work, bench.size, bench.seconds)
@@ -162,7 +162,7 @@ def checkpoint_pause(bench: Bench) -> Measured:
                 bench.say(f"round {number + 1}: {label}")
                 pair.checkpoint()
                 fio(pair.uri, FILL, dirty, 0, "--end_fsync=1")
-                with WriteLog(pair.socket, pair.export, dirty) as log:
+                with WriteLog(pair.address, pair.export, dirty) as log:
                     with log.held(pair.stops_guest):
                         begin = time.perf_counter()
                         pair.checkpoint()
@@ -195,9 +195,8 @@ def failover(bench: Bench) -> Measured:
         bench.say(f"round {number + 1}: blockstep")
         with measured.part("blockstep"), bench.room() as room, \
                 blockstep_standby(room, bench.size) as standby, \
-                blockstep_primary(room, make_disk(room / "primary.raw", bench.size), standby, "both",
-                                  in_sync=True) as primary:
-            until(primary.control.replicating, 60, "the pair replicates")
+                blockstep_primary(room, make_disk(room / "primary.raw", bench.size), standby, "both") as primary:
+            until(primary.control.replicating, 60, "the pair replicates", every=0.01)
             primary.control.checkpoint()
             fio(primary.uri, FILL, bench.size)
             primary.processes["primary"].kill()
@@ -211,13 +210,13 @@ def failover(bench: Bench) -> Measured:
 def _fail_over(measured: Measured, name: str, standby: Endpoint, command: Callable[[], object],
                merged: Callable[[], bool]) -> None:
     assert standby.view is not None
-    path, export = standby.view
+    address, export = standby.view
     begin = time.perf_counter()
     command()
 
     def served() -> bool:
         try:
-            prober = Prober(path, export)
+            prober = Prober(address, export)
         except OSError:
             return False
         try:
@@ -288,10 +287,11 @@ def first_sync(bench: Bench) -> Measured:
             if bench.peers_only:
                 continue
             bench.say(f"round {number + 1}: blockstep")
-            with measured.part("blockstep"), bench.room() as room, blockstep_standby(room, size, True) as standby:
+            with measured.part("blockstep"), bench.room() as room, \
+                    blockstep_standby(room, size, sparse=True) as standby:
                 begin = time.perf_counter()
-                with blockstep_primary(room, disk, standby, "local", in_sync=False) as primary:
-                    until(primary.control.replicating, 300, "the first sync ends")
+                with blockstep_primary(room, disk, standby, "local") as primary:
+                    until(primary.control.replicating, 300, "the first sync ends", every=0.01)
                     measured.add("blockstep", size / (time.perf_counter() - begin) / 1e6)
     ours, theirs = measured.median("blockstep"), measured.median("nbdcopy")
     if ours and theirs:

@@ -1,6 +1,7 @@
 """The contestants: each is a context manager that starts one server, or a pair, and yields an `Endpoint`.
 
-All listen on unix sockets below ``directory`` and keep their disks there. `CONTESTANTS` has them by name.
+All keep their disks below ``directory``. Guests are served on unix sockets there; what goes from one host to the
+other in life goes over TCP here, QEMU's as ours. `CONTESTANTS` has them by name.
 
 The blockstep ones are started by its commands, as a user would; their options are in `blockstep_standby` and
 `blockstep_primary`, the words of the control socket in `Control`, and nowhere else.
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tools import make_disk, make_sparse, until
-from blockstep.testing.processes import QMP, blockstep, qemu_system, run, started, unix_uri
+from blockstep.testing.processes import QMP, Address, blockstep, free_ports, nbd_uri, qemu_system, run, started
 
 Process = subprocess.Popen[bytes]
 
@@ -26,20 +27,20 @@ Process = subprocess.Popen[bytes]
 class Endpoint:
     """A started contestant: where to send requests, and what can be done with it."""
 
-    socket: Path
+    address: Address
     export: str = ""
     processes: dict[str, Process] = field(default_factory=dict)
     checkpoint: Callable[[], object] | None = None
-    #: The exports into the standby, where there is one: (socket, export) of the secondary disk and of the view.
-    ingest: tuple[Path, str] | None = None
-    view: tuple[Path, str] | None = None
+    #: The exports of the standby, where there is one: (address, export) of the secondary disk and of the view.
+    ingest: tuple[Address, str] | None = None
+    view: tuple[Address, str] | None = None
     control: Any = None
     #: Whether the guest has to be stopped while a checkpoint is taken.
     stops_guest: bool = False
 
     @property
     def uri(self) -> str:
-        return unix_uri(self.socket, self.export)
+        return nbd_uri(self.address, self.export)
 
 
 def needed(*programs: str) -> None:
@@ -86,13 +87,13 @@ class QemuStandby:
     hidden disk (the next checkpoint failed with "Hidden disk is ejected"): nothing may be in flight.
     """
 
-    def __init__(self, stack: ExitStack, directory: Path, size: int) -> None:
+    def __init__(self, stack: ExitStack, directory: Path, size: int, tcp: bool) -> None:
         needed("qemu-system-x86_64", "qemu-img")
         secondary = make_disk(directory / "secondary.raw", size)
         hidden, active = directory / "hidden.qcow2", directory / "active.qcow2"
         for overlay in (hidden, active):
             run("qemu-img", "create", "-q", "-f", "qcow2", overlay, str(size))
-        self.socket = directory / "secondary.sock"
+        self.address: Address = ("127.0.0.1", free_ports()) if tcp else directory / "secondary.sock"
         self.qmp, self.process = stack.enter_context(qemu_system(
             directory,
             "-drive", f"id=secondary0,if=none,driver=raw,file.filename={secondary}",
@@ -102,8 +103,7 @@ class QemuStandby:
                       "file.backing.backing=secondary0",
             "-drive", "id=view0,if=none,driver=quorum,vote-threshold=1,read-pattern=fifo,children.0=filter0",
             name="standby"))
-        self.qmp.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(self.socket)}},
-                         max_connections=0)
+        self.qmp.execute("nbd-server-start", addr=_qemu_address(self.address), max_connections=0)
         self.qmp.execute("nbd-server-add", device="secondary0", writable=True)
         self.qmp.execute("nbd-server-add", device="view0", writable=True)
         self.qmp.execute("xen-set-replication", enable=True, primary=False)
@@ -119,26 +119,34 @@ class QemuStandby:
         return not self.qmp.execute("query-xen-replication-status")["error"]
 
     def endpoint(self, export: str) -> Endpoint:
-        return Endpoint(self.socket, export, {"standby": self.process}, self.checkpoint,
-                        (self.socket, "secondary0"), (self.socket, "view0"), self, stops_guest=True)
+        return Endpoint(self.address, export, {"standby": self.process}, self.checkpoint,
+                        (self.address, "secondary0"), (self.address, "view0"), self, stops_guest=True)
+
+
+def _qemu_address(address: Address) -> dict[str, Any]:
+    if isinstance(address, Path):
+        return {"type": "unix", "data": {"path": str(address)}}
+    return {"type": "inet", "data": {"host": address[0], "port": str(address[1])}}
 
 
 @contextmanager
 def qemu_standby(directory: Path, size: int) -> Iterator[Endpoint]:
     with ExitStack() as stack:
-        yield QemuStandby(stack, directory, size).endpoint("secondary0")
+        yield QemuStandby(stack, directory, size, tcp=True).endpoint("secondary0")
 
 
 @contextmanager
 def qemu_view(directory: Path, size: int) -> Iterator[Endpoint]:
     with ExitStack() as stack:
-        yield QemuStandby(stack, directory, size).endpoint("view0")
+        yield QemuStandby(stack, directory, size, tcp=False).endpoint("view0")
 
 
 @contextmanager
 def qemu_pair(directory: Path, size: int) -> Iterator[Endpoint]:
     with ExitStack() as stack:
-        standby = QemuStandby(stack, directory, size)
+        standby = QemuStandby(stack, directory, size, tcp=True)
+        assert isinstance(standby.address, tuple)
+        host, port = standby.address
         disk, path = make_disk(directory / "primary.raw", size), directory / "primary.sock"
         qmp, process = stack.enter_context(qemu_system(
             directory,
@@ -148,13 +156,13 @@ def qemu_pair(directory: Path, size: int) -> Iterator[Endpoint]:
         # A node without a device can be added by the monitor for people only.
         qmp.execute("human-monitor-command", command_line=(
             "drive_add -n buddy driver=replication,mode=primary,node-name=forward0,"
-            f"file.driver=nbd,file.path={standby.socket},file.export=secondary0"))
+            f"file.driver=nbd,file.host={host},file.port={port},file.export=secondary0"))
         qmp.execute("x-blockdev-change", parent="disk0", node="forward0")
-        qmp.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}}, max_connections=0)
+        qmp.execute("nbd-server-start", addr=_qemu_address(path), max_connections=0)
         qmp.execute("nbd-server-add", device="disk0", writable=True)
         qmp.execute("xen-set-replication", enable=True, primary=True)
         endpoint = standby.endpoint("secondary0")
-        endpoint.socket, endpoint.export = path, "disk0"
+        endpoint.address, endpoint.export = path, "disk0"
         endpoint.processes["primary"] = process
         yield endpoint
 
@@ -168,25 +176,42 @@ class Control:
     def __init__(self, path: Path) -> None:
         self.qmp = QMP(path)
 
-    def checkpoint(self) -> dict[str, Any]:
+    def checkpoint(self) -> None:
         """Take a checkpoint over all disks; returns when it is committed."""
-        return dict(self.qmp.execute("blockstep-checkpoint") or {})
+        self.qmp.execute("replication-checkpoint")
 
     def failover(self) -> None:
-        """Take over from the last checkpoint; returns when it is accepted, while the commit runs on."""
-        self.qmp.execute("blockstep-failover", to="checkpoint")
+        """Take over from the last checkpoint; returns when the view is the disk, while the merge runs on."""
+        self.qmp.execute("replication-failover", to="checkpoint")
 
     def status(self) -> dict[str, Any]:
-        return dict(self.qmp.execute("blockstep-status"))
+        return dict(self.qmp.execute("query-replication"))
 
     def replicating(self) -> bool:
-        """Whether the first sync is over and every write goes to the standby."""
-        disks = self.status()["disks"]
-        return bool(disks) and all(disk["state"] == "replicating" for disk in disks)
+        """Whether the first sync is over, and with it the first checkpoint."""
+        status = self.status()
+        return status["state"] == "replicating" and bool(status.get("checkpoint"))
 
     def failed_over(self) -> bool:
         """Whether the merge into the secondary disk is over."""
-        return all(disk["state"] == "done" for disk in self.status()["disks"])
+        return bool(self.status()["state"] == "promoted")
+
+    def close(self) -> None:
+        self.qmp.close()
+
+
+class StandIn:
+    """What a standby takes for its primary: it attaches, starts, and commits, and leaves the writes to fio."""
+
+    def __init__(self, address: Address, size: int) -> None:
+        self.qmp = QMP(address)
+        self.epoch = 0
+        self.qmp.execute("pair-attach", pair="default", instance="bench", disks=[{"name": "disk", "size": size}])
+        self.qmp.execute("pair-start")
+
+    def checkpoint(self) -> None:
+        self.epoch += 1
+        self.qmp.execute("pair-checkpoint", epoch=self.epoch)
 
     def close(self) -> None:
         self.qmp.close()
@@ -194,31 +219,32 @@ class Control:
 
 @contextmanager
 def blockstep_standby(directory: Path, size: int, sparse: bool = False) -> Iterator[Endpoint]:
-    """A standby of one disk that exports the secondary disk ("disk") and the view ("view")."""
+    """A standby of one disk, "disk", that waits for its primary."""
     disk = (make_sparse if sparse else make_disk)(directory / "secondary.raw", size)
-    ingest, view, qmp = directory / "standby.sock", directory / "view.sock", directory / "standby.qmp"
-    command = blockstep("standby", f"disk={disk}", "--socket", ingest, "--view-socket", view,
-                        "--qmp", qmp, "--buffer", directory / "buffer")
-    with started(command, ingest, view, qmp) as process:
+    host, port = "127.0.0.1", free_ports(2)
+    view, qmp = directory / "view.sock", directory / "standby.qmp"
+    command = blockstep("standby", "--disk", f"disk={disk}", "--link", f"{host}:{port}", "--socket", view,
+                        "--qmp", qmp, "--buffer-memory", "4G")
+    with started(command, (host, port + 1), view, qmp) as process:
         control = Control(qmp)
         try:
-            yield Endpoint(ingest, "disk", {"standby": process}, control.checkpoint, (ingest, "disk"),
+            yield Endpoint((host, port), "disk", {"standby": process}, None, ((host, port), "disk"),
                            (view, "disk"), control)
         finally:
             control.close()
 
 
 @contextmanager
-def blockstep_primary(directory: Path, disk: Path, standby: Endpoint, acknowledge: str,
-                      in_sync: bool) -> Iterator[Endpoint]:
-    """A primary of one disk with its guest's export. ``acknowledge`` is "local" or "both".
+def blockstep_primary(directory: Path, disk: Path, standby: Endpoint, acknowledge: str) -> Iterator[Endpoint]:
+    """A primary of one disk with its guest's export; it begins with the first sync.
 
-    ``in_sync`` says that the two disks are alike already; otherwise it starts with the first sync.
+    ``acknowledge`` is "local" or "both". Checkpoints are taken on command alone.
     """
+    assert isinstance(standby.address, tuple)
+    host, port = standby.address
     path, qmp = directory / "primary.sock", directory / "primary.qmp"
-    command = blockstep("primary", f"disk={disk}", "--socket", path, "--standby", unix_uri(standby.socket),
-                        "--qmp", qmp, "--acknowledge", acknowledge, "--checkpoint-every", "0",
-                        *(["--in-sync"] if in_sync else []))
+    command = blockstep("primary", "--disk", f"disk={disk}", "--standby", f"{host}:{port}", "--socket", path,
+                        "--qmp", qmp, "--ack", acknowledge, "--checkpoint-every", "0", "--checkpoint-bytes", "0")
     with started(command, path, qmp) as process:
         control = Control(qmp)
         try:
@@ -233,8 +259,8 @@ def blockstep_pair(directory: Path, size: int, acknowledge: str = "both", sparse
     """A pair that replicates; ``control`` of what it yields is the primary's."""
     disk = (make_sparse if sparse else make_disk)(directory / "primary.raw", size)
     with blockstep_standby(directory, size, sparse) as standby, \
-            blockstep_primary(directory, disk, standby, acknowledge, in_sync=True) as primary:
-        until(primary.control.replicating, 60, "the pair replicates")
+            blockstep_primary(directory, disk, standby, acknowledge) as primary:
+        until(primary.control.replicating, 120, "the pair replicates", every=0.01)
         yield primary
 
 
@@ -245,10 +271,24 @@ def blockstep_pair_local(directory: Path, size: int) -> Iterator[Endpoint]:
 
 
 @contextmanager
-def blockstep_view(directory: Path, size: int) -> Iterator[Endpoint]:
+def blockstep_ingest(directory: Path, size: int) -> Iterator[Endpoint]:
+    """A standby that replicates, with the bench in its primary's place."""
     with blockstep_standby(directory, size) as standby:
+        assert isinstance(standby.address, tuple)
+        host, port = standby.address
+        primary = StandIn((host, port + 1), size)
+        try:
+            standby.checkpoint = primary.checkpoint
+            yield standby
+        finally:
+            primary.close()
+
+
+@contextmanager
+def blockstep_view(directory: Path, size: int) -> Iterator[Endpoint]:
+    with blockstep_ingest(directory, size) as standby:
         assert standby.view is not None
-        standby.socket, standby.export = standby.view
+        standby.address, standby.export = standby.view
         yield standby
 
 
@@ -259,7 +299,7 @@ CONTESTANTS: dict[str, Callable[[Path, int], AbstractContextManager[Endpoint]]] 
     "QEMU standby": qemu_standby,
     "QEMU view": qemu_view,
     "QEMU pair": qemu_pair,
-    "blockstep standby": blockstep_standby,
+    "blockstep standby": blockstep_ingest,
     "blockstep view": blockstep_view,
     "blockstep pair": blockstep_pair,
     "blockstep pair (local)": blockstep_pair_local,

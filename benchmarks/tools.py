@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import random
-import socket
 import struct
 import subprocess
 import threading
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockstep.testing.processes import run
+from blockstep.testing.processes import Address, connect, run
 from blockstep.units import KiB, MiB
 
 
@@ -57,11 +56,9 @@ class Prober:
     server speaks. Raises OSError for whatever goes wrong.
     """
 
-    def __init__(self, path: Path, export: str = "", timeout: float = 30.0) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
+    def __init__(self, address: Address, export: str = "", timeout: float = 30.0) -> None:
+        self._socket = connect(address, timeout)
         try:
-            self._socket.settimeout(timeout)
-            self._socket.connect(str(path))
             if self._take(16) != b"NBDMAGICIHAVEOPT":
                 raise OSError("not a newstyle NBD server")
             self._take(2)
@@ -102,8 +99,8 @@ class WriteLog:
     `usual()` says how long a write takes at other times. `held()` is a guest that its manager has stopped.
     """
 
-    def __init__(self, path: Path, export: str, span: int) -> None:
-        self._prober = Prober(path, export)
+    def __init__(self, address: Address, export: str, span: int) -> None:
+        self._prober = Prober(address, export)
         self._span = span
         self._times: list[tuple[float, float]] = []
         self._error: OSError | None = None
@@ -165,13 +162,13 @@ class WriteLog:
         return times[len(times) // 2] if times else 0.0
 
 
-def until(condition: Callable[[], bool], limit: float, what: str) -> None:
-    """Ask ``condition`` every other millisecond until it holds. Raises TimeoutError after ``limit`` seconds."""
+def until(condition: Callable[[], bool], limit: float, what: str, every: float = 0.002) -> None:
+    """Ask ``condition`` ``every`` so many seconds until it holds. Raises TimeoutError after ``limit`` seconds."""
     deadline = time.monotonic() + limit
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not after {limit:g} s")
-        time.sleep(0.002)
+        time.sleep(every)
 
 
 def resident(process: subprocess.Popen[Any]) -> int:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.interop
 def test_the_prober_writes_what_is_read_later(tmp_path: Path) -> None:
     need("nbdkit")
     with CONTESTANTS["nbdkit"](tmp_path, 1 << 20) as endpoint:
-        prober = Prober(endpoint.socket)
+        prober = Prober(endpoint.address)
         assert prober.size == 1 << 20
         prober.write(4096, b"x" * 512)
         with pytest.raises(OSError, match=r".") as caught:
@@ -31,7 +31,7 @@ def test_the_prober_writes_what_is_read_later(tmp_path: Path) -> None:
 def test_the_write_log_sees_a_pause(tmp_path: Path) -> None:
     need("nbdkit")
     with CONTESTANTS["nbdkit"](tmp_path, 1 << 20) as endpoint, \
-            WriteLog(endpoint.socket, endpoint.export, 1 << 20) as log:
+            WriteLog(endpoint.address, endpoint.export, 1 << 20) as log:
         begin = time.perf_counter()
         with log.held():
             subprocess.run(["sleep", "0.05"], check=True)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -79,19 +79,27 @@ def run(*command: str | Path, timeout: float = COMMAND_LIMIT, check: bool = True
     return done
 
 
+def connect(address: Address, timeout: float = COMMAND_LIMIT) -> socket.socket:
+    """A blocking connection. Raises OSError."""
+    if not isinstance(address, Path):
+        return socket.create_connection(address, timeout)
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(timeout)
+        connection.connect(str(address))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
 def accepts(address: Address) -> bool:
     """Whether somebody accepts connections there now."""
-    if isinstance(address, Path):
-        family: socket.AddressFamily = socket.AF_UNIX
-        target: str | tuple[str, int] = str(address)
-    else:
-        family, target = socket.AF_INET6 if ":" in address[0] else socket.AF_INET, address
-    with socket.socket(family) as probe:
-        try:
-            probe.connect(target)
-        except OSError:
-            return False
-        return True
+    try:
+        connect(address).close()
+    except OSError:
+        return False
+    return True
 
 
 def _wait_listening(address: Address, process: subprocess.Popen[bytes], words: list[str], output: Any) -> None:
@@ -115,6 +123,27 @@ def unix_uri(path: Path, export: str = "") -> str:
     return f"nbd+unix:///{quote(export, safe='')}?socket={quote(str(path))}"
 
 
+def nbd_uri(address: Address, export: str = "") -> str:
+    """The NBD URI of an export at any address."""
+    if isinstance(address, Path):
+        return unix_uri(address, export)
+    host, port = address
+    return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{quote(export, safe='')}"
+
+
+def free_ports(count: int = 1, host: str = "127.0.0.1") -> int:
+    """The first of ``count`` adjacent TCP ports that nobody uses now. For programs that cannot be told port 0."""
+    while True:
+        with ExitStack() as stack:
+            try:
+                first = stack.enter_context(socket.create_server((host, 0))).getsockname()[1]
+                for port in range(first + 1, first + count):
+                    stack.enter_context(socket.create_server((host, port)))
+            except (OSError, OverflowError):
+                continue
+            return int(first)
+
+
 def blockstep(*arguments: str | Path) -> list[str | Path]:
     """The words of a blockstep command line, run by this interpreter from the package that it imports."""
     return [sys.executable, "-c", "import sys; from blockstep.cli import main; sys.exit(main())", *arguments]
@@ -123,10 +152,8 @@ def blockstep(*arguments: str | Path) -> list[str | Path]:
 class QMP:
     """A blocking QMP client: one command at a time, events kept aside in `events`."""
 
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(COMMAND_LIMIT)
-        self._socket.connect(str(path))
+    def __init__(self, address: Address) -> None:
+        self._socket = connect(address)
         self._file = self._socket.makefile("rwb")
         self.events: list[dict[str, Any]] = []
         self.greeting = json.loads(self._file.readline())["QMP"]
