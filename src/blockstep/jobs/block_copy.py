@@ -1,0 +1,382 @@
+"""The one copy engine: ranges of a source into a target, for backup, commit and mirror.
+
+    ranges.take() ──► cut: how far the same kind goes ──► lock ──► block status ──► nothing │ zeroes │ data
+                                                                                               │
+                                        one of ``workers``, all alike                copy_file_range, or read,
+                                                                                     look for zeroes, write
+
+What the source is known not to hold is not read: a range that reads as zeroes becomes one request however long it
+is, and none if the target is known to be zero there. Data is read in chunks, several at a time (a target behind a
+network gets its requests pipelined), and clusters that turn out to be zero are written as zeroes. Where both ends
+are plain files, the kernel copies.
+
+A chunk is one piece of work for a drain (`blockstep.block.io.enter`), and its range is locked from the question
+what is there until it is written: whoever writes to both ends at the same time takes `BlockCopy.lock`.
+
+A range that fails, or that is not reached because the copy is stopped, is given back to ``ranges``. However a copy
+ends, nothing is in flight after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Final, Literal, Protocol
+
+from bitarray import bitarray
+
+from blockstep.aio.pool import in_thread
+from blockstep.aio.rangelock import RangeLock
+from blockstep.block.bitmap import Bitmap
+from blockstep.block.driver import MAY_UNMAP, Buffer, Driver, Extent
+from blockstep.block.io import Backend, enter, leave
+from blockstep.block.node import Child
+from blockstep.block.status import status_through
+from blockstep.units import GiB, KiB, MiB
+
+#: The most that one request for zeroes covers. A peer may have to write them.
+ZEROES_AT_ONCE: Final = 64 * MiB
+#: How far ahead block status is asked.
+_LOOK_AHEAD: Final = GiB
+#: Zeroes within data are looked for in pieces of this size.
+_PIECE: Final = 64 * KiB
+#: A chunk in more extents than this is copied as a whole: one large request costs less than many small ones.
+_FRAGMENTS: Final = 16
+
+#: What copy_file_range says when it cannot, rather than when the disk is bad.
+_CANNOT: Final = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
+
+Side = Literal["read", "write"]
+
+
+class Ranges(Protocol):
+    """What is to be copied."""
+
+    def peek(self) -> int | None:
+        """The offset at which the next range begins; None: nothing is left."""
+
+    def take(self, limit: int) -> tuple[int, int]:
+        """The next range, as (offset, length) of at most ``limit`` bytes. After a `peek` that was not None."""
+
+    def give_back(self, offset: int, length: int) -> None:
+        """A range that was taken was not copied."""
+
+
+class Pass(Ranges):
+    """One pass over the set clusters of a bitmap, in order. What is taken is reset in it."""
+
+    __slots__ = ("_bitmap", "_cursor")
+
+    def __init__(self, bitmap: Bitmap) -> None:
+        self._bitmap = bitmap
+        self._cursor = 0
+
+    def peek(self) -> int | None:
+        run = self._bitmap.next_dirty(self._cursor, 1)
+        return run[0] if run else None
+
+    def take(self, limit: int) -> tuple[int, int]:
+        run = self._bitmap.next_dirty(self._cursor, limit)
+        assert run
+        self._bitmap.reset(*run)
+        self._cursor = run[0] + run[1]
+        return run
+
+    def give_back(self, offset: int, length: int) -> None:
+        self._bitmap.set(offset, length)
+
+
+class Control:
+    """Who has a say in a copy while it runs. This one never has: a copy at full speed that stops at an error."""
+
+    async def pause_point(self) -> None:
+        """Before each range. May wait; raises to stop the copy."""
+
+    async def throttle(self, count: int) -> None:
+        """Before ``count`` bytes of data are copied. May wait; raises to stop the copy."""
+
+    def began(self) -> None:
+        """Something is in flight."""
+
+    def ended(self) -> None:
+        """The opposite of `began`."""
+
+    def copied(self, count: int) -> None:
+        """``count`` bytes of a range are done, or needed nothing."""
+
+    async def failed(self, side: Side, error: OSError) -> None:
+        """An error. Returns when the copy shall go on (the range was given back), or raises to stop it."""
+        raise error
+
+
+class BlockCopy:
+    """Copies from the lower end of one edge to the lower end of another."""
+
+    def __init__(
+        self, source: Child, target: Child, doors: Sequence[Backend], control: Control | None = None, *,
+        granularity: int = _PIECE, chunk: int = MiB, workers: int = 4, base: Driver | None = None,
+        allocated_only: bool = False, detect_zeroes: bool = True, lock: RangeLock | None = None,
+        written: Bitmap | None = None,
+    ) -> None:
+        """``doors``: the users in whose name it works, for drains. ``granularity``: ranges are multiples of it, except
+        at the end of the disk. ``base``: block status stops above it. ``allocated_only``: skip what is not
+        allocated above ``base``. ``written``: the clusters that may not be zero in the target; None: all.
+        """
+        self.source, self.target, self.doors = source, target, doors
+        self.control = control if control is not None else Control()
+        self.granularity = granularity
+        self.chunk = max(chunk, granularity)
+        self.workers = workers
+        self.base = base
+        self.allocated_only = allocated_only
+        self.detect_zeroes = detect_zeroes
+        #: Held over a range while it is copied.
+        self.lock = lock if lock is not None else RangeLock()
+        self.written = written
+        #: Bytes that were taken and are not copied yet.
+        self.in_flight = 0
+        self._hint_end = 0
+        self._hint = Extent(1)
+        self._offload = True
+        self._stopped = False
+
+    async def copy(self, ranges: Ranges) -> None:
+        """Copy all ``ranges``. Raises what `Control` raises, after everything in flight has ended."""
+        self._hint_end = 0
+        self._stopped = False
+        planning = asyncio.Lock()
+        if self.workers == 1:
+            await self._work(ranges, planning)
+            return
+        ends = await asyncio.gather(*(self._work(ranges, planning) for _ in range(self.workers)),
+                                    return_exceptions=True)
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
+
+    @property
+    def _is_flat(self) -> bool:
+        node = self.source.node
+        while node.is_filter and "file" in node.children:
+            node = node.children["file"].node
+        return "backing" not in node.children
+
+    # --- what a subclass may change ---
+
+    def wanted(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The parts of a locked range that still need a copy, as (offset, length)."""
+        return [(offset, length)]
+
+    def finished(self, offset: int, length: int) -> None:
+        """A wanted part is copied; its range is still locked."""
+
+    # --- a worker ---
+
+    async def _work(self, ranges: Ranges, planning: asyncio.Lock) -> None:
+        try:
+            while not self._stopped:
+                await self.control.pause_point()
+                async with planning:
+                    taken = await self._next(ranges)
+                if taken is None:
+                    return
+                offset, length, hint = taken
+                self.in_flight += length
+                done = False
+                try:
+                    if not self._is_sparse(hint):
+                        await self.control.throttle(length)
+                    done = await self._one(offset, length, hint)
+                finally:
+                    self.in_flight -= length
+                    if not done:
+                        ranges.give_back(offset, length)
+                # Memory never waits: let the others have their turn.
+                await asyncio.sleep(0)
+        except BaseException:
+            self._stopped = True
+            raise
+
+    async def _next(self, ranges: Ranges) -> tuple[int, int, Extent] | None:
+        """The next range to copy, and what is probably there: long where there is nothing to read, else a chunk."""
+        offset = ranges.peek()
+        if offset is None or self._stopped:
+            return None
+        if offset >= self._hint_end:
+            await self._look_ahead(offset)
+            offset = ranges.peek()
+            if offset is None:
+                return None
+        limit = self.chunk
+        if self._is_sparse(self._hint) and self.chunk < self._hint_end - offset:
+            limit = min(self._hint_end - offset, ZEROES_AT_ONCE) // self.granularity * self.granularity
+        offset, length = ranges.take(limit)
+        return offset, length, self._hint if offset + length <= self._hint_end else Extent(length, depth=0)
+
+    async def _look_ahead(self, offset: int) -> None:
+        """Only a hint how to cut: what counts is asked again under the lock."""
+        length = min(_LOOK_AHEAD, self.source.node.length - offset)
+        try:
+            async with self._door():
+                first = (await self.source.node.block_status(offset, length))[0]
+                if not first.allocated:
+                    window = min(first.length, 8 * self.chunk)
+                    first = (await status_through(self.source.node, offset, window, self.base))[0]
+        except OSError:
+            first = Extent(self.chunk)
+        self._hint = first
+        self._hint_end = offset + max(first.length, self.granularity)
+
+    def _is_sparse(self, extent: Extent) -> bool:
+        return extent.zero or (self.allocated_only and not extent.allocated)
+
+    async def _one(self, offset: int, length: int, hint: Extent) -> bool:
+        """Copy one range. False: it failed, and `Control` says that the copy goes on."""
+        try:
+            async with self._door():
+                token = await self.lock.take(offset, offset + length)
+                try:
+                    for start, count in self.wanted(offset, length):
+                        await self._copy(start, count, hint)
+                        self.finished(start, count)
+                finally:
+                    self.lock.give_back(token)
+        except _Failed as failure:
+            await self.control.failed(failure.side, failure.error)
+            return False
+        self.control.copied(length)
+        return True
+
+    @asynccontextmanager
+    async def _door(self) -> AsyncIterator[None]:
+        await enter(*self.doors)
+        self.control.began()
+        try:
+            yield
+        finally:
+            leave(*self.doors)
+            self.control.ended()
+
+    async def _copy(self, offset: int, length: int, hint: Extent) -> None:
+        if hint.data and hint.depth == 1 and hint.allocated and self._is_flat:
+            # There is nowhere else that the content could have gone, and reading it is never wrong.
+            await self._data(offset, length, 1)
+            return
+        try:
+            extents = await status_through(self.source.node, offset, length, self.base)
+        except OSError as error:
+            raise _Failed("read", error) from error
+        if len(extents) > _FRAGMENTS:
+            extents = [Extent(length, depth=0)]
+        for extent in extents:
+            if extent.zero:
+                await self._zero(offset, extent.length)
+            elif extent.allocated or not self.allocated_only:
+                await self._data(offset, extent.length, extent.depth)
+            offset += extent.length
+
+    async def _zero(self, offset: int, length: int) -> None:
+        if self.written is not None:
+            if not self.written.any(offset, length):
+                return
+            self.written.set(offset, length)
+        try:
+            await self.target.write_zeroes(offset, length, MAY_UNMAP)
+        except OSError as error:
+            raise _Failed("write", error) from error
+
+    async def _data(self, offset: int, length: int, depth: int) -> None:
+        if self._offload and await self._kernel_copy(offset, length, depth):
+            return
+        try:
+            data = await self.source.pread(offset, length)
+        except OSError as error:
+            raise _Failed("read", error) from error
+        if self.detect_zeroes:
+            view = memoryview(data)
+            start = 0
+            for count, zero in zero_runs(data):
+                if zero:
+                    await self._zero(offset + start, count)
+                else:
+                    await self._write(offset + start, data if count == length else view[start:start + count])
+                start += count
+        else:
+            await self._write(offset, data)
+
+    async def _write(self, offset: int, data: Buffer) -> None:
+        if self.written is not None:
+            self.written.set(offset, len(data))
+        try:
+            await self.target.pwrite(offset, data)
+        except OSError as error:
+            raise _Failed("write", error) from error
+
+    async def _kernel_copy(self, offset: int, length: int, depth: int) -> bool:
+        """Whether the kernel has copied the range. Any trouble: no, and the ordinary way finds out whose it is."""
+        into = self.target.node
+        if into.driver != "file" or into.watchers:
+            # Only a plain file has nothing of its own to do in a write.
+            return False
+        to = into.raw_range(offset, length)
+        holder = _holder(self.source.node, depth)
+        of = holder.raw_range(offset, length) if holder is not None else None
+        if to is None or of is None:
+            return False
+        try:
+            await in_thread(_copy_file_range, of, to, length)
+        except OSError as error:
+            self._offload = error.errno not in _CANNOT
+            return False
+        if self.written is not None:
+            self.written.set(offset, length)
+        return True
+
+
+class _Failed(Exception):
+    """An I/O error, and on which side."""
+
+    def __init__(self, side: Side, error: OSError) -> None:
+        super().__init__(side, error)
+        self.side, self.error = side, error
+
+
+def zero_runs(data: Buffer) -> list[tuple[int, bool]]:
+    """``data`` as runs of (length, all zero), in pieces of 64 KiB.
+
+    Costs 3 us a MiB of data that is not zero, 40 us a MiB of zeroes (a comparison of memoryviews: 1100 us).
+    """
+    bits = bitarray(buffer=data)
+    runs: list[tuple[int, bool]] = []
+    for start in range(0, len(data), _PIECE):
+        count = min(_PIECE, len(data) - start)
+        zero = bits.find(1, start * 8, (start + count) * 8) < 0
+        if runs and runs[-1][1] is zero:
+            runs[-1] = runs[-1][0] + count, zero
+        else:
+            runs.append((count, zero))
+    return runs
+
+
+def _holder(node: Driver, depth: int) -> Driver | None:
+    """The node ``depth`` layers down (1: the first below the filters at the top), or None."""
+    while True:
+        while node.is_filter and "file" in node.children:
+            node = node.children["file"].node
+        if depth <= 1:
+            return node if depth == 1 else None
+        if "backing" not in node.children:
+            return None
+        node, depth = node.children["backing"].node, depth - 1
+
+
+def _copy_file_range(of: tuple[int, int], to: tuple[int, int], length: int) -> None:
+    done = 0
+    while done < length:
+        count = os.copy_file_range(of[0], to[0], length - done, of[1] + done, to[1] + done)
+        if not count:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        done += count
