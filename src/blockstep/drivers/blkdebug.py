@@ -74,7 +74,7 @@ class InjectError(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_f
             return False
         if self.offset is not None:
             return self.offset < offset + length and offset < self.offset + self.length
-        return self.sector < 0 or offset <= self.sector * 512 < offset + length
+        return self.sector < 0 or (self.sector * 512 < offset + length and offset < (self.sector + 1) * 512)
 
 
 class SetState(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True):
