@@ -1,5 +1,27 @@
 """The drivers: one file each, and one page of documentation each in ``docs/drivers``. ``ls`` is the feature list."""
 
-from blockstep.drivers import blkdebug, blklog, copy_before_write, file, null, quorum, replication, throttle
+from blockstep.drivers import (
+    blkdebug,
+    blklog,
+    copy_before_write,
+    file,
+    memory,
+    null,
+    overlay,
+    quorum,
+    replication,
+    throttle,
+)
 
-__all__ = ["blkdebug", "blklog", "copy_before_write", "file", "null", "quorum", "replication", "throttle"]
+__all__ = [
+    "blkdebug",
+    "blklog",
+    "copy_before_write",
+    "file",
+    "memory",
+    "null",
+    "overlay",
+    "quorum",
+    "replication",
+    "throttle",
+]
