@@ -136,8 +136,8 @@ class Events:
 class Connection:
     """A negotiated connection. Made by `connect`; calls may overlap, the server answers in their order."""
 
-    def __init__(self, client: _Client, address: Address, timeout: float) -> None:
-        self.address, self.timeout = address, timeout
+    def __init__(self, client: _Client, address: Address, timeout: float, is_tls: bool = False) -> None:
+        self.address, self.timeout, self._tls = address, timeout, is_tls
         self._client = client
         self._subscriptions: set[Events] = set()
         self._closing = False
@@ -193,6 +193,8 @@ class Connection:
         self._closing = True
         loop = asyncio.get_running_loop()
         last_resort = loop.call_later(_CLOSING, self._client.cut_off)
+        if self._tls:  # the library's flush leaves asyncio's TLS transport in a state in which it logs an error
+            self._client.cut_off()
         try:
             # An error that ended the connection shows up here once more; those whom it hit have it already.
             with contextlib.suppress(Exception):
@@ -252,7 +254,7 @@ async def open_connection(address: Address, *, timeout: float = 10.0,
         raise _failed(address, error.exc) from error
     finally:
         last_resort.cancel()
-    return Connection(client, address, timeout)
+    return Connection(client, address, timeout, is_tls=ssl is not None)
 
 
 def _failed(address: Address, cause: Exception) -> Exception:

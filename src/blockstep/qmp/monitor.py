@@ -142,7 +142,7 @@ class Connection(asyncio.Protocol):
         """Answer what is queued, in order. Exists only while there is something."""
         turn = _TURN
         try:
-            while self._queue:
+            while self._queue and not self._transport.is_closing():
                 item = self._queue.popleft()
                 self._answer(item if isinstance(item, Reply) else Reply(await self._run(item)))
                 await self._may_write.wait()

@@ -28,6 +28,7 @@ where QEMU has an underscore, give ``msgspec.field(name=...)``.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -63,6 +64,10 @@ class Monitor(Protocol):
     @property
     def peer(self) -> str:
         """Where it connects from, for people."""
+
+    @property
+    def gone(self) -> asyncio.Event:
+        """Set when its connection has ended."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@
 **Order.** The requests of one monitor are executed one after the other, in the order in which they came, and
 answered in that order; a slow command delays only its own monitor. Out-of-band commands run at once. A command
 that has begun runs to its end even if its monitor goes away, since half a failover is worse than an unread
-answer; what was queued behind it is dropped.
+answer; what was queued behind it is dropped. A monitor that only says that it sends no more (``echo ... | socat``)
+gets all its answers; that it is gone altogether shows with the first answer that cannot be sent.
 
 **Bounds.** They are in the module `monitor`: how many requests wait, how much input is read ahead, when output
 holds requests back. Events cannot wait: a monitor that lets more than `monitor.EVENT_BACKLOG` bytes pile up is
