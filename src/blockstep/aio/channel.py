@@ -259,9 +259,9 @@ class Channel:
                     await self._wait(self._loop.add_writer, self._loop.remove_writer)
                 self._raise_if_lost()
             self._tls = tls
-        except BaseException:
+        except BaseException as error:
             self._starting_tls = False
-            self.abort()
+            self.abort(error if isinstance(error, OSError) else None)
             raise
         self._starting_tls = False
         if self._queue:
@@ -309,15 +309,15 @@ class Channel:
         if not self._queue:
             self._loop.call_soon(self._end, None)
 
-    def abort(self) -> None:
-        """Close at once, with a reset. What is queued is dropped; `lost` has been called at return."""
+    def abort(self, error: OSError | None = None) -> None:
+        """Close at once, with a reset. What is queued is dropped; `lost` has been called at return, with ``error``."""
         if not self._lost:
             if self._sock.family in (socket.AF_INET, socket.AF_INET6):
                 try:
                     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_WITH_RESET)
                 except OSError:
                     pass
-            self._end(ConnectionAbortedError(errno.ECONNABORTED, "the connection was cut off"))
+            self._end(error or ConnectionAbortedError(errno.ECONNABORTED, "the connection was cut off"))
 
     async def wait_closed(self) -> None:
         """Wait until the socket is closed and `lost` was called."""

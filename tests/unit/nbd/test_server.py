@@ -36,7 +36,9 @@ def error_of(replies: list[tuple[int, int, bytes]]) -> int:
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop turn until something is true."""
     async with asyncio.timeout(TIMEOUT):
-        while not condition():
+        while True:
+            if condition():
+                return
             await asyncio.sleep(0)
 
 

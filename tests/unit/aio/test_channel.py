@@ -1,0 +1,150 @@
+"""The channel: bytes through it, back-pressure, and its three ends."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable
+
+from blockstep.aio.channel import Channel
+
+TIMEOUT = 10.0
+
+
+class Owner:
+    def __init__(self, size: int = 65536) -> None:
+        self.buffer = memoryview(bytearray(size))
+        self.got = bytearray()
+        self.ends: list[OSError | None] = []
+
+    def get_buffer(self) -> memoryview:
+        return self.buffer
+
+    def received(self, count: int) -> None:
+        self.got += self.buffer[:count]
+
+    def lost(self, error: OSError | None) -> None:
+        self.ends.append(error)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(TIMEOUT):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0)
+
+
+def pair() -> tuple[Channel, Owner, Channel, Owner]:
+    left, right = socket.socketpair()
+    one, other = Owner(), Owner()
+    return Channel(left, one), one, Channel(right, other), other
+
+
+def test_what_does_not_fit_is_queued_by_reference_and_sent_in_order() -> None:
+    async def main() -> None:
+        left, _, _, other = pair()
+        big = memoryview(bytes(range(256)) * 16384)
+        left.send([b"<", big])
+        assert left.unsent > 1 << 20
+        left.send([b"", b">"])
+        await until(lambda: not left.unsent)
+        left.send([b"!"])
+        await until(lambda: other.got.endswith(b"!"))
+        assert bytes(other.got) == b"<" + bytes(big) + b">!"
+        left.abort()
+
+    asyncio.run(main())
+
+
+def test_more_pieces_than_one_call_takes() -> None:
+    async def main() -> None:
+        left, _, _, other = pair()
+        pieces = [struct.pack(">I", n) * 100 for n in range(3000)]
+        left.send(pieces)
+        await until(lambda: len(other.got) == 3000 * 400)
+        assert bytes(other.got) == b"".join(pieces)
+        left.abort()
+
+    asyncio.run(main())
+
+
+def test_a_paused_channel_receives_nothing_and_its_peer_is_told_of_room_later() -> None:
+    async def main() -> None:
+        left, _, right, other = pair()
+        told: list[int] = []
+        left.on_room = lambda: told.append(left.unsent)
+        right.pause()
+        assert right.is_paused
+        left.send([bytes(4 << 20)])
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not other.got
+        assert not told
+        right.resume()
+        await until(lambda: len(other.got) == 4 << 20)
+        assert told == sorted(told, reverse=True)
+        assert told[-1] == 0
+        left.abort()
+
+    asyncio.run(main())
+
+
+def test_close_sends_all_first_and_both_sides_end_in_good_order() -> None:
+    async def main() -> None:
+        left, one, right, other = pair()
+        left.send([bytes(3 << 20)])
+        left.close()
+        left.send([b"too late"])
+        await left.wait_closed()
+        await right.wait_closed()
+        assert len(other.got) == 3 << 20
+        assert one.ends == other.ends == [None]
+
+    asyncio.run(main())
+
+
+def test_abort_drops_what_is_queued_and_tells_its_owner_at_once() -> None:
+    async def main() -> None:
+        left, one, right, _ = pair()
+        left.send([bytes(3 << 20)])
+        left.abort()
+        assert [type(error) for error in one.ends] == [ConnectionAbortedError]
+        assert left.unsent == 0
+        left.abort()
+        left.close()
+        left.send([b"dropped"])
+        await right.wait_closed()
+        assert len(one.ends) == 1
+
+    asyncio.run(main())
+
+
+def test_abort_of_a_tcp_connection_is_a_reset() -> None:
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            client = socket.create_connection(listener.getsockname())
+            peer = Owner()
+            channel = Channel(listener.accept()[0], Owner())
+            other = Channel(client, peer)
+            channel.abort()
+            await other.wait_closed()
+            assert isinstance(peer.ends[0], ConnectionResetError)
+
+    asyncio.run(main())
+
+
+def test_sending_to_a_peer_that_is_gone_ends_the_channel_from_the_loop() -> None:
+    async def main() -> None:
+        left, right = socket.socketpair()
+        owner = Owner()
+        channel = Channel(left, owner)
+        channel.pause()
+        right.close()
+        channel.send([b"x"])
+        assert owner.ends == []
+        await channel.wait_closed()
+        assert isinstance(owner.ends[0], BrokenPipeError)
+
+    asyncio.run(main())
