@@ -114,6 +114,10 @@ class Change:
         edge.taken, edge.shared = taken, shared
         self._did(undo, edge.node)
 
+    def refresh(self, node: Driver) -> None:
+        """Work out anew what ``node`` takes from its children: its own mind has changed."""
+        self._did(lambda: None, node)
+
     def set_read_only(self, node: Driver, read_only: bool) -> None:
         """Change whether writes may reach ``node``. The storage is reopened by `Graph.reopen`, which calls this."""
         before = node.read_only
@@ -191,11 +195,17 @@ class Graph:
         self.nodes[name] = node  # the name is taken from here on, whatever is opened meanwhile
         try:
             for child_name, role, ref in child_references(driver, checked):
-                if not isinstance(ref, str):
+                if isinstance(ref, str):
+                    child = self.find(ref)
+                else:
                     inherited = {"read-only": True} if checked.read_only or role is Role.BACKING else {}
-                    ref = (await self.open({**inherited, **ref}, owned=False, strict=strict)).name
-                with self.change() as change:
-                    change.attach(node, child_name, role, self.find(ref))
+                    child = await self.open({**inherited, **ref}, owned=False, strict=strict)
+                try:
+                    with self.change() as change:
+                        change.attach(node, child_name, role, child)
+                except BaseException:
+                    await self.close_unused(child)
+                    raise
             await node.open()
         except BaseException:
             del self.nodes[name]
@@ -244,7 +254,7 @@ class Graph:
         node = backend.node
         node.parents.remove(backend.edge)
         with self.change() as change:
-            change._did(lambda: None, node)
+            change.refresh(node)
         await self.close_unused(node)
 
     # --- changes ---
@@ -286,11 +296,13 @@ class Graph:
         Each driver prepares what can fail; then the permissions are checked; then all take effect.
         """
         prepared: list[Prepared] = []
+        access: list[tuple[Driver, bool]] = []
         try:
+            for node, options in changes:
+                access.append((node, bool(options.get("read-only", node.read_only))))
+                prepared.append(await node.prepare_reopen({**options, "read-only": access[-1][1]}))
             with self.change() as change:
-                for node, options in changes:
-                    read_only = bool(options.get("read-only", node.read_only))
-                    prepared.append(await node.prepare_reopen({**options, "read-only": read_only}))
+                for node, read_only in access:
                     change.set_read_only(node, read_only)
         except BaseException:
             for reopening in reversed(prepared):

@@ -1,0 +1,454 @@
+"""The control half of the graph: changes happen wholly or not at all, and under live I/O."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import blockstep.drivers  # noqa: F401
+from blockstep.block.driver import Driver, Prepared
+from blockstep.block.graph import Change, Graph
+from blockstep.block.node import NodeOptions
+from blockstep.block.permissions import ALL, READ, WRITE, Permission, Role
+from blockstep.block.registry import register
+from blockstep.errors import GraphError, NodeNotFound, OperationBlocked, OptionError, PermissionConflict
+from tests.disks import Ram, RamOptions, faulty, ram
+
+
+def picture(graph: Graph) -> dict[str, Any]:
+    """All that a change may touch, comparable."""
+    return {name: {
+        "children": [(edge.name, edge.node.name, edge.taken, edge.shared) for edge in node.children.values()],
+        "parents": sorted((edge.parent.description, edge.name, edge.taken, edge.shared) for edge in node.parents),
+        "read_only": node.read_only,
+    } for name, node in graph.nodes.items()}
+
+
+# --- open and close ---
+
+
+def test_inline_children_are_opened_with_their_parent_and_closed_with_it() -> None:
+    async def main() -> None:
+        graph = Graph()
+        node = await graph.open({"driver": "blkdebug", "node-name": "top",
+                                 "file": {"driver": "throttle", "limits": {}, "node-name": "middle",
+                                          "file": {"driver": "test-ram", "node-name": "disk"}}})
+        assert list(graph.nodes) == ["top", "middle", "disk"]
+        assert [below.name for below in node.below()] == ["middle", "disk"]
+        disk = graph.find("disk")
+        await graph.close(node)
+        assert graph.nodes == {}
+        assert isinstance(disk, Ram)
+        assert disk.closed
+
+    asyncio.run(main())
+
+
+def test_a_node_named_by_the_user_outlives_its_parents() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk")
+        node = await graph.open({"driver": "blkdebug", "file": "disk"})
+        await graph.close(node)
+        assert list(graph.nodes) == ["disk"]
+        assert not disk.closed
+
+    asyncio.run(main())
+
+
+def test_a_node_in_use_is_not_closed_and_the_users_are_named() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk")
+        user = graph.attach_backend(disk, "export e1")
+        with pytest.raises(GraphError, match="export e1"):
+            await graph.close(disk)
+        await graph.detach_backend(user)
+        lift = disk.block_operations("a job is running", "remove")
+        with pytest.raises(OperationBlocked, match="a job is running"):
+            await graph.close(disk)
+        lift()
+        await graph.close(disk)
+        assert graph.nodes == {}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("options", "error"), [
+    ({"driver": "nonsense"}, OptionError),
+    ({}, OptionError),
+    ({"driver": "test-ram", "node-name": "taken"}, OptionError),
+    ({"driver": "test-ram", "node-name": "9lives"}, OptionError),
+    ({"driver": "test-ram", "size": "big"}, OptionError),
+    ({"driver": "test-ram", "colour": "red"}, OptionError),
+    ({"driver": "blkdebug", "file": "absent"}, NodeNotFound),
+    ({"driver": "quorum", "vote-threshold": 1, "children": [{"driver": "test-ram"}, "absent"]}, NodeNotFound),
+    ({"driver": "quorum", "vote-threshold": 9, "children": [{"driver": "test-ram"}]}, OptionError),
+    ({"driver": "test-storage", "file": {"driver": "test-ram", "read-only": True}}, GraphError),
+])
+def test_a_failed_open_leaves_nothing_behind(options: dict[str, Any], error: type[Exception]) -> None:
+    async def main() -> None:
+        graph = Graph()
+        await ram(graph, "taken")
+        before = picture(graph)
+        with pytest.raises(error):
+            await graph.open(options)
+        assert picture(graph) == before
+
+    asyncio.run(main())
+
+
+class StorageOptions(NodeOptions, tag="test-storage"):
+    file: str | dict[str, Any]
+
+
+@register
+class Storage(Driver):
+    """A format, as far as permissions go: it writes to its file, and nobody else may."""
+
+    driver: ClassVar[str] = "test-storage"
+    Options = StorageOptions
+    child_roles: ClassVar[dict[str, Role]] = {"file": Role.STORAGE}
+
+    async def open(self) -> None:
+        self.length = self.children["file"].node.length
+
+
+# --- permissions ---
+
+
+def test_a_conflict_names_both_users_the_node_and_the_permission() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk")
+        graph.attach_backend(disk, "export e1", READ, ALL & ~WRITE)
+        with pytest.raises(PermissionConflict) as caught:
+            graph.attach_backend(disk, "job j1", READ | WRITE)
+        error = caught.value
+        assert (error.node, error.wanted_by, error.refused_by, error.permission) == \
+            ("disk", "job j1", "export e1", "write")
+
+    asyncio.run(main())
+
+
+def test_a_conflict_far_below_refuses_the_user_above() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk")
+        await graph.open({"driver": "blkdebug", "node-name": "middle", "file": "disk"})
+        top = await graph.open({"driver": "blkdebug", "node-name": "top", "file": "middle"})
+        graph.attach_backend(disk, "reader", READ, READ)
+        before = picture(graph)
+        with pytest.raises(PermissionConflict, match="reader"):
+            graph.attach_backend(top, "writer", READ | WRITE)
+        assert picture(graph) == before
+        graph.attach_backend(top, "another reader", READ)
+
+    asyncio.run(main())
+
+
+def test_permissions_go_down_while_somebody_needs_them() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk")
+        top = await graph.open({"driver": "blkdebug", "file": "disk"})
+        assert disk.parents[0].taken == Permission(0)
+        user = graph.attach_backend(top, "user", READ | WRITE)
+        assert disk.parents[0].taken == READ | WRITE
+        await graph.detach_backend(user)
+        assert disk.parents[0].taken == Permission(0)
+
+    asyncio.run(main())
+
+
+def test_a_read_only_node_has_no_writers() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk", 4096, **{"read-only": True})
+        with pytest.raises(GraphError, match=r"read-only.*writer"):
+            graph.attach_backend(disk, "writer", WRITE)
+        top = await graph.open({"driver": "blkdebug", "file": "disk"})
+        with pytest.raises(GraphError, match="read-only"):
+            graph.attach_backend(top, "writer", WRITE)
+
+    asyncio.run(main())
+
+
+# --- changes ---
+
+
+def test_cycles_are_refused() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk")
+        top = await graph.open({"driver": "blkdebug", "file": "disk"})
+        before = picture(graph)
+        with pytest.raises(GraphError, match="below"):
+            with graph.change() as change:
+                change.attach(disk, "backing", Role.BACKING, top)
+        with pytest.raises(GraphError, match="below"):
+            with graph.change() as change:
+                change.move(top.children["file"], top)
+        with pytest.raises(GraphError, match="already"):
+            with graph.change() as change:
+                change.attach(top, "file", Role.FILTERED, disk)
+        assert picture(graph) == before
+
+    asyncio.run(main())
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from(("attach", "detach", "move", "replace", "read-only", "take")),
+                          st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=8))
+def test_whatever_a_change_did_its_failure_takes_back(steps: list[tuple[str, int, int]]) -> None:
+    """Random steps, then a failure; also steps that are refused by themselves."""
+
+    def step(graph: Graph, change: Change, kind: str, first: int, second: int) -> None:
+        nodes = list(graph.nodes.values())
+        one, other = nodes[first % len(nodes)], nodes[second % len(nodes)]
+        edges = [edge for node in nodes for edge in node.children.values()]
+        if kind == "attach":
+            change.attach(one, f"extra{second}", Role.DATA, other)
+        elif kind == "detach" and edges:
+            change.detach(edges[first % len(edges)])
+        elif kind == "move" and edges:
+            change.move(edges[first % len(edges)], other)
+        elif kind == "replace":
+            change.replace(one, other)
+        elif kind == "read-only":
+            change.set_read_only(one, not one.read_only)
+        elif one.parents:
+            change.take(one.parents[0], READ | WRITE, READ)
+
+    async def main() -> None:
+        graph = Graph()
+        for name in ("a", "b"):
+            await ram(graph, name)
+        await graph.open({"driver": "quorum", "node-name": "q", "children": ["a", "b"], "vote-threshold": 1})
+        top = await graph.open({"driver": "blkdebug", "node-name": "top", "file": "q"})
+        user = graph.attach_backend(top, "user", READ | WRITE)
+        before = picture(graph)
+        with pytest.raises((ZeroDivisionError, GraphError)):
+            with graph.change() as change:
+                for kind, first, second in steps:
+                    step(graph, change, kind, first, second)
+                change.finish()
+                raise ZeroDivisionError
+        assert picture(graph) == before
+        await user.pwrite(0, b"still works")
+        assert await user.pread(0, 5) == b"still"
+
+    asyncio.run(main())
+
+
+def test_replace_leaves_the_filters_own_edge() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk")
+        user = graph.attach_backend(disk, "user", READ)
+        top = await graph.open({"driver": "blkdebug", "node-name": "top", "file": "disk"})
+        with graph.change() as change:
+            change.replace(disk, top)
+        assert user.node is top
+        assert top.children["file"].node is disk
+
+    asyncio.run(main())
+
+
+# --- filters under live I/O ---
+
+
+def test_filters_come_and_go_under_live_io() -> None:
+    async def main() -> None:
+        graph = Graph()
+        door, disk = await faulty(graph, "door")
+        user = graph.attach_backend(door, "guest", READ | WRITE)
+        written = 0
+        stop = False
+
+        async def guest(lane: int) -> None:
+            nonlocal written
+            while not stop:
+                data = bytes((written & 255,)) * 100
+                await user.pwrite(lane * 100, data)
+                assert await user.pread(lane * 100, 100) == data
+                written += 1
+                await asyncio.sleep(0)
+
+        guests = [asyncio.create_task(guest(lane)) for lane in range(4)]
+        for turn in range(5):
+            door.suspend("write", "held")
+            await door.suspended("held")
+            inserting = asyncio.create_task(graph.insert_filter({"driver": "blkdebug", "node-name": f"f{turn}",
+                                                                 "file": "door"}, door))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert user.node is door, "the filter came while a request was in flight"
+            door.resume("held")
+            node = await inserting
+            assert user.node is node
+            for _ in range(5):
+                await asyncio.sleep(0)
+            await graph.remove_filter(node)
+            assert user.node is door
+            assert f"f{turn}" not in graph.nodes
+        stop = True
+        await asyncio.gather(*guests)
+        assert written > 20
+        assert len(disk.requests) == 2 * written
+
+    asyncio.run(main())
+
+
+def test_a_filter_that_cannot_be_inserted_leaves_the_graph_and_is_closed() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk")
+        user = graph.attach_backend(disk, "guest", READ | WRITE)
+        before = picture(graph)
+        with pytest.raises(GraphError):  # a read-only filter under a writer
+            await graph.insert_filter({"driver": "blkdebug", "node-name": "f", "file": "disk", "read-only": True}, disk)
+        assert picture(graph) == before
+        await user.pwrite(0, b"x")
+
+    asyncio.run(main())
+
+
+# --- reopen ---
+
+
+class ReopenOptions(RamOptions, tag="test-reopen"):
+    pass
+
+
+@register
+class Reopened(Ram):
+    """Keeps a record of what `Graph.reopen` asked of it, and fails when told."""
+
+    driver: ClassVar[str] = "test-reopen"
+    Options = ReopenOptions
+    record: ClassVar[list[str]] = []
+    fail: ClassVar[set[str]] = set()
+
+    async def prepare_reopen(self, options: Mapping[str, Any]) -> Prepared:
+        await asyncio.sleep(0)
+        self.record.append(f"prepare {self.name}")
+        if self.name in self.fail:
+            raise OSError(errno.EROFS, "a read-only file system")
+        return Prepared(lambda: self.record.append(f"commit {self.name}"),
+                        lambda: self.record.append(f"abort {self.name}"))
+
+
+async def three(graph: Graph) -> list[Driver]:
+    Reopened.record.clear()
+    Reopened.fail.clear()
+    return [await graph.open({"driver": "test-reopen", "node-name": name, "read-only": True}) for name in "abc"]
+
+
+def test_several_nodes_are_reopened_together() -> None:
+    async def main() -> None:
+        graph = Graph()
+        nodes = await three(graph)
+        await graph.reopen([(node, {"read-only": False}) for node in nodes])
+        assert [node.read_only for node in nodes] == [False] * 3
+        assert Reopened.record == [f"prepare {n}" for n in "abc"] + [f"commit {n}" for n in "abc"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("failing", ["a", "b", "c"])
+def test_one_node_that_cannot_be_reopened_keeps_all_as_they_were(failing: str) -> None:
+    async def main() -> None:
+        graph = Graph()
+        nodes = await three(graph)
+        Reopened.fail.add(failing)
+        with pytest.raises(OSError):
+            await graph.reopen([(node, {"read-only": False}) for node in nodes])
+        assert [node.read_only for node in nodes] == [True] * 3
+        prepared = "abc"["abc".index("a"):"abc".index(failing)]
+        assert [entry for entry in Reopened.record if "abort" in entry] == [f"abort {n}" for n in reversed(prepared)]
+        assert not any("commit" in entry for entry in Reopened.record)
+
+    asyncio.run(main())
+
+
+def test_a_reopen_that_permissions_forbid_keeps_all_as_they_were() -> None:
+    async def main() -> None:
+        graph = Graph()
+        nodes = await three(graph)
+        await graph.reopen([(node, {"read-only": False}) for node in nodes])
+        graph.attach_backend(nodes[1], "writer", WRITE)
+        Reopened.record.clear()
+        with pytest.raises(GraphError, match="writer"):
+            await graph.reopen([(node, {"read-only": True}) for node in nodes])
+        assert [node.read_only for node in nodes] == [False] * 3
+        assert Reopened.record == [f"prepare {n}" for n in "abc"] + [f"abort {n}" for n in "cba"]
+
+    asyncio.run(main())
+
+
+def test_nobody_sees_a_reopen_half_done() -> None:
+    async def main() -> None:
+        graph = Graph()
+        nodes = await three(graph)
+        reopening = asyncio.create_task(graph.reopen([(node, {"read-only": False}) for node in nodes]))
+        while not reopening.done():
+            assert len({node.read_only for node in nodes}) == 1
+            await asyncio.sleep(0)
+        await reopening
+
+    asyncio.run(main())
+
+
+def test_options_that_cannot_change_are_refused_by_name() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk")
+        with pytest.raises(OptionError, match="size"):
+            await graph.reopen([(disk, {"size": 5})])
+
+    asyncio.run(main())
+
+
+# --- operation blockers and events ---
+
+
+def test_blockers_stack_and_are_lifted_one_by_one() -> None:
+    async def main() -> None:
+        disk = await ram(Graph(), "disk")
+        lift_all = disk.block_operations("replication runs")
+        lift_resize = disk.block_operations("a job is running", "resize")
+        with pytest.raises(OperationBlocked, match="a job is running"):
+            disk.check_operation("resize")
+        with pytest.raises(OperationBlocked, match="replication runs"):
+            disk.check_operation("snapshot")
+        lift_all()
+        disk.check_operation("snapshot")
+        with pytest.raises(OperationBlocked):
+            disk.check_operation("resize")
+        lift_resize()
+        disk.check_operation("resize")
+
+    asyncio.run(main())
+
+
+def test_what_a_node_reports_reaches_all_listeners() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk")
+        heard: list[tuple[int, str, dict[str, Any]]] = []
+        disk.report("NOBODY", {})
+        for number in (1, 2):
+            graph.listeners.append(lambda event, data, number=number: heard.append((number, event, data)))
+        disk.report("HELLO", {"from": "disk"})
+        assert heard == [(1, "HELLO", {"from": "disk"}), (2, "HELLO", {"from": "disk"})]
+
+    asyncio.run(main())
+
+
