@@ -79,6 +79,8 @@ class Driver(Node):
     #: Whether `prepare_empty` works.
     can_be_emptied: ClassVar[bool] = False
 
+    #: Bytes, a power of two: a write of a part of a cluster may read the rest of it from the backing node.
+    cluster_size: int = 65536
     #: The node's size in bytes. Changes only in `truncate` (or a child's).
     length: int = 0
 

@@ -48,7 +48,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except typer.TyperException as error:
-        error.show()
+        print(f"blockstep: {error.format_message()} (see --help)", file=sys.stderr)
         sys.exit(ERROR)
     except (BlockstepError, OSError) as error:
         print(f"blockstep: {error}", file=sys.stderr)

@@ -5,3 +5,7 @@
     standby   ``blockstep standby``
     primary   ``blockstep primary``
 """
+
+from blockstep import drivers as _drivers  # noqa: F401  registers them, for all programs
+
+__all__: list[str] = []

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from blockstep import drivers as _drivers  # noqa: F401  registers them
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import NONE, READ, WRITE
 from blockstep.daemon.disks import listen

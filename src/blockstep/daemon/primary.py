@@ -8,18 +8,20 @@ For each disk NAME, once opened:
 `Primary` is the hands of a `Coordinator`: it turns what happens (connections, jobs, timers, commands) into events
 and carries the resulting actions out. All its decisions are in the coordinator; all its waiting is here.
 
-The first sync and every resync is a mirror job for each disk, from NAME-disk to NAME-standby, in write-blocking mode, so
-that it converges while the guest writes. When all of them are ready, the guest is held back for a moment, the links
-are switched on, and the jobs end. A full sync covers the disk; a resync covers what the link remembers.
+The first sync and every resync is a mirror job for each disk, from NAME-disk to NAME-sync, a second connection, in
+write-blocking mode, so that it converges while the guest writes. In the moment in which the two are the same, with
+nothing in flight, the job ends and the link is switched on. A full sync covers the disk; a resync covers what the
+link remembers.
 
-No request of the guest and no control command ever waits for the standby for longer than ``max-stall``: each
-request to it has that deadline, and after it the pair lets go and goes on alone.
+No request of the guest waits for the standby for longer than ``max-stall``: each request of a link has that
+deadline, and the standby is asked all the time whether it is there. After that the pair lets go and goes on alone.
+What may take long without harm, making the standby's disk durable, goes over the second connection, and no
+checkpoint is begun before the last one is durable.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import ssl
 import time
@@ -78,9 +80,21 @@ class _Disk:
     spec: DiskSpec
     link: Link
     backend: Backend
+    #: Connections to the standby: for the link, with the deadline; for syncs and flushes.
     standby: Nbd | None = None
+    sync: Nbd | None = None
     job: MirrorJob | None = None
     bitmap: DirtyBitmap | None = None
+
+
+class _SyncJob(MirrorJob):
+    """A mirror that switches the link on in the moment in which both sides are the same."""
+
+    link: Link
+
+    def synced(self) -> None:
+        super().synced()
+        self.link.switch_on()
 
 
 class Primary(Service):
@@ -99,6 +113,7 @@ class Primary(Service):
         self._control: Connection | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._cleanup: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._sync_is_full = True
         self._standby_runs = False
@@ -184,6 +199,9 @@ class Primary(Service):
                 event = await work
             except (OSError, BlockstepError, TimeoutError) as error:
                 event = c.Failed(getattr(error, "strerror", None) or str(error), attempt)
+            except Exception as error:  # a bug: the pair lets go and says so, and the guest goes on
+                asyncio.get_running_loop().call_exception_handler({"message": "blockstep: a bug", "exception": error})
+                event = c.Failed(f"internal error: {error!r}", attempt)
             self._post(event)
 
         self._spawn(run())
@@ -209,13 +227,16 @@ class Primary(Service):
                 await control.close()
                 return c.Refused(answer["reason"])
             for name, disk in self.disks.items():
-                disk.standby = await self._open_standby(name)
+                disk.standby = await self._open_nbd(f"{name}-standby", name, self.config.max_stall)
+                disk.sync = await self._open_nbd(f"{name}-sync", name, 0.0)
+                with self.graph.change() as change:
+                    change.attach(disk.link, "target", Role.TARGET, disk.standby)
         except CommandRefused as error:
             await control.close()
-            raise PeerRefused(str(error)) from None
+            raise PeerRefused(f"the standby refuses: {error}") from None
         except BaseException:
             await control.close()
-            await self._close_standbys()
+            await self._detach()
             raise
         self._control = control
         self._spawn(self._watch(control))
@@ -225,10 +246,10 @@ class Primary(Service):
         self._standby_runs = bool(answer["running"])
         return c.Attached(attempt, full=not known)
 
-    async def _open_standby(self, name: str) -> Nbd:
+    async def _open_nbd(self, name: str, export: str, timeout: float) -> Nbd:
         tls = {"tls-creds": str(self.config.tls)} if self.config.tls else {}
         node = await self.graph.open({
-            "driver": "nbd", "node-name": f"{name}-standby", "export": name, "timeout": self.config.max_stall,
+            "driver": "nbd", "node-name": name, "export": export, "timeout": timeout,
             "server": {"type": "inet", "host": self.config.standby.host, "port": self.config.standby.port}, **tls})
         assert isinstance(node, Nbd)
         return node
@@ -238,47 +259,45 @@ class Primary(Service):
 
     async def _watch(self, control: Connection) -> None:
         """Hear of the control connection's end; and, by asking, of a standby that answers no more."""
-        limit = max(self.config.max_stall, 1.0)
         try:
             while self._control is control:
-                await control.execute("pair-query", timeout=limit)
-                await asyncio.sleep(limit / 2)
+                await control.execute("pair-query", timeout=self.config.max_stall * 0.75)
+                await asyncio.sleep(self.config.max_stall * 0.25)
         except (OSError, BlockstepError, TimeoutError) as error:
             if self._control is control:
                 self._post(c.Failed(getattr(error, "strerror", None) or str(error)))
+
+    async def _ask(self, command: str, **arguments: Any) -> Any:
+        """A command to the standby. Raises ConnectionLost, TimeoutError, CommandRefused."""
+        if self._control is None:
+            raise ConnectionLost("the standby's control connection is gone")
+        return await self._control.execute(command, arguments, timeout=max(self.config.max_stall, 1.0))
 
     # --- sync ---
 
     async def _sync(self, attempt: int, full: bool) -> c.Event:
         jobs = []
         for name, disk in self.disks.items():
-            assert disk.standby is not None
+            assert disk.sync is not None
             source = self.graph.find(f"{name}-disk")
             if not full:
                 disk.bitmap = DirtyBitmap(source, "resync", disk.link.length, GRANULARITY)
                 disk.bitmap.merge(disk.link.since)
                 disk.bitmap.merge(disk.link.closing)
-            disk.job = await self.jobs.create(MirrorJob(
-                self.graph, source, disk.standby, id=f"sync-{name}", sync="bitmap" if disk.bitmap else "full",
-                bitmap=disk.bitmap, copy_mode="write-blocking", pivot=False))
-            jobs.append(disk.job)
+            job = _SyncJob(f"sync-{name}", self.graph, source, disk.sync, sync="bitmap" if disk.bitmap else "full",
+                           bitmap=disk.bitmap, copy_mode="write-blocking", auto_complete=True)
+            job.link = disk.link
+            disk.job = await self.jobs.create(job)
+            jobs.append(job)
         for job in jobs:
-            await job.wait_ready()
-        async with self.graph.drained(*(disk.link for disk in self.disks.values())):
-            for job in jobs:
-                job.complete()
-            for job in jobs:
-                error = await job.wait()
-                if error:
-                    raise error
-            assert self._control is not None
-            if not self._standby_runs:
-                await self._control.execute("pair-start", timeout=max(self.config.max_stall, 1.0))
+            error = await job.wait()
+            if error:
+                raise error
+        with self.graph.change() as change:
             for disk in self.disks.values():
-                assert disk.standby is not None
-                with self.graph.change() as change:
-                    change.attach(disk.link, "target", Role.TARGET, disk.standby)
-                disk.link.switch_on()
+                change.refresh(disk.link)
+        if not self._standby_runs:
+            await self._ask("pair-start")
         self._drop_bitmaps()
         return c.Synced(attempt)
 
@@ -310,9 +329,8 @@ class Primary(Service):
         links = [disk.link for disk in self.disks.values()]
         asking, self._asking_next = self._asking_next, []
         self._asking += asking
-        control = self._control
-        if control is None:
-            raise ConnectionLost("the standby's control connection is gone")
+        if self._settling:
+            await self._settling
         started = self._clock()
         for link in links:
             link.mark()
@@ -320,7 +338,7 @@ class Primary(Service):
         try:
             for link in links:
                 await link.settle()
-            await control.execute("pair-checkpoint", {"epoch": epoch}, timeout=max(self.config.max_stall, 1.0))
+            await self._ask("pair-checkpoint", epoch=epoch)
         except CommandRefused as error:
             self._answer(None, str(error))
             return c.NotCommitted(attempt, str(error))
@@ -334,16 +352,18 @@ class Primary(Service):
         self._pause, self._committed_at = self._clock() - started, self._clock()
         self._answer(qmp.Committed(epoch=epoch, pause=self._pause), "")
         self.emit(qmp.ReplicationCheckpoint(pair=self.config.pair, epoch=epoch, pause=self._pause))
-        self._spawn(self._settle())
+        self._settling = asyncio.get_running_loop().create_task(self._settle())
         return c.Committed(attempt, epoch)
 
     async def _settle(self) -> None:
         """Make the checkpoint's data durable on the standby; from then on a resync need not copy it again."""
         for disk in self.disks.values():
-            if disk.standby and disk.link.on:
-                with contextlib.suppress(OSError):  # the link hears of it as well, and lets go
-                    await disk.standby.flush()
+            if disk.sync and disk.link.on:
+                try:
+                    await disk.sync.flush()
                     disk.link.settled()
+                except OSError as error:
+                    disk.link.fail(error)
 
     def _answer(self, committed: qmp.Committed | None, reason: str) -> None:
         waiting, self._asking = self._asking, []
@@ -360,8 +380,9 @@ class Primary(Service):
         """At once: writes go on alone, nobody waits. The rest of the clearing up follows."""
         for disk in self.disks.values():
             disk.link.switch_off()
-            if disk.standby:
-                disk.standby.yank()
+            for node in (disk.standby, disk.sync):
+                if node:
+                    node.yank()
         control, self._control = self._control, None
         self._asking += self._asking_next
         self._asking_next = []
@@ -374,22 +395,21 @@ class Primary(Service):
             await before
         if control:
             await control.close()
-        for disk in self.disks.values():
-            if disk.job:
-                disk.job.end(force=True)
-                await disk.job.wait()
+        await self.jobs.cancel_all()
+        if self._settling:
+            await self._settling
         self._drop_bitmaps()
+        await self._detach()
+
+    async def _detach(self) -> None:
         for disk in self.disks.values():
             if "target" in disk.link.children:
                 with self.graph.change() as change:
                     change.detach(disk.link.target)
-        await self._close_standbys()
-
-    async def _close_standbys(self) -> None:
-        for disk in self.disks.values():
-            standby, disk.standby = disk.standby, None
-            if standby:
-                await self.graph.close(standby)
+            standby, sync, disk.standby, disk.sync = disk.standby, disk.sync, None, None
+            for node in (standby, sync):
+                if node:
+                    await self.graph.close(node)
 
     # --- the operator's commands ---
 

@@ -10,15 +10,16 @@ A primary presents itself on the control port (the link's port + 1): `attach`. W
 decides: it does as its primary says, until an operator promotes it (`fail_over`); then the link's exports are gone
 at once, and no primary is taken any more.
 
-State, in words: *waiting* for a primary, *syncing*, *replicating*, *lost* (it had a checkpoint and the primary is gone),
-*failover* (promoted, the merge runs), *promoted*, *failover-failed*, *stopped*.
+State, in words: *waiting* for a primary, *syncing*, *replicating*, *lost* (it has a checkpoint, and the primary is
+gone), *failover* (promoted, the merge runs), *promoted*, *failover-failed*, *stopped*.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -102,7 +103,7 @@ class Standby(Service):
     # --- start and stop ---
 
     async def open(self) -> None:
-        """Open the disks, serve the views, and wait for a primary. Raises OptionError or OSError; then all is closed."""
+        """Open the disks, serve the views, wait for a primary. Raises OptionError or OSError; then all is closed."""
         try:
             for spec in self.config.disks:
                 await self._open_disk(spec)
@@ -111,8 +112,7 @@ class Standby(Service):
             host, port = self.config.link.host, self.config.link.port
             (_, self.link_port), *_ = await self._link_server.start_tcp(host, port)
             self._control = QmpServer(Registry.of(qmp.peer_commands), self, version=self.version)
-            listener = await self._control.start_tcp(host, self.link_port + 1, tls)
-            listener.on_gone = self._monitor_gone
+            await self._control.start_tcp(host, self.link_port + 1, tls)
             await listen(self._view_server, self.config.view)
             await self.serve_qmp(self.config.qmp, qmp.commands)
         except BaseException:
@@ -169,6 +169,7 @@ class Standby(Service):
             return self._answer(False, f"standby '{self.config.pair}' {what}; it takes no primary any more")
         self._check_primary(args, monitor)
         self._primary = monitor
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(monitor))
         if self._link_server is None:
             raise BlockstepError("the standby is not ready")
         for name, disk in self.disks.items():
@@ -223,7 +224,8 @@ class Standby(Service):
             disk.errors.clear()
         self._tell()
 
-    def _monitor_gone(self, monitor: Any) -> None:
+    async def _watch(self, monitor: Monitor) -> None:
+        await monitor.gone.wait()
         if monitor is self._primary:
             self._primary = None
             self._tell()
@@ -345,7 +347,7 @@ class Standby(Service):
         self.emit(qmp.ReplicationIoError(pair=self.config.pair, disk=disk.spec.name, reason=str(error)))
         self._tell()
 
-    def _job_event(self, name: str, data: dict[str, Any]) -> None:
+    def _job_event(self, name: str, data: Mapping[str, Any]) -> None:
         if name in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED") and self._promoted_to:
             failed = str(data.get("error", "")) or ("cancelled" if name == "BLOCK_JOB_CANCELLED" else "")
             self.emit(qmp.ReplicationFailover(

@@ -25,7 +25,7 @@ from blockstep.aio.rangelock import RangeLock
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.driver import Buffer, Filter
 from blockstep.block.node import Child, NodeOptions, NodeRef
-from blockstep.block.permissions import ALL, NONE, READ, RESIZE, WRITE, Permission, Role
+from blockstep.block.permissions import ALL, NONE, READ, RESIZE, WRITE, WRITE_UNCHANGED, Permission, Role
 from blockstep.block.registry import register
 from blockstep.errors import OptionError
 
@@ -67,7 +67,8 @@ class CopyBeforeWrite(Filter):
         if child.name == "file":
             # Whoever wrote past this filter would change the snapshot.
             return taken | READ, shared & ~(WRITE | RESIZE)
-        return super().child_permissions(child, taken, shared)
+        # The target may have the disk for its backing node: what is written to that is saved here first.
+        return READ | WRITE | WRITE_UNCHANGED, ALL
 
     def forget(self) -> None:
         """The snapshot is of now: nothing is saved yet. Nothing may be in flight. Constant time."""

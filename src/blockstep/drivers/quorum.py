@@ -142,7 +142,8 @@ class Quorum(Driver):
         taken, shared = super().child_permissions(child, taken, shared)
         if self.options.rewrite_corrupted and not self.read_only:
             taken |= WRITE
-        return taken, shared & ~(WRITE | RESIZE)  # somebody else's write would make the children differ
+        # Writes from elsewhere are shared if the parents put up with them: below a standby's view its primary writes.
+        return taken, shared & ~RESIZE
 
     async def add_child(self, graph: Graph, node: Driver) -> str:
         """Let ``node`` take part from now on, while requests go on. Returns the child's name, ``children.N``.

@@ -109,14 +109,15 @@ class HiddenDiskBuffer:
             {"driver": "copy-before-write", "file": self.secondary.name, "target": self.hidden.name,
              "cluster-size": CLUSTER_SIZE}, self.secondary)
         assert isinstance(node, CopyBeforeWrite)
+        node.owned = True  # by this buffer: it stays when the primary's export goes
         self.cbw = node
         node.on_error = self._filter.fail
         self.view_lock = node.lock
         self._undo.append(self._remove_cbw)
-        self.view_alignment = max(getattr(self.active.options, "cluster_size", 65536), 512)
+        self.view_alignment = self.active.cluster_size
 
     async def _remove_cbw(self) -> None:
-        # A node of its own, with no name: it is closed when its parents are moved away.
+        self.cbw.owned = False
         await self._graph.remove_filter(self.cbw)
 
     async def undo(self) -> None:
@@ -161,6 +162,7 @@ class HiddenDiskBuffer:
                 change.replace(self.cbw, self.secondary)
                 change.move(self._filter.file, self.secondary)
             self._undo.remove(self._remove_cbw)
+            self.cbw.owned = False
             self._finish()
         await self._graph.close_unused(self.cbw)
         await self._graph.close_unused(self.active)
@@ -173,8 +175,8 @@ class HiddenDiskBuffer:
         self._undo.remove(self._remove_cbw)
         self._filter.enter(Stage.FAILOVER)
         self._commit = await self._jobs.create(CommitJob(
-            self._graph, self.active, self.secondary, id=f"failover-{self._filter.name}",
-            replace_in=self._filter.file))
+            f"failover-{self._filter.name}", self._graph, self.active, self.secondary, active=True,
+            auto_complete=True, replace_in=self._filter.file, internal=True))
         self._waiter = asyncio.get_running_loop().create_task(self._committed(self._commit))
 
     def revoke_writers(self) -> None:

@@ -39,7 +39,7 @@ from blockstep.aio.rangelock import RangeLock
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.driver import FUA, Buffer, Filter
 from blockstep.block.node import Child, NodeOptions, NodeRef
-from blockstep.block.permissions import Permission, Role
+from blockstep.block.permissions import ALL, NONE, Permission, Role
 from blockstep.block.registry import register
 from blockstep.errors import ConnectionLost
 from blockstep.units import MiB
@@ -110,9 +110,9 @@ class Link(Filter):
         self._waiting_for_end: list[Completion[None]] = []
 
     def child_permissions(self, child: Child, taken: Permission, shared: Permission) -> tuple[Permission, Permission]:
-        if child.name == "target":
-            return super().child_permissions(child, taken, shared)
-        return taken, shared
+        if child.name == "target" and not self.on:
+            return NONE, ALL  # a sync writes to it now
+        return super().child_permissions(child, taken, shared)
 
     @property
     def behind(self) -> int:
