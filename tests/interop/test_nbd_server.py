@@ -129,7 +129,7 @@ h.flush()
 extents = []
 h.block_status(16 << 20, 0, lambda context, offset, entries, error: extents.extend(entries))
 assert extents == [1 << 20, 0, 14 << 20, 3, 1 << 20, 0], extents
-h.block_status(16 << 20, 5, lambda context, offset, entries, error: extents.extend(entries), nbd.CMD_FLAG_REQ_ONE)
+h.block_status(8 << 20, 5, lambda context, offset, entries, error: extents.extend(entries), nbd.CMD_FLAG_REQ_ONE)
 assert extents[-2:] == [(1 << 20) - 5, 0], extents
 h.set_strict_mode(0)
 end = (16 << 20) - 5
