@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -53,7 +53,7 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True):
 class Negotiation(Arguments):
     """Arguments of qmp_capabilities."""
 
-    enable: list[str] = msgspec.field(default_factory=list)
+    enable: list[Literal["oob"]] = msgspec.field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,8 @@ class Session:
         if self.state is State.NEGOTIATING:
             return self._negotiate(request)
         command = self._commands.get(name)
-        if name == NEGOTIATE:
+        if name == NEGOTIATE and not oob:
+            NEGOTIATION.decode(_arguments(request))  # wrong arguments are the first thing wrong with it
             raise CommandError("the capabilities have been negotiated already", "CommandNotFound")
         if command is None:
             raise CommandError(f"there is no command '{name}' here", "CommandNotFound")

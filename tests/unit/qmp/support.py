@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -159,11 +160,27 @@ class Peer:
         self.writer.close()
 
 
-async def dial(path: Path | tuple[str, int], **options: Any) -> Peer:
-    """A connection whose greeting has not been read."""
+async def dial(path: Path | tuple[str, int]) -> Peer:
+    """A connection whose greeting has not been read. `serving` closes it at the latest."""
     if isinstance(path, tuple):
-        return Peer(*await asyncio.open_connection(*path, limit=1 << 24, **options))
-    return Peer(*await asyncio.open_unix_connection(path, limit=1 << 24, **options))
+        peer = Peer(*await asyncio.open_connection(*path, limit=1 << 24))
+    else:
+        peer = Peer(*await asyncio.open_unix_connection(path, limit=1 << 24))
+    _dialled.append(peer)
+    return peer
+
+
+_dialled: list[Peer] = []
+
+
+async def hang_up() -> None:
+    """Close what was dialled, and wait until it is closed."""
+    while _dialled:
+        peer = _dialled.pop()
+        peer.writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await peer.writer.wait_closed()
+        peer.close()
 
 
 @asynccontextmanager
@@ -177,6 +194,7 @@ async def serving(directory: Path, **options: Any) -> AsyncIterator[tuple[Server
         yield server, context, path
     finally:
         context.gate.set()
+        await hang_up()
         await server.stop()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import gc
 import ssl
@@ -154,11 +155,21 @@ def test_events_that_nobody_asked_for_take_no_memory(tmp_path: Path) -> None:
 def against(tmp_path: Path, handler: Handler, scenario: Callable[[Path], Awaitable[None]]) -> None:
     """Run ``scenario`` against a server that does what ``handler`` does."""
 
+    writers: list[asyncio.StreamWriter] = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        await handler(reader, writer)
+
     async def run() -> None:
         path = tmp_path / "fake"
-        server = await asyncio.start_unix_server(handler, path)
+        server = await asyncio.start_unix_server(handle, path)
         await scenario(path)
         server.close()
+        for writer in writers:
+            writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
     asyncio.run(run())
 

@@ -13,7 +13,19 @@ import pytest
 
 from blockstep.qmp import monitor as monitors
 from blockstep.qmp.server import Server
-from tests.unit.qmp.support import REGISTRY, VERSION, Context, Peer, Progress, Tick, dial, served, serving, until
+from tests.unit.qmp.support import (
+    REGISTRY,
+    VERSION,
+    Context,
+    Peer,
+    Progress,
+    Tick,
+    dial,
+    hang_up,
+    served,
+    serving,
+    until,
+)
 
 
 def test_the_first_words_are_those_of_qmp(tmp_path: Path) -> None:
@@ -161,6 +173,7 @@ def test_events_come_in_order_between_the_answers_and_only_in_command_mode(tmp_p
         server = Server(REGISTRY, Context(), version=VERSION, clock=lambda: 1_500_000_000)
         await server.start_unix(tmp_path / "qmp")
         await scenario(server, server.context, tmp_path / "qmp")
+        await hang_up()
         await server.stop()
 
     asyncio.run(run())
