@@ -10,9 +10,10 @@ async def status_through(node: Driver, offset: int, length: int, base: Driver | 
 
     Covers the whole range. In each extent ``depth`` counts the layers down to the node that holds it, and is 0,
     with ``allocated`` False, where no node above ``base`` does; such a range reads as zeroes if there is no base.
+    Filters are no layers: above a filter of ``base`` is above ``base``.
     """
     result: list[Extent] = []
-    await _resolve(node, offset, offset + length, 1, base, result)
+    await _resolve(node, offset, offset + length, 1, base and _unfiltered(base), result)
     return result
 
 
@@ -27,16 +28,20 @@ async def _resolve(
             if extent.allocated:
                 _append(result, extent._replace(depth=depth))
             else:
-                below = node
-                while below.is_filter and "file" in below.children:
-                    below = below.children["file"].node
-                backing = below.children.get("backing")
-                if backing is None or backing.node is base:
+                backing = _unfiltered(node).children.get("backing")
+                if backing is None or _unfiltered(backing.node) is base:
                     zero = backing is None and base is None
                     _append(result, Extent(extent.length, False, zero, False, 0))
                 else:
                     await _resolve(backing.node, offset, offset + extent.length, depth + 1, base, result)
             offset += extent.length
+
+
+def _unfiltered(node: Driver) -> Driver:
+    """The first node down from this one that is no filter: filters are no layers."""
+    while node.is_filter and "file" in node.children:
+        node = node.children["file"].node
+    return node
 
 
 def _append(result: list[Extent], extent: Extent) -> None:

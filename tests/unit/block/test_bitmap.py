@@ -1,0 +1,177 @@
+"""Bitmaps agree with sets of clusters, whatever is done to them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import blockstep.drivers  # noqa: F401
+from blockstep.block.bitmap import Bitmap, DirtyBitmap
+from blockstep.block.graph import Graph
+from blockstep.block.permissions import READ, WRITE
+from blockstep.errors import OptionError
+from blockstep.units import KiB, TiB
+from tests.disks import ram
+
+CLUSTER = 512
+
+
+class Model:
+    """A bitmap as a set of cluster numbers."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.clusters: set[int] = set()
+
+    def touched(self, offset: int, length: int) -> set[int]:
+        return set(range(offset // CLUSTER, -(-(offset + length) // CLUSTER)))
+
+    def inside(self, offset: int, length: int) -> set[int]:
+        end = offset + length
+        last = -(-self.length // CLUSTER) if end >= self.length else end // CLUSTER
+        return set(range(-(-offset // CLUSTER), last))
+
+    def bytes_of(self, clusters: Iterable[int]) -> int:
+        return sum(min((cluster + 1) * CLUSTER, self.length) - cluster * CLUSTER for cluster in clusters)
+
+
+def members(bitmap: Bitmap) -> set[int]:
+    found: set[int] = set()
+    for offset, length in bitmap.dirty():
+        found |= set(range(offset // CLUSTER, -(-(offset + length) // CLUSTER)))
+    return found
+
+
+ranges = st.tuples(st.integers(0, 9_999), st.integers(1, 10_000))
+steps = st.lists(st.tuples(st.sampled_from(("set", "set", "set", "reset", "clear", "resize")), ranges), max_size=20)
+
+
+@given(st.integers(1, 10_000), steps)
+def test_a_bitmap_is_a_set_of_clusters(length: int, steps: list[tuple[str, tuple[int, int]]]) -> None:
+    bitmap, model = Bitmap(length, CLUSTER), Model(length)
+    for kind, (offset, size) in steps:
+        offset %= model.length
+        size = min(size, model.length - offset)
+        if kind == "set":
+            bitmap.set(offset, size)
+            model.clusters |= model.touched(offset, size)
+        elif kind == "reset":
+            bitmap.reset(offset, size)
+            model.clusters -= model.inside(offset, size)
+        elif kind == "clear":
+            bitmap.clear()
+            model.clusters.clear()
+        else:
+            bitmap.resize(size)
+            model.length = size
+            model.clusters &= set(range(-(-size // CLUSTER)))
+        assert members(bitmap) == model.clusters
+        assert bitmap.count() == model.bytes_of(model.clusters)
+        assert bitmap.length == model.length
+
+
+@given(st.integers(1, 10_000), st.lists(ranges, max_size=6), ranges, st.integers(CLUSTER, 4000))
+def test_questions_are_answered_as_by_a_set(
+    length: int, marks: list[tuple[int, int]], asked: tuple[int, int], limit: int
+) -> None:
+    bitmap, model = Bitmap(length, CLUSTER), Model(length)
+    for offset, size in marks:
+        offset %= length
+        size = min(size, length - offset)
+        bitmap.set(offset, size)
+        model.clusters |= model.touched(offset, size)
+    offset = asked[0] % length
+    size = min(asked[1], length - offset)
+    assert bitmap.any(offset, size) == bool(model.clusters & model.touched(offset, size))
+
+    at = offset
+    for run, dirty in bitmap.extents(offset, size):
+        assert run > 0
+        assert all((cluster in model.clusters) == dirty for cluster in model.touched(at, run))
+        at += run
+    assert at == offset + size
+
+    found = bitmap.next_dirty(offset, limit)
+    later = sorted(cluster for cluster in model.clusters if cluster >= offset // CLUSTER)
+    if not later:
+        assert found is None
+    else:
+        assert found is not None
+        assert found[0] == later[0] * CLUSTER
+        assert 0 < found[1] <= limit
+        assert found[0] + found[1] <= length
+        assert model.touched(*found) <= model.clusters
+        after = -(-(found[0] + found[1]) // CLUSTER)
+        assert after not in model.clusters or found[1] + CLUSTER > limit or found[0] + found[1] == length
+
+
+@given(st.lists(ranges, max_size=5), st.lists(ranges, max_size=5), st.sampled_from((128, 512, 4096)))
+def test_merge_is_the_union(one: list[tuple[int, int]], other: list[tuple[int, int]], granularity: int) -> None:
+    length = 10_000
+    first, second, wanted = Bitmap(length, CLUSTER), Bitmap(length, granularity), Bitmap(length, CLUSTER)
+    for offset, size in one:
+        first.set(offset, min(size, length - offset))
+        wanted.set(offset, min(size, length - offset))
+    for offset, size in other:
+        second.set(offset, min(size, length - offset))
+    for offset, size in second.dirty():
+        wanted.set(offset, size)
+    first.merge(second)
+    assert members(first) == members(wanted)
+
+
+def test_a_bitmap_over_a_huge_disk_is_cheap_and_cleared_at_once() -> None:
+    bitmap = Bitmap(64 * TiB, 64 * KiB)
+    bitmap.set(63 * TiB, 1)
+    assert bitmap.next_dirty(63 * TiB, 1 << 20) == (63 * TiB, 64 * KiB)
+    bitmap.clear()
+    assert not bitmap.any(63 * TiB, 1)
+
+
+@pytest.mark.parametrize("granularity", [0, -1, 3, 65535])
+def test_the_granularity_is_a_power_of_two(granularity: int) -> None:
+    with pytest.raises(OptionError, match="power of two"):
+        Bitmap(1000, granularity)
+
+
+def test_a_dirty_bitmap_records_what_is_written_to_its_node() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk", 10_000)
+        user = graph.attach_backend(disk, "guest", READ | WRITE)
+        bitmap = DirtyBitmap(disk, "b0", disk.length, CLUSTER)
+        assert disk.bitmaps == {"b0": bitmap}
+        await user.pwrite(1000, b"x" * 100)
+        await user.write_zeroes(5000, 1)
+        await user.discard(9999, 1)
+        assert members(bitmap) == {1, 2, 9, 19}
+        assert bitmap.count() == 3 * CLUSTER + 10_000 - 19 * CLUSTER
+        bitmap.enabled = False
+        await user.pwrite(0, b"x")
+        bitmap.enabled = True
+        assert members(bitmap) == {1, 2, 9, 19}
+        bitmap.remove()
+        await user.pwrite(0, b"x")
+        assert members(bitmap) == {1, 2, 9, 19}
+        assert disk.bitmaps == {}
+        assert disk.watchers == []
+
+    asyncio.run(main())
+
+
+def test_a_dirty_bitmap_follows_a_disk_that_grows() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk", 1000)
+        bitmap = DirtyBitmap(disk, "b0", disk.length, CLUSTER)
+        user = graph.attach_backend(disk, "guest", READ | WRITE)
+        await user.pwrite(0, b"x")
+        await disk.truncate(100_000)
+        await user.pwrite(99_999, b"x")
+        assert members(bitmap) == {0, 195}
+
+    asyncio.run(main())
