@@ -261,7 +261,10 @@ class Primary(Service):
         """Hear of the control connection's end; and, by asking, of a standby that answers no more."""
         try:
             while self._control is control:
-                await control.execute("pair-query", timeout=self.config.max_stall * 0.75)
+                status = await control.execute("pair-query", timeout=self.config.max_stall * 0.75)
+                if status["role"] == "promoted" or status["state"] == "stopped":
+                    self._post(c.Refused(f"standby '{self.config.pair}' is {status['state']}; this side is stale"))
+                    return
                 await asyncio.sleep(self.config.max_stall * 0.25)
         except (OSError, BlockstepError, TimeoutError) as error:
             if self._control is control:
@@ -461,7 +464,7 @@ class Primary(Service):
         jobs = [disk.job for disk in self.disks.values() if disk.job]
         return qmp.PairStatus(
             pair=self.config.pair, role="primary", state=self.coordinator.state.value, health=health, reason=reason,
-            peer=str(self.config.standby), ack=self.config.ack, checkpoint_every=self.config.checkpoint_every,
+            link="", peer=str(self.config.standby), ack=self.config.ack, checkpoint_every=self.config.checkpoint_every,
             checkpoint_bytes=self.config.checkpoint_bytes, checkpoint=checkpoint,
             disks=[self._disk_status(name, disk) for name, disk in self.disks.items()],
             work=work_status("sync" if self._sync_is_full else "resync", jobs) if jobs else None,

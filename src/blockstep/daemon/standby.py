@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class Standby(Service):
         self._link_server: NbdServer | None = None
         self._control: QmpServer | None = None
         self._primary: Monitor | None = None
+        self.link_port = 0
         self._instance = ""
         self._wanted_instance = ""
         self._epoch = 0
@@ -108,16 +110,30 @@ class Standby(Service):
             for spec in self.config.disks:
                 await self._open_disk(spec)
             tls = server_context(self.config.tls, verify_peer=True) if self.config.tls else None
-            self._link_server = NbdServer(tls="required" if tls else "off", tls_context=tls)
-            host, port = self.config.link.host, self.config.link.port
-            (_, self.link_port), *_ = await self._link_server.start_tcp(host, port)
-            self._control = QmpServer(Registry.of(qmp.peer_commands), self, version=self.version)
-            await self._control.start_tcp(host, self.link_port + 1, tls)
+            await self._listen_to_primary(tls)
             await listen(self._view_server, self.config.view)
             await self.serve_qmp(self.config.qmp, qmp.commands)
         except BaseException:
             await self.close()
             raise
+
+    async def _listen_to_primary(self, tls: ssl.SSLContext | None) -> None:
+        """Take the link's port and the one above it. Port 0: any two neighbours that are free."""
+        host, port = self.config.link.host, self.config.link.port
+        for _ in range(64):
+            server = NbdServer(tls="required" if tls else "off", tls_context=tls)
+            (_, self.link_port), *_ = await server.start_tcp(host or None, port)
+            control = QmpServer(Registry.of(qmp.peer_commands), self, version=self.version)
+            try:
+                await control.start_tcp(host or "::", self.link_port + 1, tls)
+            except OSError:
+                await server.stop()
+                if port:
+                    raise
+            else:
+                self._link_server, self._control = server, control
+                return
+        raise OptionError("--link", str(self.config.link), "an address with two free ports in a row")
 
     async def _open_disk(self, spec: DiskSpec) -> None:
         spec.make()
@@ -326,7 +342,8 @@ class Standby(Service):
             checkpoint = qmp.CheckpointStatus(epoch=self._epoch, age=age, pause=0.0)
         return qmp.PairStatus(
             pair=self.config.pair, role="promoted" if self._promoted_to else "standby", state=self.state,
-            health=health, reason=reason, peer=self._primary.peer if self._primary else "", ack="",
+            health=health, reason=reason, link=str(InetAddress(self.config.link.host, self.link_port)),
+            peer=self._primary.peer if self._primary else "", ack="",
             checkpoint_every=0.0, checkpoint_bytes=0, checkpoint=checkpoint,
             disks=[self._disk_status(name, disk) for name, disk in self.disks.items()],
             work=self._work(), exports=self.exports)

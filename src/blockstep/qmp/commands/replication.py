@@ -62,6 +62,8 @@ class PairStatus(Result):
     health: Health
     #: Why it is not healthy; empty if it is.
     reason: str
+    #: Where a primary finds this standby; empty on a primary.
+    link: str
     #: The other end, as far as it is known.
     peer: str
     #: Who has a write when the guest is told: ``local`` or ``both``.
