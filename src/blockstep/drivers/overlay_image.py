@@ -18,7 +18,7 @@ data has been synced. So a map page may reach the disk torn or not at all: any m
 a map in which each set bit has its data, and what is missing was never flushed. Pages need no checksums for that.
 Bits are only taken back in a new state (emptied, resized), by this order:
 
-    sync data ─► write the other map whole ─► sync ─► write the other state slot ─► sync
+    write the other map whole ─► sync it, and all data ─► write the other state slot ─► sync
 
 Until the slot is whole on the disk its checksum fails and the old state counts, with its map untouched; the data
 under the old map's bits must therefore stay as it is or be overwritten by what the guest wrote later, and is given
@@ -120,7 +120,6 @@ class OverlayImage:
     def sync_new_state(self, pages: dict[int, bytes], length: int, durable: bool = True) -> None:
         """Make all data durable, then a new state whose map is ``pages`` and zeroes elsewhere."""
         other = 1 - self._map
-        self._sync(durable)
         self._erase(self._maps[other])
         self._write_pages(other, pages)
         self._sync(durable)
