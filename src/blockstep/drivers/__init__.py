@@ -9,6 +9,7 @@ from blockstep.drivers import (
     null,
     overlay,
     quorum,
+    raw,
     replication,
     throttle,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "null",
     "overlay",
     "quorum",
+    "raw",
     "replication",
     "throttle",
 ]
