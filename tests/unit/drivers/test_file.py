@@ -1,0 +1,328 @@
+"""The file driver against plain bytes, its locks, its errors, and what it does where storage would wait."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import blockstep.drivers  # noqa: F401
+from blockstep.aio import posix
+from blockstep.aio.pool import in_thread
+from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Extent
+from blockstep.block.graph import Graph
+from blockstep.drivers.file import File
+from blockstep.errors import OptionError
+
+SIZE = 300_001  # not a whole number of blocks
+MiB = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk"
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+    return path
+
+
+async def opened(graph: Graph, path: Path, **options: Any) -> File:
+    node = await graph.open({"driver": "file", "filename": str(path), **options})
+    assert isinstance(node, File)
+    return node
+
+
+def direct(path: Path) -> dict[str, Any]:
+    """The options of O_DIRECT, or a skip where the filesystem does not have it."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError as error:
+        pytest.skip(f"{path.parent} is on a filesystem without O_DIRECT: {error}")
+    return {"cache": {"direct": True}}
+
+
+steps = st.lists(st.tuples(
+    st.sampled_from(["write", "fua", "zero", "unmap", "discard", "flush", "read"]),
+    st.integers(0, SIZE - 1), st.one_of(st.integers(1, 5000), st.integers(60_000, SIZE)),
+), max_size=12)
+
+
+@pytest.mark.parametrize("how", ["cached", "direct"])
+@settings(max_examples=40)
+@given(trace=steps)
+def test_it_reads_like_plain_bytes(
+        how: str, trace: list[tuple[str, int, int]], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("file") / "disk"
+    path.write_bytes(bytes(SIZE))
+    options = direct(path) if how == "direct" else {}
+    model = bytearray(SIZE)
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, path, discard="unmap", **options)
+        for number, (verb, offset, length) in enumerate(trace, 1):
+            length = min(length, SIZE - offset)
+            if verb in ("write", "fua"):
+                data = bytes([number]) * length
+                await node.pwrite(offset, data, FUA if verb == "fua" else 0)
+                model[offset:offset + length] = data
+            elif verb in ("zero", "unmap"):
+                await node.write_zeroes(offset, length, MAY_UNMAP if verb == "unmap" else 0)
+                model[offset:offset + length] = bytes(length)
+            elif verb == "discard":
+                await node.discard(offset, length)
+                found = bytes(await node.pread(offset, length))
+                assert found in (bytes(length), model[offset:offset + length])
+                model[offset:offset + length] = found
+            elif verb == "flush":
+                await node.flush()
+            else:
+                assert bytes(await node.pread(offset, length)) == model[offset:offset + length]
+        assert bytes(await node.pread(0, SIZE)) == model
+        at = 0
+        for extent in await node.block_status(0, SIZE):
+            assert extent.data or not any(model[at:at + extent.length])
+            at += extent.length
+        assert at == SIZE
+        await graph.close(node)
+        assert path.read_bytes() == model
+
+    asyncio.run(scenario())
+
+
+def test_misaligned_direct_writes_to_one_block_do_not_undo_each_other(image: Path) -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image, **direct(image))
+        await asyncio.gather(*(node.pwrite(at * 7, bytes([at]) * 7) for at in range(1, 100)))
+        expected = bytes(7) + b"".join(bytes([at]) * 7 for at in range(1, 100))
+        assert bytes(await node.pread(0, 700)) == expected
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_what_somebody_cut_off_reads_as_zeroes(image: Path) -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+        await node.pwrite(0, b"x" * 100)
+        os.truncate(image, 50)
+        assert bytes(await node.pread(0, 100)) == b"x" * 50 + bytes(50)
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_a_read_that_would_wait_goes_to_a_thread(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    pread = os.pread
+
+    def would_wait(fd: int, length: int, offset: int) -> bytes:
+        return b""
+
+    def waits(fd: int, length: int, offset: int) -> bytes:
+        threads.append(threading.current_thread().name)
+        return pread(fd, length, offset)
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+        await node.pwrite(5, b"data")
+        node._read = would_wait
+        monkeypatch.setattr(os, "pread", waits)
+        assert bytes(await node.pread(5, 4)) == b"data"
+        await graph.close(node)
+
+    asyncio.run(scenario())
+    assert [name.startswith("blockstep-io") for name in threads] == [True]
+
+
+def test_writes_rest_from_the_page_cache_after_one_that_waited(image: Path) -> None:
+    times = itertools.chain([0.0, 5.0, 5.5, 6.5, 6.5], itertools.repeat(6.5))
+    cached = posix.Cached(lambda: next(times))
+    fd = os.open(image, os.O_RDWR)
+    assert cached.write(fd, b"abc", 0) == 3  # took five seconds
+    assert cached.write(fd, b"abc", 0) == 0
+    assert cached.write(fd, b"abc", 0) == 3
+    os.close(fd)
+
+
+def test_after_a_failed_flush_nothing_is_called_durable_until_it_is_opened_anew(
+        image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(fd: int) -> None:
+        raise OSError(errno.EIO, "the device lost a page")
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+        await node.pwrite(0, b"x")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", fails)
+            with pytest.raises(OSError, match="lost a page"):
+                await node.flush()
+        for _ in range(2):
+            with pytest.raises(OSError, match="lost a page"):
+                await node.flush()
+        with pytest.raises(OSError, match="lost a page"):
+            await node.pwrite(0, b"x", FUA)
+        await node.pwrite(0, b"y")
+        await graph.close(node)
+        node = await opened(graph, image)
+        await node.flush()
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_without_flush_nothing_is_synced(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image, cache={"no-flush": True})
+        monkeypatch.setattr(os, "fdatasync", lambda fd: pytest.fail("synced"))
+        await node.pwrite(0, b"x", FUA)
+        await node.flush()
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_fast_zeroes_are_refused_where_they_would_be_slow(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+        monkeypatch.setattr("blockstep.drivers.file.zero_range", lambda *_: False)
+        monkeypatch.setattr("blockstep.drivers.file.punch_hole", lambda *_: False)
+        await node.pwrite(0, b"x" * SIZE)
+        with pytest.raises(OSError) as caught:
+            await node.write_zeroes(0, SIZE, FAST | MAY_UNMAP)
+        assert caught.value.errno == errno.ENOTSUP
+        await node.write_zeroes(0, SIZE, MAY_UNMAP)
+        assert not any(await node.pread(0, SIZE))
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_discard_gives_space_back_only_when_asked_to(image: Path) -> None:
+    async def scenario(discard: str) -> int:
+        graph = Graph()
+        node = await opened(graph, image, discard=discard)
+        await node.pwrite(0, b"x" * SIZE)
+        await node.flush()
+        before = os.fstat(node.fd).st_blocks
+        await node.discard(0, SIZE)
+        after = os.fstat(node.fd).st_blocks
+        await graph.close(node)
+        return before - after
+
+    assert asyncio.run(scenario("ignore")) == 0
+    assert asyncio.run(scenario("unmap")) > 500
+
+
+# --- opening ---
+
+
+def test_one_writer_at_a_time_and_any_number_of_readers(image: Path) -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        writer = await opened(graph, image)
+        readers = [await opened(graph, image, **{"read-only": True}) for _ in range(2)]
+        with pytest.raises(OSError) as caught:
+            await opened(graph, image)
+        assert caught.value.errno == errno.EBUSY
+        assert str(image) in str(caught.value)
+        sharing = await opened(graph, image, locking="off")
+        await graph.close(writer)
+        writer = await opened(graph, image, locking="on")
+        for node in (*readers, sharing, writer):
+            await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_reopening_changes_rights_lock_and_cache_under_the_same_descriptor(image: Path) -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+        fd = node.fd
+        await graph.reopen([(node, {"read-only": True})])
+        other = await opened(graph, image)  # the lock is free
+        with pytest.raises(OSError) as caught:
+            await graph.reopen([(node, {"read-only": False})])
+        assert caught.value.errno == errno.EBUSY
+        assert node.read_only
+        await graph.close(other)
+        await graph.reopen([(node, {"read-only": False, "cache.direct": direct(image)["cache"]["direct"]})])
+        await node.pwrite(3, b"through")
+        assert bytes(await node.pread(3, 7)) == b"through"
+        with pytest.raises(OSError, match="open for writing"):
+            await opened(graph, image)
+        with pytest.raises(OptionError):
+            await graph.reopen([(node, {"filename": "other"})])
+        assert node.fd == fd
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("name", "code"), [("absent", errno.ENOENT), (".", errno.EISDIR)])
+def test_what_cannot_be_opened_is_named(tmp_path: Path, name: str, code: int) -> None:
+    with pytest.raises(OSError) as caught:
+        asyncio.run(opened(Graph(), tmp_path / name))
+    assert caught.value.errno == code
+    assert caught.value.filename == str(tmp_path / name)
+
+
+def test_a_character_device_is_no_disk() -> None:
+    with pytest.raises(OSError, match="neither a regular file nor a block device"):
+        asyncio.run(opened(Graph(), Path("/dev/null")))
+
+
+def test_resize_adds_zeroes(image: Path) -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+        await node.pwrite(0, b"x" * SIZE)
+        await node.truncate(1000)
+        await node.truncate(MiB)
+        assert bytes(await node.pread(0, 2000)) == b"x" * 1000 + bytes(1000)
+        assert (await node.block_status(500_000, 1000)) == [Extent(1000, data=False, zero=True)]
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+# --- threads ---
+
+
+def test_a_cancelled_task_ends_only_when_its_thread_has() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def work() -> None:
+        begun.set()
+        go_on.wait(10)
+        done.append("work")
+
+    async def scenario() -> None:
+        task = asyncio.ensure_future(in_thread(work))
+        await asyncio.get_running_loop().run_in_executor(None, begun.wait, 10)
+        task.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not task.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert done == ["work"]
+
+    asyncio.run(scenario())
