@@ -1,0 +1,211 @@
+"""A standby in a process: real nodes over storage that can be stopped and made to fail, and the model beside it.
+
+    NAME-secondary   gated disk: bytes behind gates      written to by `Disk.primary`
+    NAME-hidden      overlay behind gates, in memory or in a file
+    NAME-active      overlay behind gates
+    NAME-filter      replication, mode=secondary
+    NAME             quorum, fifo                        used by `Disk.view`
+
+Everything is done as its users do it: through Backends and the registry of replication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockstep.aio.inline import start
+from blockstep.block.driver import Buffer, Extent, Prepared
+from blockstep.block.graph import Graph
+from blockstep.block.io import Backend
+from blockstep.block.node import NodeOptions
+from blockstep.block.permissions import READ, WRITE, Role
+from blockstep.drivers.overlay import Overlay, OverlayOptions
+from blockstep.drivers.replication import Replication, Stage
+from blockstep.errors import BlockstepError
+from blockstep.jobs.registry import JobRegistry
+from blockstep.replication.hidden_disk import HiddenDiskBuffer
+from blockstep.replication.registry import ReplicationRegistry
+from blockstep.testing import model
+from tests.scenario.gates import GatedDisk, Gates, gated_disk
+
+#: Odd on purpose: the last cluster of each kind is a part of one.
+LENGTH = 5 * 4096 + 777
+
+
+class GatedOverlay(Overlay):
+    """An overlay behind gates; the event of emptying is ``make_empty``."""
+
+    gates: Gates
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        await self.gates.passes(self.name, "read", offset, length)
+        data = await super().pread(offset, length)
+        await self.gates.passes(self.name, "read-done", offset, length)
+        return data
+
+    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        await self.gates.passes(self.name, "write", offset, len(data))
+        await super().pwrite(offset, data, flags)
+        await self.gates.passes(self.name, "write-done", offset, len(data))
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        await self.gates.passes(self.name, "write_zeroes", offset, length)
+        await super().write_zeroes(offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.gates.passes(self.name, "discard", offset, length)
+        await super().discard(offset, length)
+
+    async def flush(self) -> None:
+        await self.gates.passes(self.name, "flush", 0, 0)
+        await super().flush()
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        await self.gates.passes(self.name, "block_status", offset, length)
+        return await super().block_status(offset, length)
+
+    async def prepare_empty(self) -> Prepared:
+        await self.gates.passes(self.name, "make_empty", 0, 0)
+        return await super().prepare_empty()
+
+
+async def gated_overlay(graph: Graph, gates: Gates, name: str, backing: str | None, *, owned: bool = True,
+                        **options: Any) -> GatedOverlay:
+    """An overlay as a node of ``graph``, as `Graph.open` makes one."""
+    node = GatedOverlay(name, OverlayOptions(node_name=name, backing=backing, **options))
+    node.gates, node.on_event, node.owned = gates, graph.report, owned
+    graph.nodes[name] = node
+    if backing is not None:
+        with graph.change() as change:
+            change.attach(node, "backing", Role.BACKING, graph.find(backing))
+    await node.open()
+    return node
+
+
+@dataclass
+class Disk:
+    """One disk of the rig."""
+
+    name: str
+    secondary: GatedDisk
+    filter: Replication
+    primary: Backend
+    view: Backend
+
+    async def read_view(self) -> bytes:
+        return bytes(await self.view.pread(0, self.view.length))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the buffers are made."""
+
+    active_cluster: int = 4096
+    hidden_cluster: int = 4096
+    directory: Path | None = None  #: overlays in files there, rather than in memory
+    owned: bool = True  #: overlays that stay when replication lets go of them
+
+
+class Rig:
+    """Several disks in one process, all behind the same gates."""
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self.events: list[tuple[str, Any]] = []
+        self.jobs = JobRegistry(on_event=lambda name, data: self.events.append((name, data)))
+        self.registry = ReplicationRegistry(self.graph, self.jobs)
+        self.gates = Gates()
+        self.disks: list[Disk] = []
+
+    @classmethod
+    async def open(cls, names: Sequence[str] = ("a",), shape: Shape = Shape(), length: int = LENGTH) -> Rig:
+        """A rig that has not been started. Each disk begins with a content of its own."""
+        rig = cls()
+        for number, name in enumerate(names):
+            await rig.add(name, initial(number, length), shape)
+        return rig
+
+    async def add(self, name: str, content: bytes, shape: Shape = Shape()) -> Disk:
+        secondary = gated_disk(self.graph, self.gates, f"{name}-secondary", content)
+        backing = secondary.name
+        for part, cluster in (("hidden", shape.hidden_cluster), ("active", shape.active_cluster)):
+            file: dict[str, Any] = {}
+            if shape.directory:
+                file = {"filename": str(shape.directory / f"{name}-{part}.overlay"), "create": True}
+            await gated_overlay(self.graph, self.gates, f"{name}-{part}", backing, owned=shape.owned,
+                                cluster_size=cluster, **file)
+            backing = f"{name}-{part}"
+        filter = await self.graph.open({"driver": "replication", "mode": "secondary", "node-name": f"{name}-filter",
+                                        "top-id": name, "file": backing}, owned=shape.owned)
+        assert isinstance(filter, Replication)
+        top = await self.graph.open({"driver": "quorum", "node-name": name, "vote-threshold": 1,
+                                     "read-pattern": "fifo", "children": [filter.name]})
+        disk = Disk(name, secondary, filter,
+                    self.graph.attach_backend(secondary, f"{name}: primary", READ | WRITE),
+                    self.graph.attach_backend(top, f"{name}: guest", READ | WRITE))
+        self.disks.append(disk)
+        return disk
+
+    def model(self) -> model.Standby:
+        """The model of what is there now, just started."""
+        return model.Standby({disk.name: bytes(disk.secondary.data) for disk in self.disks})
+
+    async def merged(self) -> list[Exception | None]:
+        """Wait for the failover commits. Returns their errors."""
+        errors = [await job.wait() for job in self.jobs.list()]
+        for disk in self.disks:
+            if isinstance(disk.filter.buffer, HiddenDiskBuffer) and disk.filter.stage is Stage.FAILOVER:
+                await disk.filter.buffer._waiter
+        return errors
+
+    async def close(self) -> None:
+        """Close everything, from any state."""
+        self.gates.heal()
+        self.gates.open()
+        if all(disk.filter.stage is Stage.RUNNING for disk in self.disks):
+            await self.registry.stop_all(False)
+        await self.merged()
+        for disk in self.disks:
+            await self.graph.detach_backend(disk.primary)
+            await self.graph.detach_backend(disk.view)
+        while roots := [node for node in self.graph.nodes.values() if not node.parents]:
+            for node in roots:
+                await self.graph.close(node)
+        assert not self.graph.nodes
+
+
+def initial(number: int, length: int = LENGTH) -> bytes:
+    """A content in which each byte and each disk differs from its neighbours."""
+    return bytes((index * 13 + index // 256 + number * 101) & 0xFF for index in range(length))
+
+
+class Request:
+    """A request, or an operation of the registry, that was started and may have ended."""
+
+    def __init__(self, coroutine: Awaitable[Any], then: Callable[[Any, BaseException | None], None] | None = None):
+        self.ended = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self._then = then
+        start(coroutine, self._done)  # type: ignore[arg-type]
+
+    def _done(self, value: Any, error: BaseException | None) -> None:
+        self.ended, self.value, self.error = True, value, error
+        if self._then:
+            self._then(value, error)
+
+
+async def error_of(operation: Awaitable[Any]) -> OSError | BlockstepError | None:
+    """How a request or operation failed, or None."""
+    try:
+        await operation
+    except (OSError, BlockstepError) as error:
+        return error
+    return None
+
+
+__all__ = ["LENGTH", "Disk", "GatedDisk", "GatedOverlay", "NodeOptions", "Request", "Rig", "Shape", "error_of",
+           "gated_overlay", "initial"]

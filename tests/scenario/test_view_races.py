@@ -1,0 +1,255 @@
+"""The same standbys on storage that suspends: requests race, and a scheduler picks which one goes on.
+
+Every request of every node stops before its effect and after it, so that a reader of the view can be anywhere
+between "the hidden disk holds nothing here" and "so I have read the secondary disk" while a primary's write saves
+the old content and overwrites it. Whatever the order: a read returns bytes that were in the view at some time
+between its start and its end, and never what the primary wrote since the checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockstep.drivers.replication import Stage
+from blockstep.errors import ReplicationError
+from blockstep.testing.model import Content
+from tests.scenario.standby import LENGTH, Disk, Request, Rig, Shape
+
+#: What a trace consists of: (what, disk, offset, length), or what and a number.
+Step = tuple[str, int, int, int]
+
+_near = st.integers(4000, 4200)
+_offsets = st.one_of(_near, st.integers(0, LENGTH - 1))
+_lengths = st.one_of(st.integers(1, 200), st.sampled_from((4096, 8192)), st.integers(1, 9000))
+_requests = st.tuples(st.sampled_from(("read", "read", "primary write", "primary write", "primary write_zeroes",
+                                       "primary discard", "view write", "view write_zeroes", "view discard",
+                                       "primary flush", "view flush")),
+                      st.integers(0, 1), _offsets, _lengths)
+_releases = st.tuples(st.just("release"), st.integers(0, 30), st.integers(1, 6), st.just(0))
+_faults = st.tuples(st.sampled_from(("fail secondary read", "fail secondary write", "fail hidden write",
+                                     "fail hidden read", "fail active write", "fail active make_empty",
+                                     "fail hidden make_empty", "fail secondary write-done")),
+                    st.integers(0, 1), st.just(0), st.just(0))
+_checkpoints = st.tuples(st.sampled_from(("checkpoint", "checkpoint", "quiesce")), st.just(0), st.just(0), st.just(0))
+_ends = st.tuples(st.sampled_from(("failover", "failover", "stop")), st.just(0), st.just(0), st.just(0))
+_running = st.lists(st.one_of(_requests, _requests, _releases, _releases, _releases, _checkpoints), max_size=60)
+_running_with_faults = st.lists(st.one_of(_requests, _requests, _releases, _releases, _faults, _checkpoints),
+                                max_size=40)
+_ended = st.lists(st.one_of(_requests, _releases, _releases), max_size=30)
+
+
+class Races:
+    """A rig, its model, and what is in flight."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.model = rig.model()
+        self.requests: list[Request] = []
+        self.number = 0
+        self.faulty = False
+        #: The operation of the registry that goes on.
+        self.op = ""
+        #: What was wrong. Collected, since they are met in the frames of those who resume a request.
+        self.wrong: list[str] = []
+        # What the model is told when the operation of the registry has ended: requests that came after its begin
+        # were held back, and belong to the time after it.
+        self._later: list[Callable[[], None]] | None = None
+
+    async def run(self, steps: list[Step], *closed: str) -> None:
+        await self.rig.registry.start_all("secondary")
+        self._closed = closed
+        self.rig.gates.close(*closed)
+        for step in steps:
+            await self.step(*step)
+            await self.turn()
+            assert not self.wrong
+        await self.quiesce()
+        await self.rig.close()
+
+    async def turn(self) -> None:
+        """Let jobs go on, which are tasks."""
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    async def step(self, what: str, disk: int, offset: int, length: int) -> None:
+        gates = self.rig.gates
+        if what == "release":
+            for _ in range(offset):
+                if gates.waiting:
+                    gates.release(disk)
+        elif what == "quiesce":
+            await self.quiesce()
+            gates.close(*self._closed)
+        elif what.startswith("fail "):
+            _, node, event = what.split()
+            self.faulty = True
+            gates.fail(f"{self.disk(disk).name}-{node}", event)
+        elif what in ("checkpoint", "failover", "stop"):
+            if not self.op:
+                self.operate(what)
+        else:
+            self.submit(what, self.disk(disk), offset, min(length, LENGTH - offset))
+
+    def disk(self, number: int) -> Disk:
+        return self.rig.disks[number % len(self.rig.disks)]
+
+    # --- operations of the registry ---
+
+    def operate(self, what: str) -> None:
+        registry = self.rig.registry
+        if self.rig.disks[0].filter.stage is not Stage.RUNNING:
+            return
+        self.op = what
+        if what != "failover":  # which does not hold back the view
+            self._later = []
+        operation = registry.checkpoint_all() if what == "checkpoint" else registry.stop_all(what == "failover")
+        # The last request that it waited for wakes it before it returns itself: let that one be heard first.
+        loop = asyncio.get_running_loop()
+        self.requests.append(Request(operation, lambda _, error: loop.call_soon(self.operated, error)))
+
+    def operated(self, error: BaseException | None) -> None:
+        what, self.op = self.op, ""
+        if error is not None and not (what == "checkpoint" and self.faulty and isinstance(error, ReplicationError)):
+            self.wrong.append(f"{what}: {error!r}")
+        if what == "checkpoint" and error is None:
+            self.model.checkpoint()
+        elif what == "stop":
+            self.model.stop()
+        later, self._later = self._later or [], None
+        for tell in later:
+            tell()
+
+    def tell(self, event: Callable[[], None], held: bool) -> None:
+        """Tell the model now; or after the operation that holds back what comes."""
+        if held and self._later is not None:
+            self._later.append(event)
+        else:
+            event()
+
+    # --- requests ---
+
+    def submit(self, what: str, disk: Disk, offset: int, length: int) -> None:
+        held = self._later is not None
+        if what == "read":
+            self.read(disk, offset, length, held)
+        elif what.endswith("flush"):
+            user = disk.primary if what.startswith("primary") else disk.view
+            self.requests.append(Request(user.flush(), lambda _, error: self.may_fail(error)))
+        else:
+            who, kind = what.split()
+            self.number = self.number % 255 + 1
+            data = bytes([self.number]) * length if kind == "write" else bytes(length)
+            self.write(disk, who, kind, offset, data, held)
+
+    def read(self, disk: Disk, offset: int, length: int, held: bool) -> None:
+        begun: list[tuple[Content, Any]] = []
+
+        def begin() -> None:
+            content = self.model.disks[disk.name].view
+            begun.append((content, content.begin_read(offset, length)))
+
+        def end(value: Any, error: BaseException | None) -> None:
+            def tell() -> None:
+                content, read = begun.pop()
+                self.may_fail(error)
+                if wrong := content.end_read(read, read.base if error else bytes(value)):
+                    self.wrong.append(f"read of {length} bytes at {offset} of {disk.name}: {wrong}")
+
+            self.tell(tell, held)
+
+        self.tell(begin, held)
+        self.requests.append(Request(disk.view.pread(offset, length), end))
+
+    def write(self, disk: Disk, who: str, kind: str, offset: int, data: bytes, held: bool) -> None:
+        begun: list[tuple[Content, Any]] = []
+        user = disk.primary if who == "primary" else disk.view
+
+        def begin() -> None:
+            modelled = self.model.disks[disk.name]
+            content = modelled.secondary if who == "primary" else modelled.view
+            begun.append((content, content.begin(offset, data)))
+
+        def end(_: Any, error: BaseException | None) -> None:
+            def tell() -> None:
+                content, write = begun.pop()
+                refused = isinstance(error, OSError) and error.errno == errno.ESHUTDOWN
+                if not (refused and who == "primary" and disk.filter.failed_over):
+                    self.may_fail(error)
+                content.end(write, error is None and kind != "discard")
+
+            self.tell(tell, held)
+
+        self.tell(begin, held)
+        request = {"write": lambda: user.pwrite(offset, data), "discard": lambda: user.discard(offset, len(data)),
+                   "write_zeroes": lambda: user.write_zeroes(offset, len(data))}[kind]
+        self.requests.append(Request(request(), end))
+
+    def may_fail(self, error: BaseException | None) -> None:
+        if error is not None and not (self.faulty and isinstance(error, OSError)):
+            self.wrong.append(repr(error))
+
+    # --- the whole ---
+
+    async def quiesce(self) -> None:
+        """Let all go on to its end, and look at everything."""
+        rig = self.rig
+        rig.gates.open()
+        await rig.merged()
+        await self.turn()
+        rig.gates.heal()
+        self.faulty = False
+        assert not self.wrong
+        assert all(request.ended for request in self.requests)
+        self.requests.clear()
+        for disk in rig.disks:
+            modelled = self.model.disks[disk.name]
+            view = await disk.read_view()
+            assert not (wrong := modelled.view.differs(view)), f"view of {disk.name}: {wrong}"
+            modelled.view.adopt(view)
+            if disk.filter.stage in (Stage.RUNNING, Stage.DONE):
+                content = modelled.view if disk.filter.failed_over else modelled.secondary
+                assert not (wrong := content.differs(disk.secondary.data)), f"secondary of {disk.name}: {wrong}"
+                content.adopt(disk.secondary.data)
+
+
+def run(steps: list[Step], *closed: str, names: str = "a", shape: Shape = Shape()) -> None:
+    async def main() -> None:
+        await Races(await Rig.open(tuple(names), shape)).run(steps, *closed)
+
+    asyncio.run(main())
+
+
+_shapes = st.builds(Shape, st.sampled_from((512, 4096, 65536)), st.sampled_from((512, 4096, 65536)))
+_closed = st.sampled_from(((), ("a-secondary",), ("a-secondary", "b-secondary"), ("a-hidden", "a-secondary"),
+                           ("a-active", "a-secondary")))
+
+
+@given(steps=_running, closed=_closed, shape=_shapes, names=st.sampled_from(("a", "ab")))
+def test_readers_of_a_running_view_never_see_newer_data(steps: list[Step], closed: tuple[str, ...], shape: Shape,
+                                                         names: str) -> None:
+    run(steps, *closed, names=names, shape=shape)
+
+
+@given(steps=_running_with_faults, closed=_closed, shape=_shapes)
+def test_faults_in_any_layer_never_show_newer_data(steps: list[Step], closed: tuple[str, ...],
+                                                   shape: Shape) -> None:
+    run(steps, *closed, shape=shape)
+
+
+@given(before=_running, end=_ends, after=_ended, closed=_closed, shape=_shapes, names=st.sampled_from(("a", "ab")))
+def test_requests_race_with_the_end(before: list[Step], end: Step, after: list[Step], closed: tuple[str, ...],
+                                    shape: Shape, names: str) -> None:
+    run([*before, end, *after], *closed, names=names, shape=shape)
+
+
+@given(before=_running, fault=_faults, after=st.lists(st.one_of(_requests, _releases, _releases), max_size=40),
+       closed=_closed, shape=_shapes)
+def test_requests_race_with_a_failover_that_fails(before: list[Step], fault: Step, after: list[Step],
+                                                  closed: tuple[str, ...], shape: Shape) -> None:
+    run([*before, fault, ("failover", 0, 0, 0), *after, ("quiesce", 0, 0, 0), *after], *closed, shape=shape)
