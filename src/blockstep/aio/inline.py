@@ -111,6 +111,11 @@ class Running:
             await self._all_ended
 
 
+def submit(coroutine: Coroutine[Any, Any, object], done: Callable[[BaseException | None], None]) -> None:
+    """As `start`, for those who only want to know how it ended: ``done(error or None)``."""
+    start(coroutine, lambda _, error: done(error))
+
+
 class _Strand:
     """A started coroutine that waits for something."""
 

@@ -22,6 +22,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final, NamedTuple
 
+from blockstep.aio.inline import submit
 from blockstep.block.node import Child, Node, NodeOptions
 from blockstep.errors import OptionError
 
@@ -101,6 +102,12 @@ class Driver(Node):
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         """Write all of ``data``. ``flags``: FUA."""
         raise not_supported("write")
+
+    def submit_write(
+        self, offset: int, data: Buffer, flags: int, done: Callable[[BaseException | None], None]
+    ) -> None:
+        """`pwrite` for those who count: ``done(error or None)`` is called at its end, perhaps before this returns."""
+        submit(self.pwrite(offset, data, flags), done)
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         """Make a range read as zeroes. ``flags``: FUA, MAY_UNMAP, FAST."""

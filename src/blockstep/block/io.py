@@ -20,8 +20,6 @@ from blockstep.block.node import Child
 from blockstep.block.permissions import ALL, NONE, READ, RESIZE, WRITE, WRITE_UNCHANGED, Permission, Role
 from blockstep.block.status import status_through
 
-_WRITES = WRITE | WRITE_UNCHANGED
-
 
 class Backend:
     """A user of a node. Made by `Graph.attach_backend`, given up with `Graph.detach_backend`.
@@ -89,7 +87,7 @@ class Backend:
         length = len(data)
         if offset < 0 or offset + length > self.edge.node.length:
             raise _outside(offset, length, self.edge.node.length, errno.ENOSPC)
-        if not self.edge.taken & _WRITES or flags & ~FUA:
+        if not self.edge.may_write or flags & ~FUA:
             raise self._refused(flags & ~FUA)
         if not length:
             return
@@ -107,7 +105,7 @@ class Backend:
             await self._wait()
         if offset < 0 or length < 0 or offset + length > self.edge.node.length:
             raise _outside(offset, length, self.edge.node.length, errno.ENOSPC)
-        if not self.edge.taken & _WRITES or flags & ~(FUA | MAY_UNMAP | FAST):
+        if not self.edge.may_write or flags & ~(FUA | MAY_UNMAP | FAST):
             raise self._refused(flags & ~(FUA | MAY_UNMAP | FAST))
         if length:
             await self._counted(lambda: self.edge.write_zeroes(offset, length, flags))

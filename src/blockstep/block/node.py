@@ -21,6 +21,7 @@ from blockstep.block.permissions import (
     NONE,
     READ,
     WRITE,
+    WRITE_UNCHANGED,
     Permission,
     Role,
     default_child_permissions,
@@ -62,8 +63,8 @@ class Child:
     """An edge: ``parent`` uses ``node`` under ``name`` in ``role``, takes ``taken`` and shares ``shared``."""
 
     __slots__ = (
-        "block_status", "discard", "flush", "name", "node", "parent", "pread", "pwrite", "role", "shared", "taken",
-        "truncate", "write_zeroes",
+        "_taken", "block_status", "discard", "flush", "may_write", "name", "node", "parent", "pread", "pwrite", "role",
+        "shared", "truncate", "write_zeroes",
     )
 
     def __init__(self, parent: Parent, name: str, role: Role, node: Driver,
@@ -74,6 +75,17 @@ class Child:
         self.taken = taken
         self.shared = shared
         self.bind(node)
+
+    @property
+    def taken(self) -> Permission:
+        """What the parent may do with the node."""
+        return self._taken
+
+    @taken.setter
+    def taken(self, taken: Permission) -> None:
+        self._taken = taken
+        #: Whether writes of any kind are taken; asked for each write, so it is worked out once.
+        self.may_write = bool(taken & (WRITE | WRITE_UNCHANGED))
 
     def bind(self, node: Driver) -> None:
         """Send requests to ``node`` from now on."""

@@ -81,15 +81,13 @@ class CopyBeforeWrite(Filter):
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         done = self.done
-        first, end = offset >> done.shift, (offset + len(data) - 1 >> done.shift) + 1
-        if done.bits.find(0, first, end) < 0 or self.broken:
+        shift, bits = done.shift, done.bits
+        first, end = offset >> shift, (offset + len(data) - 1 >> shift) + 1
+        if (bits[first] if end - first == 1 else bits.find(0, first, end) < 0) or self.broken:
             await self.file.pwrite(offset, data, flags)
             return
-        # The common case of `_locked`, spelled out: this is the path of every first write after a checkpoint.
         lock = self.lock
-        token = lock.try_take(first << done.shift, end << done.shift) or await lock.take(
-            first << done.shift, end << done.shift
-        )
+        token = lock.try_take(first << shift, end << shift) or await lock.take(first << shift, end << shift)
         try:
             await self._save(first, end)
             await self.file.pwrite(offset, data, flags)
@@ -127,6 +125,13 @@ class CopyBeforeWrite(Filter):
         """Save the clusters ``[first, end)`` as far as they are not. The range is locked."""
         done, bits = self.done, self.done.bits
         try:
+            if end - first == 1:  # most are
+                if not bits[first]:
+                    offset = first << done.shift
+                    length = min(done.granularity, done.length - offset)
+                    await self.target.pwrite(offset, await self.file.pread(offset, length))
+                    bits[first] = 1
+                return
             while (start := bits.find(0, first, end)) >= 0:
                 stop = bits.find(1, start, end)
                 if stop < 0:
@@ -134,10 +139,7 @@ class CopyBeforeWrite(Filter):
                 offset = start << done.shift
                 length = min(stop << done.shift, done.length) - offset
                 await self.target.pwrite(offset, await self.file.pread(offset, length))
-                if stop - start == 1:
-                    bits[start] = 1
-                else:
-                    bits[start:stop] = True
+                bits[start:stop] = True
                 first = stop
         except OSError as error:
             self.on_error(error)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+from collections.abc import Callable
 from typing import ClassVar
 
 import msgspec
@@ -139,6 +140,14 @@ class Nbd(Driver):
 
     async def pread(self, offset: int, length: int) -> Buffer:
         return await self.session.pread(offset, length)
+
+    def submit_write(
+        self, offset: int, data: Buffer, flags: int, done: Callable[[BaseException | None], None]
+    ) -> None:
+        if flags:
+            super().submit_write(offset, data, flags, done)
+        else:
+            self.session.submit_write(offset, data, 0, done)
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         await self.session.pwrite(offset, data, flags)

@@ -107,6 +107,7 @@ class Overlay(Driver):
         self._read, self._write = quick_io(self._fd)
         self._bits = self._map.bits
         self._shift = self._map.shift
+        self.cluster_size = 1 << self._shift
         self._zero: Bitmap | None = None
         #: Bytes of clusters with data.
         self.used = _cluster_bytes(self._map)

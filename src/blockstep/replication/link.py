@@ -32,9 +32,9 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, ClassVar, Final, Literal, NamedTuple
+from typing import Any, ClassVar, Final, Literal
 
-from blockstep.aio.inline import Completion, start
+from blockstep.aio.inline import Completion, start, submit
 from blockstep.aio.rangelock import RangeLock
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.driver import FUA, Buffer, Filter
@@ -49,6 +49,8 @@ WINDOW: Final = 128
 WINDOW_BYTES: Final = 16 * MiB
 #: What a request without data counts for in the queue.
 SMALL: Final = 4096
+Kind = Literal["pwrite", "write_zeroes", "discard"]
+
 #: Bytes for each bit of what the standby may lack: 2 MiB of memory for a full bitmap over 1 TiB.
 GRANULARITY: Final = 65536
 
@@ -61,17 +63,29 @@ class LinkOptions(NodeOptions, tag="link"):
     queue: int = 64 * MiB
 
 
-class _Request(NamedTuple):
-    kind: Literal["pwrite", "write_zeroes", "discard"]
-    offset: int
-    length: int
-    data: Buffer | None
-    flags: int
-    done: Completion[None] | None  # who waits for the standby
+class _Request:
+    """A write on its way to the standby; called with its outcome."""
 
-    @property
-    def weight(self) -> int:
-        return self.length if self.data is not None else SMALL
+    __slots__ = ("data", "done", "end", "flags", "kind", "link", "offset", "token", "weight")
+
+    def __init__(self, link: Link, kind: Kind, offset: int, end: int, data: Buffer | None, flags: int,
+                 done: Completion[None] | None) -> None:
+        self.link, self.kind, self.offset, self.end, self.data, self.flags = link, kind, offset, end, data, flags
+        #: Who waits for the standby.
+        self.done = done
+        #: What it counts for in the queue, in bytes.
+        self.weight = end - offset if data is not None else SMALL
+        #: Of the range lock, while it is out.
+        self.token = 0
+
+    def __call__(self, error: BaseException | None) -> None:
+        link = self.link
+        if self not in link._out:  # the link has let go meanwhile
+            return
+        if error is None:
+            link._acknowledged(self)
+        else:
+            link.fail(_as_os_error(error))
 
 
 @register
@@ -102,7 +116,8 @@ class Link(Filter):
         self._sent = RangeLock()  # to the standby: likewise
         self._queue: deque[_Request] = deque()
         self._held: deque[_Request] | None = None
-        self._out: set[_Sent] = set()
+        self._marks = 0
+        self._out: set[_Request] = set()
         self._in_flight_bytes = 0
         self._pumping = False
         self._flushing: set[Completion[None]] = set()
@@ -133,7 +148,7 @@ class Link(Filter):
     def switch_off(self) -> None:
         """Stop sending; those who wait for the standby go on. What it may lack stays in the bitmaps."""
         self.on = False
-        dropped = [*self._queue, *(self._held or ()), *(sent.request for sent in self._out)]
+        dropped = [*self._queue, *(self._held or ()), *self._out]
         self._queue.clear()
         self._out.clear()
         self._held = None
@@ -160,6 +175,7 @@ class Link(Filter):
             await self._room()
         end = offset + length
         token = self._lock.try_take(offset, end) or await self._lock.take(offset, end)
+        marks = self._marks
         try:
             self.since.set(offset, length)
             self.written += length
@@ -168,18 +184,18 @@ class Link(Filter):
             if not self.on:
                 await self.file.pwrite(offset, data, flags)
             elif self.options.ack == "local":
-                self._put(_Request("pwrite", offset, length, bytes(data), 0, None))
+                self._put(_Request(self, "pwrite", offset, end, bytes(data), 0, None))
                 await self.file.pwrite(offset, data, flags)
             else:
                 done: Completion[None] = Completion()
-                self._put(_Request("pwrite", offset, length, data, flags, done))
+                self._put(_Request(self, "pwrite", offset, end, data, flags, done))
                 try:
                     await self.file.pwrite(offset, data, flags)
                 finally:
                     await done
         finally:
-            # The bit may have been taken away by a mark or a copy while the write was on its way to the disk.
-            self.since.set(offset, length)
+            if marks != self._marks:  # the bit was taken away while the write was on its way to the disk
+                self.since.set(offset, length)
             self._lock.give_back(token)
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
@@ -209,7 +225,7 @@ class Link(Filter):
             await done
 
     async def _both(
-        self, kind: Any, offset: int, length: int, flags: int, local: Callable[[], Awaitable[None]]
+        self, kind: Kind, offset: int, length: int, flags: int, local: Callable[[], Awaitable[None]]
     ) -> None:
         if self.queued > self.options.queue:
             await self._room()
@@ -220,7 +236,7 @@ class Link(Filter):
             if self.on:
                 wait = self.options.ack == "both"
                 done = Completion() if wait else None
-                self._put(_Request(kind, offset, length, None, flags if wait else flags & ~FUA, done))
+                self._put(_Request(self, kind, offset, offset + length, None, flags if wait else flags & ~FUA, done))
             try:
                 await local()
             finally:
@@ -255,39 +271,39 @@ class Link(Filter):
         if self._pumping:
             return
         self._pumping = True
-        queue = self._queue
+        queue, out, sent = self._queue, self._out, self._sent
+        target = self.target.node
         try:
-            while queue and len(self._out) < WINDOW and self._in_flight_bytes < WINDOW_BYTES:
+            while queue and len(out) < WINDOW and self._in_flight_bytes < WINDOW_BYTES:
                 request = queue[0]
-                token = self._sent.try_take(request.offset, request.offset + request.length)
+                token = sent.try_take(request.offset, request.end)
                 if not token:
                     break
                 queue.popleft()
+                request.token = token
                 self._in_flight_bytes += request.weight
-                sent = _Sent(self, request, token)
-                self._out.add(sent)
-                if request.kind == "pwrite":
-                    assert request.data is not None
-                    sending = self.target.pwrite(request.offset, request.data, request.flags)
+                out.add(request)
+                if request.data is not None:
+                    target.submit_write(request.offset, request.data, request.flags, request)
                 elif request.kind == "write_zeroes":
-                    sending = self.target.write_zeroes(request.offset, request.length, request.flags)
+                    submit(self.target.write_zeroes(request.offset, request.end - request.offset, request.flags),
+                           request)
                 else:
-                    sending = self.target.discard(request.offset, request.length)
-                start(sending, sent.done)
+                    submit(self.target.discard(request.offset, request.end - request.offset), request)
         finally:
             self._pumping = False
 
-    def _acknowledged(self, sent: _Sent) -> None:
-        request = sent.request
-        self._out.remove(sent)
-        self._sent.give_back(sent.token)
-        self._in_flight_bytes -= request.weight
-        self.queued -= request.weight
+    def _acknowledged(self, request: _Request) -> None:
+        self._out.remove(request)
+        self._sent.give_back(request.token)
+        weight = request.weight
+        self._in_flight_bytes -= weight
+        self.queued -= weight
         if request.done:
             request.done.set_result(None)
         if self._queue:
             self._pump()
-        elif not self._out and self._waiting_for_end:
+        elif self._waiting_for_end and not self._out:
             self._wake(self._waiting_for_end)
         if self._waiting_for_room:
             self._make_room()
@@ -309,6 +325,7 @@ class Link(Filter):
         else:
             self.since, self.closing = self.closing, self.since
         self.written = 0
+        self._marks += 1
         self._held = deque()
 
     async def settle(self) -> None:
@@ -337,24 +354,6 @@ class Link(Filter):
                 await self.settle()
             except ConnectionLost:
                 return  # nothing is on its way any more
-
-
-class _Sent:
-    """A request on its way to the standby."""
-
-    __slots__ = ("_link", "request", "token")
-
-    def __init__(self, link: Link, request: _Request, token: int) -> None:
-        self._link, self.request, self.token = link, request, token
-
-    def done(self, _: Any, error: BaseException | None) -> None:
-        link = self._link
-        if self not in link._out:  # the link has let go meanwhile
-            return
-        if error is None:
-            link._acknowledged(self)
-        else:
-            link.fail(_as_os_error(error))
 
 
 def _as_os_error(error: BaseException) -> OSError:
