@@ -180,7 +180,7 @@ def test_rewriting_takes_the_right_to_write_even_for_a_reader() -> None:
         graph = Graph()
         for name in ("a", "b"):
             await ram(graph, name)
-        graph.attach_backend(graph.find("a"), "other writer", READ | WRITE)
+        graph.attach_backend(graph.find("a"), "user who wants no writer", READ, READ)
         with pytest.raises(PermissionConflict):
             await graph.open({"driver": "quorum", "node-name": "q", "children": ["a", "b"], **votes(2),
                               "rewrite-corrupted": True})
