@@ -318,8 +318,8 @@ class BlockCopy:
     async def _kernel_copy(self, offset: int, length: int, depth: int) -> bool:
         """Whether the kernel has copied the range. Any trouble: no, and the ordinary way finds out whose it is."""
         into = self.target.node
-        if into.driver != "file" or into.watchers:
-            # Only a plain file has nothing of its own to do in a write.
+        if into.driver not in ("file", "memory") or into.watchers:
+            # Only these have nothing of their own to do in a write.
             return False
         to = into.raw_range(offset, length)
         holder = _holder(self.source.node, depth)

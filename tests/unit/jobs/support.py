@@ -7,6 +7,7 @@ import heapq
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import blockstep.drivers  # noqa: F401  (they register themselves)
 from blockstep.block.graph import Graph
 from blockstep.jobs.job import Job
 

@@ -135,7 +135,7 @@ def test_each_verb_in_each_state_is_heard_or_refused_by_name(status: JobStatus, 
             with pytest.raises(JobError, match=f"job 'work': '{verb}' .* '{status}'"):
                 say(job, verb)
         elif (verb is JobVerb.PAUSE and paused) or (verb is JobVerb.RESUME and not paused):
-            with pytest.raises(JobError, match="is (not )?paused"):
+            with pytest.raises(JobError, match=r"is (not )?paused"):
                 say(job, verb)
         else:
             say(job, verb)
