@@ -3,7 +3,7 @@
 asyncio's transports copy what the kernel does not take at once, and hand out received bytes in their own
 time. A request of 4 KiB is worth fewer than ten microseconds, so the data path owns its socket:
 
-    kernel ── recv_into ─► receiver.get_buffer() ─► receiver.received(n)      one call per turn of the loop
+    kernel ── recv_into ─► receiver.get_buffer() ─► receiver.received(n)      a few times per turn of the loop
     owner ── send([b, b, b]) ── sendmsg ─► kernel                              at once, in the caller's frame
                       └─ what the kernel did not take: queued by reference, sent when there is room
 
@@ -36,6 +36,9 @@ Buffer = bytes | bytearray | memoryview
 
 #: How many pieces one sendmsg takes (IOV_MAX of Linux and the BSDs).
 IOV_MAX: Final = 1024
+#: How often a channel receives before others have their turn. A peer that was just answered has often sent more
+#: by then, and a turn of the loop costs ten times a receive that finds nothing (4k, depth 1: 66 k IOPS to 77 k).
+_RECEIVES: Final = 4
 #: Batches of up to this many bytes are joined.
 _JOIN: Final = 2048
 #: Under TLS small pieces are joined up to this many bytes: each call makes a record of its own.
@@ -114,17 +117,21 @@ class Channel:
         if self._tls is not None:
             self._readable_tls(self._tls)
             return
-        try:
-            count = self._sock.recv_into(self._receiver.get_buffer())
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            self._end(error)
-            return
-        if count:
-            self._receiver.received(count)
-        else:
-            self._end(None)
+        receiver, recv_into = self._receiver, self._sock.recv_into
+        for _ in range(_RECEIVES):
+            try:
+                count = recv_into(receiver.get_buffer())
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                self._end(error)
+                return
+            if not count:
+                self._end(None)
+                return
+            receiver.received(count)
+            if not self._is_reading:
+                return
 
     def _readable_tls(self, tls: ssl.SSLSocket) -> None:
         while self._is_reading:

@@ -2,6 +2,12 @@
 
     constants            the numbers of the protocol
     wire                 requests, replies and chunks of the transmission phase; pure
+    forms                the three forms in which a server replies; pure
     handshake            the server's half of the handshake; pure
-    export, server, tls  the server
+    contexts, commands   what block status says; what each command does
+    buffers              the memory that a connection receives into
+    connection, server   a client of the server; listeners and exports
+    export, tls          what is served; X.509 contexts for both sides
+    client_handshake     the client's half of the handshake; pure
+    uri, dial, replies   where a server is, how it is reached, what it answered
 """
