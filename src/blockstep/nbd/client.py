@@ -93,8 +93,8 @@ class Client:
         self._pack = header.pack
         self._magic = c.EXTENDED_REQUEST_MAGIC if info.extended else c.REQUEST_MAGIC
         self._write_flags = c.CMD_FLAG_PAYLOAD_LEN if info.extended else 0
-        # What a write must be to go out as it is: no longer than this, and with no other flags.
-        self._longest_write = info.maximum_payload if info.minimum_block == 1 else 0
+        # What a read or write must be to go out as it is: no longer than this, and with no other flags.
+        self._longest = info.maximum_payload if info.minimum_block == 1 else 0
         self._plain_flags = c.CMD_FLAG_FUA if info.flags & c.FLAG_SEND_FUA else 0
         self.get_buffer = self._table.get_buffer
         channel.set_receiver(self)
@@ -137,16 +137,32 @@ class Client:
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """Exactly ``length`` bytes. Raises OSError, as all requests do: the server's error, or ConnectionLost."""
-        if length > self.info.maximum_payload or self.info.minimum_block > 1:
+        if length > self._longest:
             return await shape.read(self, offset, length)
-        return await self.read_as_is(offset, length)
+        answer: Completion[Read] = Completion()
+        self._issue(c.CMD_READ, 0, offset, length, Read(offset, length, answer.set_result))
+        if length > LONG:
+            self._table.long_reads += 1
+        read = await answer
+        if read.error is not None:
+            raise read.error
+        return read.data  # type: ignore[return-value]  # there without an error
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         """Write all of ``data``, which must not change until this returns. ``flags``: CMD_FLAG_FUA."""
-        if len(data) > self._longest_write or flags & ~self._plain_flags:
+        length = len(data)
+        if length > self._longest or flags & ~self._plain_flags:
             await shape.write(self, offset, data, flags)
-        else:
-            await self.write_as_is(offset, data, flags)
+            return
+        answer: Completion[BaseException | None] = Completion()
+        self._issue(c.CMD_WRITE, self._write_flags | flags, offset, length, answer.set_result)
+        self._cork.append(data)
+        self._corked += length
+        if self._corked > CORK:
+            self._uncork()
+        error = await answer
+        if error is not None:
+            raise error
 
     def submit_write(self, offset: int, data: Buffer, flags: int, done: Acknowledged) -> None:
         """`pwrite` for a caller that counts: no coroutine; ``done(error or None)`` is called from the reply batch.
@@ -155,7 +171,7 @@ class Client:
         for a bug and costs the connection.
         """
         length = len(data)
-        if length > self._longest_write or flags & ~self._plain_flags or self._refusing is not None:
+        if length > self._longest or flags & ~self._plain_flags or self._refusing is not None:
             def ended(_: None, error: BaseException | None) -> None:
                 done(error)
             start(self.pwrite(offset, data, flags), ended)

@@ -31,6 +31,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import sys
 from bisect import insort
 from collections.abc import Callable
 from typing import Final
@@ -56,11 +57,53 @@ _OFFSET: Final = struct.Struct(">Q")
 _OFFSET_LENGTH: Final = struct.Struct(">QQ")
 _DONE: Final = c.REPLY_FLAG_DONE << 16
 _DATA: Final = c.REPLY_TYPE_OFFSET_DATA
+_WHOLE_DATA: Final = _DONE | _DATA
+_DATA_HEAD: Final = struct.Struct(">IQ")
+_EXTENDED_DATA: Final = struct.Struct(">8xQQ")
 _SIMPLE: Final = c.SIMPLE_REPLY_MAGIC
 
 #: The errors that the protocol names, in this system's numbers.
 _ERRNO: Final = {c.EPERM: errno.EPERM, c.EIO: errno.EIO, c.ENOMEM: errno.ENOMEM, c.EINVAL: errno.EINVAL,
                  c.ENOSPC: errno.ENOSPC, c.EOVERFLOW: errno.EOVERFLOW, c.ENOTSUP: errno.ENOTSUP}
+
+
+class LongBuffers:
+    """The buffers of the last long reads, for the next ones.
+
+    The memory of a long buffer is mapped, cleared and given back each time: more than the kernel's copy into it.
+    So we keep a reference to each that we hand out; one that nobody else refers to (a memoryview refers to what
+    it shows) is free again.
+    """
+
+    #: Buffers, and bytes in all of them together, that are kept.
+    COUNT: Final = 16
+    BYTES: Final = 16 << 20
+
+    def __init__(self) -> None:
+        self._kept: list[bytearray] = []
+        self._bytes = 0
+
+    def take(self, length: int) -> bytearray:
+        """A buffer of ``length`` bytes, with anything in it."""
+        kept = self._kept
+        for index in range(len(kept)):
+            if len(kept[index]) == length and _references(kept, index) == _ONLY_OURS:
+                kept.append(kept.pop(index))
+                return kept[-1]
+        buffer = bytearray(length)
+        kept.append(buffer)
+        self._bytes += length
+        while len(kept) > self.COUNT or self._bytes > self.BYTES:
+            self._bytes -= len(kept.pop(0))
+        return buffer
+
+
+def _references(buffers: list[bytearray], index: int) -> int:
+    return sys.getrefcount(buffers[index])
+
+
+#: What `_references` counts of a buffer that only the list refers to; versions of Python differ in it.
+_ONLY_OURS: Final = _references([bytearray(1)], 0)
 
 Acknowledged = Callable[[BaseException | None], object]
 
@@ -77,8 +120,11 @@ class Read:
         self._covered = 0
         self._parts: list[tuple[int, int]] = []
 
-    def cover(self, offset: int, length: int) -> bytearray:
-        """A content chunk covers a range of the request. Returns the read's buffer, which holds zeroes so far."""
+    def cover(self, offset: int, length: int, long_buffers: LongBuffers | None = None) -> bytearray:
+        """A content chunk covers a range of the request. Returns the read's buffer.
+
+        It holds zeroes where nothing has come; one of ``long_buffers`` is taken if the chunk will fill all of it.
+        """
         start = offset - self.offset
         if start < 0 or not length or start + length > self.length:
             raise ProtocolError(f"a chunk for {length} bytes at {offset} lies outside of the read of "
@@ -91,7 +137,8 @@ class Read:
             raise ProtocolError(f"two chunks of one read overlap at {offset}")
         self._covered += length
         if self.data is None:
-            self.data = bytearray(self.length)
+            self.data = (long_buffers.take(length) if long_buffers is not None and length == self.length
+                         else bytearray(self.length))
         return self.data
 
     def check(self) -> None:
@@ -164,9 +211,12 @@ class ReplyTable:
         # Where the (low half of the) payload's length stands in a chunk's header, and all of it.
         self._length_at = 24 if extended else 16
         self._unpack_length = (_OFFSET if extended else _LENGTH).unpack_from
+        # The same, and the offset of the data behind the header.
+        self._unpack_data = (_EXTENDED_DATA if extended else _DATA_HEAD).unpack_from
         self._batch = bytearray(BATCH)
         self._view = memoryview(self._batch)
         self._filled = 0
+        self._long_buffers = LongBuffers()
         # The rest of a long chunk, received in place; and what is to be done with it then.
         self._rest: memoryview | None = None
         self._then: Callable[[], None] | None = None
@@ -196,6 +246,7 @@ class ReplyTable:
         self._filled = 0
         batch, unpack, take = self._batch, _HEAD.unpack_from, self.pending.pop
         header, length_at, length_of = self._header, self._length_at, self._unpack_length
+        data_head = self._unpack_data
         position = 0
         while end - position >= 16:
             magic, word, cookie = unpack(batch, position)
@@ -215,6 +266,19 @@ class ReplyTable:
                         continue
                     if entry is not None:
                         self.pending[cookie] = entry
+                elif word == _WHOLE_DATA and end - position >= header + 8:
+                    entry = self.pending.get(cookie)
+                    if type(entry) is Read and entry.data is None:
+                        size, at = data_head(batch, position + 16)
+                        after = position + header + size
+                        if size - 8 == entry.length and at == entry.offset and after <= end:
+                            del self.pending[cookie]
+                            if size - 8 > LONG:
+                                self.long_reads -= 1
+                            entry.data = batch[position + header + 8:after]
+                            position = after
+                            entry.done(entry)
+                            continue
                 used = self._chunk(word, cookie, position, end)
             else:
                 raise ProtocolError(f"a reply begins with {magic:#x}")
@@ -334,7 +398,7 @@ class ReplyTable:
         if length <= LONG:
             return 0
         start = offset - read.offset
-        target = memoryview(read.cover(offset, length))[start:start + length]
+        target = memoryview(read.cover(offset, length, self._long_buffers))[start:start + length]
         self._receive_rest(target, body, end, lambda: self._finish(read, cookie) if done else None)
         return end - position
 

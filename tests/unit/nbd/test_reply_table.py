@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from blockstep.errors import ConnectionLost, ProtocolError
 from blockstep.nbd import constants as c
-from blockstep.nbd.reply_table import LONG, Read, ReplyTable, Status
+from blockstep.nbd.reply_table import LONG, LongBuffers, Read, ReplyTable, Status
 
 FORMS = ["simple", "structured", "extended"]
 CHUNKED = FORMS[1:]
@@ -238,7 +238,26 @@ def test_an_extended_chunk_for_another_offset_breaks_the_connection() -> None:
     table = Table("extended")
     table.read(1, 8)
     with pytest.raises(ProtocolError):
-        table.feed(chunk("extended", 1, c.REPLY_TYPE_OFFSET_DATA, struct.pack(">Q", READ_AT) + bytes(8), offset=1))
+        table.feed(chunk("extended", 1, c.REPLY_TYPE_OFFSET_DATA, struct.pack(">Q", READ_AT) + bytes(4), offset=1))
+
+
+def test_a_long_buffer_is_used_again_only_when_nobody_refers_to_it() -> None:
+    buffers = LongBuffers()
+    first = buffers.take(100_000)
+    view = memoryview(first)[:10]
+    assert buffers.take(100_000) is not first
+    address = id(first)
+    del first
+    assert id(buffers.take(100_000)) != address
+    del view
+    assert address in {id(buffer) for buffer in [buffers.take(100_000) for _ in range(3)]}
+
+
+def test_long_buffers_keep_no_more_than_their_limit() -> None:
+    buffers = LongBuffers()
+    for length in range(1 << 20, (1 << 20) + 100):
+        buffers.take(length)
+    assert sum(map(len, buffers._kept)) <= LongBuffers.BYTES
 
 
 def test_fail_all_in_the_middle_of_a_long_read() -> None:
