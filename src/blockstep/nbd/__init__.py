@@ -9,5 +9,7 @@
     connection, server   a client of the server; listeners and exports
     export, tls          what is served; X.509 contexts for both sides
     client_handshake     the client's half of the handshake; pure
-    uri, dial, replies   where a server is, how it is reached, what it answered
+    uri, dial            where a server is, and how it is reached
+    reply_table          what a server answered, for those who wait; pure
+    session, client      one connection to a server; a client over several of them
 """
