@@ -77,8 +77,10 @@ class Case:
     async def verify(self) -> None:
         """The node reads as the model says, byte for byte."""
         data = bytes(await self.user.pread(0, len(self.model)))
+        if len(data) != len(self.model):
+            raise AssertionError(f"a read of {len(self.model)} bytes returned {len(data)}")
         if data != self.model:
-            at = next(i for i, (got, wanted) in enumerate(zip(data, self.model, strict=False)) if got != wanted)
+            at = next(i for i, (got, wanted) in enumerate(zip(data, self.model, strict=True)) if got != wanted)
             raise AssertionError(f"byte {at} is {data[at]:#04x} and should be {self.model[at]:#04x}")
 
 
