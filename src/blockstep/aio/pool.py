@@ -42,5 +42,9 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
 
 
 def in_background(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Run ``function(*args)`` in a thread of the pool, and do not wait: for releasing what nobody uses any more."""
-    _pool.submit(function, *args, **kwargs)
+    """Run ``function(*args)`` in a thread soon, and do not wait: for releasing what nobody uses any more.
+
+    The thread is woken in the loop's next turn, not now, so that it does not take the processor from the caller.
+    Whatever is still to be released when the loop ends goes with the process.
+    """
+    asyncio.get_running_loop().call_soon(lambda: _pool.submit(function, *args, **kwargs))

@@ -11,6 +11,7 @@ served in the order in which they came; a waiter holds back all later comers tha
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
 from blockstep.aio.inline import Completion
 
@@ -91,3 +92,42 @@ class RangeLock:
             if held_start < end and start < held_end and not (shared and held_shared):
                 return True
         return False
+
+
+class BusyRanges:
+    """Which ranges are out, when there may be a hundred of them: overlaps are found by where they are, not by trying.
+
+    Nobody waits here: `try_take` says no, and the one who asks comes again when something was given back.
+    """
+
+    #: Ranges are filed under each 128 KiB of the disk that they touch.
+    _SHIFT: Final = 17
+
+    __slots__ = ("_filed",)
+
+    def __init__(self) -> None:
+        self._filed: dict[int, list[tuple[int, int]]] = {}
+
+    def try_take(self, start: int, end: int) -> bool:
+        """Take ``[start, end)`` unless a part of it is out."""
+        filed = self._filed
+        first, last = start >> self._SHIFT, (end - 1) >> self._SHIFT
+        for place in range(first, last + 1):
+            for taken_start, taken_end in filed.get(place, ()):
+                if taken_start < end and start < taken_end:
+                    return False
+        for place in range(first, last + 1):
+            if place in filed:
+                filed[place].append((start, end))
+            else:
+                filed[place] = [(start, end)]
+        return True
+
+    def give_back(self, start: int, end: int) -> None:
+        """Give back what `try_take` took."""
+        filed = self._filed
+        for place in range(start >> self._SHIFT, ((end - 1) >> self._SHIFT) + 1):
+            if len(filed[place]) == 1:
+                del filed[place]
+            else:
+                filed[place].remove((start, end))

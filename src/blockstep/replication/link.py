@@ -35,7 +35,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, Final, Literal
 
 from blockstep.aio.inline import Completion, start, submit
-from blockstep.aio.rangelock import RangeLock
+from blockstep.aio.rangelock import BusyRanges, RangeLock
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.driver import FUA, Buffer, Filter
 from blockstep.block.node import Child, NodeOptions, NodeRef
@@ -66,7 +66,7 @@ class LinkOptions(NodeOptions, tag="link"):
 class _Request:
     """A write on its way to the standby; called with its outcome."""
 
-    __slots__ = ("data", "done", "end", "flags", "kind", "link", "offset", "token", "weight")
+    __slots__ = ("data", "done", "end", "flags", "kind", "link", "offset", "weight")
 
     def __init__(self, link: Link, kind: Kind, offset: int, end: int, data: Buffer | None, flags: int,
                  done: Completion[None] | None) -> None:
@@ -75,8 +75,6 @@ class _Request:
         self.done = done
         #: What it counts for in the queue, in bytes.
         self.weight = end - offset if data is not None else SMALL
-        #: Of the range lock, while it is out.
-        self.token = 0
 
     def __call__(self, error: BaseException | None) -> None:
         link = self.link
@@ -113,7 +111,7 @@ class Link(Filter):
         self.on_written: Callable[[], None] = lambda: None
         self.alarm = 0
         self._lock = RangeLock()  # from the guest: one of several overlapping writes at a time
-        self._sent = RangeLock()  # to the standby: likewise
+        self._sent = BusyRanges()  # to the standby: likewise
         self._queue: deque[_Request] = deque()
         self._held: deque[_Request] | None = None
         self._marks = 0
@@ -153,7 +151,7 @@ class Link(Filter):
         self._out.clear()
         self._held = None
         self.queued = self._in_flight_bytes = 0
-        self._sent = RangeLock()
+        self._sent = BusyRanges()
         for request in dropped:
             if request.done:
                 request.done.set_result(None)
@@ -276,11 +274,9 @@ class Link(Filter):
         try:
             while queue and len(out) < WINDOW and self._in_flight_bytes < WINDOW_BYTES:
                 request = queue[0]
-                token = sent.try_take(request.offset, request.end)
-                if not token:
+                if not sent.try_take(request.offset, request.end):
                     break
                 queue.popleft()
-                request.token = token
                 self._in_flight_bytes += request.weight
                 out.add(request)
                 if request.data is not None:
@@ -295,7 +291,7 @@ class Link(Filter):
 
     def _acknowledged(self, request: _Request) -> None:
         self._out.remove(request)
-        self._sent.give_back(request.token)
+        self._sent.give_back(request.offset, request.end)
         weight = request.weight
         self._in_flight_bytes -= weight
         self.queued -= weight

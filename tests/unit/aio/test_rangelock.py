@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockstep.aio.inline import start
-from blockstep.aio.rangelock import RangeLock
+from blockstep.aio.rangelock import BusyRanges, RangeLock
 
 
 @dataclass
@@ -209,3 +209,19 @@ def test_no_two_holders_exclude_each_other_and_everybody_gets_a_turn(
         check()
     assert served == len(wanted)
     assert lock.idle
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 300_000), st.booleans()), max_size=60))
+def test_busy_ranges_say_no_exactly_when_something_overlaps(steps: list[tuple[int, int, bool]]) -> None:
+    busy, out = BusyRanges(), list[tuple[int, int]]()
+    for start, length, give_back in steps:
+        end = start + length
+        free = all(end <= taken_start or taken_end <= start for taken_start, taken_end in out)
+        assert busy.try_take(start, end) is free
+        if free:
+            out.append((start, end))
+        if give_back and out:
+            busy.give_back(*out.pop(0))
+    for taken in out:
+        busy.give_back(*taken)
+    assert not busy._filed
