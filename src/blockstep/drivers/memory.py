@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import ClassVar, Final
 
-from blockstep.aio.pool import in_background, in_thread
+from blockstep.aio.pool import in_thread
 from blockstep.aio.posix import INLINE, punch_hole, read_whole, write_whole
 from blockstep.block.driver import MAY_UNMAP, ZEROES, Buffer, Driver, Extent
 from blockstep.block.node import NodeOptions
@@ -46,7 +46,7 @@ class Memory(Driver):
         self.length = self.options.size
 
     async def close(self) -> None:
-        in_background(os.close, self.fd)
+        await in_thread(os.close, self.fd)
 
     async def pread(self, offset: int, length: int) -> Buffer:
         if length <= INLINE:

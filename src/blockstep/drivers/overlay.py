@@ -178,7 +178,7 @@ class Overlay(Driver):
             if self._image:
                 await in_thread(self._image.close)
             else:
-                in_background(_release, self._fd, self._spill, None)
+                await in_thread(_release, self._fd, self._spill, None)
 
     # --- reads ---
 
