@@ -11,8 +11,10 @@ import pytest
 from blockstep.errors import ConnectionLost, PeerRefused
 from blockstep.nbd import constants as c
 from blockstep.nbd.client import Client
-from blockstep.nbd.dial import list_server
+from blockstep.nbd.dial import ClientTls, list_server
+from blockstep.nbd.tls import client_context
 from blockstep.nbd.uri import parse_uri
+from tests import certificates
 from tests.peers import nbdkit, qemu_nbd
 
 pytestmark = pytest.mark.interop
@@ -157,3 +159,16 @@ def test_qemu_nbd_refuses_writes_to_a_read_only_export(tmp_path: Path) -> None:
         assert await client.pread(0, 10) == bytes(10)
     with qemu_nbd(tmp_path, disk, "--read-only") as uri:
         connected(uri, use)
+
+
+def test_nbdkit_with_mutual_tls(tmp_path: Path) -> None:
+    pki = certificates.make(tmp_path / "pki", "server", "client")
+    tls = ClientTls(client_context(pki), "localhost")
+    with nbdkit(tmp_path, "--tls=require", f"--tls-certificates={pki}", "--tls-verify-peer", "memory", "8M") as uri:
+        connected(uri, everything, tls=tls)
+        with pytest.raises(PeerRefused, match="requires TLS"):
+            connected(uri, everything)
+    with nbdkit(tmp_path, "--tls=off", "memory", "8M", name="plain") as uri:
+        with pytest.raises(PeerRefused, match="refuses TLS"):
+            connected(uri, everything, tls=tls)
+        connected(uri, everything, tls=ClientTls(tls.context, "localhost", required=False))

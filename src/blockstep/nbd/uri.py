@@ -23,11 +23,7 @@ from typing import Final
 from urllib.parse import quote, unquote_to_bytes
 
 from blockstep.errors import OptionError
-
-#: The port that IANA gave to NBD.
-DEFAULT_PORT: Final = 10809
-#: The protocol's limit of a string, in bytes of UTF-8.
-MAX_NAME: Final = 4096
+from blockstep.nbd.constants import DEFAULT_PORT, MAX_STRING
 
 _URI: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?://([^/?#]*))?([^?#]*)(?:\?([^#]*))?(#.*)?", re.DOTALL)
 _AUTHORITY: Final = re.compile(r"(?:([^@\[\]]*)@)?(\[[^\[\]]*\]|[^:@\[\]]*)(?::([0-9]*))?")
@@ -122,8 +118,8 @@ def parse_uri(text: str, option: str = "uri") -> NbdUri:
         export = _decode(match[3][1:])
         parameters = _parse_query(match[4] or "")
         username, host = _parse_authority(match[2] or "")
-        if len(export.encode()) > MAX_NAME or "\0" in export:
-            raise ValueError(f"whose export name has at most {MAX_NAME} bytes and no NUL")
+        if len(export.encode()) > MAX_STRING or "\0" in export:
+            raise ValueError(f"whose export name has at most {MAX_STRING} bytes and no NUL")
         address: Address = host or InetAddress("localhost")
         if scheme.endswith("+unix"):
             if host is not None or username is not None:
