@@ -202,6 +202,29 @@ def test_beyond_its_memory_it_is_full_without_a_place_to_spill() -> None:
     asyncio.run(scenario())
 
 
+def test_a_spill_that_fails_leaves_things_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "the spill directory is full")
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, None, **{"size": SIZE, "memory-limit": CLUSTER, "spill-dir": str(tmp_path)})
+        await node.pwrite(0, b"m" * CLUSTER)
+        with monkeypatch.context() as patch:
+            patch.setattr("blockstep.drivers.overlay.write_whole", full)
+            with pytest.raises(OSError, match="spill directory is full"):
+                await node.pwrite(CLUSTER + 7, b"x")
+        assert node.used == CLUSTER
+        assert not node.holds(CLUSTER, 1)
+        await node.discard(0, CLUSTER)  # room in memory again: the cluster goes there
+        await node.pwrite(CLUSTER + 7, b"x")
+        assert bytes(await node.pread(CLUSTER, 9)) == bytes(7) + b"x" + bytes(1)
+        await graph.close(node)
+        assert list(tmp_path.iterdir()) == []
+
+    asyncio.run(scenario())
+
+
 def test_the_spill_file_has_no_name(tmp_path: Path) -> None:
     async def scenario() -> None:
         graph = Graph()
