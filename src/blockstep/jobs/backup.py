@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Final, Literal, Unpack
 from blockstep.block.bitmap import Bitmap, DirtyBitmap
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
-from blockstep.block.io import Backend
+from blockstep.block.io import Backend, enter, leave
 from blockstep.block.permissions import ALL, NONE
 from blockstep.drivers.copy_before_write import CopyBeforeWrite
 from blockstep.errors import OperationBlocked, OptionError
@@ -102,15 +102,20 @@ class BackupJob(Job):
                 undo.callback(setattr, bitmap, "busy", None)
             node = await self.graph.open(self._filter_options, owned=False)
             assert isinstance(node, CopyBeforeWrite)
-            undo.push_async_callback(self._close, node)
-            door = self.graph.attach_backend(node, f"job '{self.id}'", NONE, ALL)
-            undo.push_async_callback(self.graph.detach_backend, door)
-            self.engine = _ClusterCopy(node, (door,), self._control, self._workers, self._detect_zeroes,
+            undo.push_async_callback(self.graph.close_unused, node)
+            doors = []
+            for used in (self.source, self.target):
+                # Only for drains: the requests are the filter's, on its edges.
+                doors.append(self.graph.attach_backend(used, f"job '{self.id}'", NONE, ALL))
+                undo.push_async_callback(self.graph.detach_backend, doors[-1])
+            self.engine = _ClusterCopy(node, doors, self._control, self._workers, self._detect_zeroes,
                                        Bitmap(node.length, self.cluster_size) if self._target_is_zero else None)
             node.on_error = self._snapshot_failed
             async with self.graph.drained(self.source):
                 with self.graph.change() as change:
-                    change.replace(self.source, node)
+                    for edge in list(self.source.parents):
+                        if edge.parent is not node and edge.parent not in doors:
+                            change.move(edge, node)
                 self._choose(node)
             undo.push_async_callback(self._take_out, node)
             for used in (self.source, self.target):
@@ -137,17 +142,7 @@ class BackupJob(Job):
     async def _take_out(self, node: CopyBeforeWrite) -> None:
         async with self.graph.drained(node):
             with self.graph.change() as change:
-                for edge in list(node.parents):
-                    if not (isinstance(edge.parent, Backend) and edge.parent in self._doors):
-                        change.move(edge, self.source)
-
-    async def _close(self, node: CopyBeforeWrite) -> None:
-        if self.graph.nodes.get(node.name) is node:  # else it has gone with its last user
-            await self.graph.close_unused(node)
-
-    @property
-    def _doors(self) -> Sequence[Backend]:
-        return self.engine.doors if self.engine is not None else ()
+                change.replace(node, self.source)
 
     def _snapshot_failed(self, error: OSError) -> None:
         self.emit("BLOCK_JOB_ERROR", {"device": self.id, "operation": "write", "action": "report"})
@@ -165,21 +160,25 @@ class BackupJob(Job):
                 await self.sleep()
             else:
                 await self.engine.copy(Pass(self._todo))
-        await self._flush()
+        await self._flush(self.filter, self.engine.doors)
         self._check_snapshot()
 
     def _check_snapshot(self) -> None:
         if self.filter is not None and self.filter.broken is not None:
             raise self.filter.broken
 
-    async def _flush(self) -> None:
+    async def _flush(self, node: CopyBeforeWrite, doors: Sequence[Backend]) -> None:
         while True:
             await self.pause_point()
+            await enter(*doors)
             try:
-                await self._doors[0].flush()
+                await node.target.flush()
                 return
             except OSError as error:
-                await self._control.failed("write", error)
+                failure = error
+            finally:
+                leave(*doors)
+            await self._control.failed("write", failure)
 
     async def prepare(self) -> None:
         # Since the work ended the filter has gone on saving, into clusters that are all done.

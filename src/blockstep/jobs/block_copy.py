@@ -39,12 +39,14 @@ from blockstep.units import GiB, KiB, MiB
 
 #: The most that one request for zeroes covers. A peer may have to write them.
 ZEROES_AT_ONCE: Final = 64 * MiB
-#: How far ahead block status is asked.
+#: How far ahead block status is asked, at least, where there is nothing but one long extent.
 _LOOK_AHEAD: Final = GiB
 #: Zeroes within data are looked for in pieces of this size.
 _PIECE: Final = 64 * KiB
 #: A chunk in more extents than this is copied as a whole: one large request costs less than many small ones.
 _FRAGMENTS: Final = 16
+#: The depth in a hint for such a chunk.
+_FRAGMENTED: Final = -1
 
 #: What copy_file_range says when it cannot, rather than when the disk is bad.
 _CANNOT: Final = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
@@ -218,15 +220,20 @@ class BlockCopy:
 
     async def _look_ahead(self, offset: int) -> None:
         """Only a hint how to cut: what counts is asked again under the lock."""
-        length = min(_LOOK_AHEAD, self.source.node.length - offset)
+        rest = self.source.node.length - offset
+        window = min(self.chunk, rest)
         try:
             async with self._door():
-                first = (await self.source.node.block_status(offset, length))[0]
-                if not first.allocated:
-                    window = min(first.length, 8 * self.chunk)
-                    first = (await status_through(self.source.node, offset, window, self.base))[0]
+                while True:
+                    extents = await status_through(self.source.node, offset, window, self.base)
+                    first = extents[0]
+                    if len(extents) > 1 or window >= min(_LOOK_AHEAD, rest):
+                        break
+                    window = min(window * 16, rest)
+            if len(extents) > _FRAGMENTS:
+                first = Extent(min(window, self.chunk), depth=_FRAGMENTED)
         except OSError:
-            first = Extent(self.chunk)
+            first = Extent(window, depth=0)
         self._hint = first
         self._hint_end = offset + max(first.length, self.granularity)
 
@@ -261,9 +268,9 @@ class BlockCopy:
             self.control.ended()
 
     async def _copy(self, offset: int, length: int, hint: Extent) -> None:
-        if hint.data and hint.depth == 1 and hint.allocated and self._is_flat:
-            # There is nowhere else that the content could have gone, and reading it is never wrong.
-            await self._data(offset, length, 1)
+        # Reading what might be a hole is never wrong; a depth may be, unless there is only one.
+        if hint.depth == _FRAGMENTED or (hint.data and hint.depth == 1 and hint.allocated and self._is_flat):
+            await self._data(offset, length, hint.depth)
             return
         try:
             extents = await status_through(self.source.node, offset, length, self.base)

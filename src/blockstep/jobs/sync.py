@@ -44,7 +44,7 @@ FINAL: Final = 8 * MiB
 #: After so many passes that did not halve what is dirty, writes go to both ends.
 _PATIENCE: Final = 3
 #: Bytes whose block status is asked at a time, at least; some milliseconds where every 4 KiB is an extent of its own.
-_WINDOW: Final = 64 * MiB
+_WINDOW: Final = 8 * MiB
 #: Seconds between two passes of a ready job over what the guest goes on writing.
 _IDLE: Final = 0.1
 
