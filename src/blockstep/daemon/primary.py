@@ -249,7 +249,7 @@ class Primary(Service):
     async def _open_nbd(self, name: str, export: str, timeout: float) -> Nbd:
         tls = {"tls-creds": str(self.config.tls)} if self.config.tls else {}
         node = await self.graph.open({
-            "driver": "nbd", "node-name": name, "export": export, "timeout": timeout,
+            "driver": "nbd", "node-name": name, "export": export, "timeout": timeout, "discard": "unmap",
             "server": {"type": "inet", "host": self.config.standby.host, "port": self.config.standby.port}, **tls})
         assert isinstance(node, Nbd)
         return node

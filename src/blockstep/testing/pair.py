@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+import blockstep
 from blockstep.errors import BlockstepError
 from blockstep.nbd.client import Client
 from blockstep.nbd.uri import UnixAddress
@@ -285,6 +287,13 @@ class Pair:
             await asyncio.sleep(0.002)
 
 
+def environment() -> dict[str, str]:
+    """For a process that is to run the blockstep that runs here, whether that is installed or not."""
+    found = str(Path(blockstep.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([found, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 def _spawn(command: list[str], log: Path, options: dict[str, Any]) -> subprocess.Popen[bytes]:
+    options = {"env": environment(), **options}
     with open(log, "ab") as output:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options)

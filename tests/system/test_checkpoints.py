@@ -1,0 +1,157 @@
+"""Checkpoints of a running pair: when they are taken, and that all disks share one point in time."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from blockstep.errors import BlockstepError
+from blockstep.testing.numbered import BLOCK
+from blockstep.testing.pair import Pair
+from tests.scenarios import scenario
+
+
+@scenario
+async def test_several_disks_share_one_point_in_time_at_every_checkpoint(tmp_path: Path) -> None:
+    async with Pair(tmp_path, disks=3) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        async with pair.writing():
+            for _ in range(4):
+                await pair.written(200)
+                low, high = await pair.checkpoint()
+                assert low <= await pair.proven(pair.standby) <= high
+
+
+@scenario
+async def test_acknowledged_on_both_sides_several_disks_share_one_point_as_well(tmp_path: Path) -> None:
+    async with Pair(tmp_path, disks=2) as pair:
+        await pair.start("--ack", "both")
+        await pair.primary.until(health="healthy")
+        async with pair.writing():
+            for _ in range(3):
+                await pair.written(100)
+                low, high = await pair.checkpoint()
+                assert low <= await pair.proven(pair.standby) <= high
+
+
+@scenario
+async def test_nothing_that_is_written_after_a_checkpoint_shows_on_the_standby(tmp_path: Path) -> None:
+    async with Pair(tmp_path, disks=2) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        async with pair.writing():
+            await pair.written(100)
+        await pair.checkpoint()
+        at = pair.writes.acknowledged
+        async with pair.writing():
+            await pair.written(300)
+            assert await pair.proven(pair.standby) == at
+        assert await pair.proven(pair.standby) == at
+        assert (await pair.standby.status())["disks"][0]["buffer-used"] > 0
+
+
+@scenario
+async def test_a_checkpoint_is_taken_by_time(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start("--checkpoint-every", "100ms")
+        first = await pair.primary.until(lambda status: status["checkpoint"])
+        await pair.primary.until(lambda status: status["checkpoint"]["epoch"] >= first["checkpoint"]["epoch"] + 3)
+        await pair.primary.heard("REPLICATION_CHECKPOINT", epoch=first["checkpoint"]["epoch"] + 2)
+
+
+@scenario
+async def test_a_checkpoint_is_taken_by_bytes_over_all_disks(tmp_path: Path) -> None:
+    async with Pair(tmp_path, disks=2) as pair:
+        await pair.start("--checkpoint-bytes", "400k")
+        epoch = (await pair.primary.until(health="healthy"))["checkpoint"]["epoch"]
+        async with pair.primary.clients() as clients:
+            for number in range(90):  # 360 KiB: not yet
+                await clients[number % 2].pwrite(0, pair.writes.block(0, number))
+            assert (await pair.primary.status())["checkpoint"]["epoch"] == epoch
+            for number in range(90):
+                await clients[number % 2].pwrite(0, pair.writes.block(0, number))
+            await pair.primary.until(lambda status: status["checkpoint"]["epoch"] == epoch + 1)
+
+
+@scenario
+async def test_a_disk_that_is_written_alone_is_due_by_bytes_as_well(tmp_path: Path) -> None:
+    async with Pair(tmp_path, disks=4) as pair:
+        await pair.start("--checkpoint-bytes", "200k")
+        epoch = (await pair.primary.until(health="healthy"))["checkpoint"]["epoch"]
+        async with pair.primary.clients() as clients:
+            for number in range(40):  # 160 KiB, of 200
+                await clients[0].pwrite(0, pair.writes.block(0, number))
+            assert (await pair.primary.status())["checkpoint"]["epoch"] == epoch
+            for number in range(12):
+                await clients[0].pwrite(0, pair.writes.block(0, number))
+            await pair.primary.until(lambda status: status["checkpoint"]["epoch"] == epoch + 1)
+            for number in range(52):  # and again after that
+                await clients[0].pwrite(0, pair.writes.block(0, number))
+            await pair.primary.until(lambda status: status["checkpoint"]["epoch"] == epoch + 2)
+
+
+@scenario
+async def test_many_requests_at_a_time_are_few_checkpoints(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start()
+        epoch = (await pair.primary.until(health="healthy"))["checkpoint"]["epoch"]
+        from blockstep.qmp.client import open_connection
+
+        monitors = [await open_connection(tmp_path / "primary.qmp") for _ in range(8)]
+        answers = await asyncio.gather(*(monitor.execute("replication-checkpoint") for monitor in monitors))
+        for monitor in monitors:
+            await monitor.close()
+        assert {answer["epoch"] for answer in answers} <= {epoch + 1, epoch + 2}
+
+
+@scenario
+async def test_a_checkpoint_is_asked_of_the_primary_only(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start_standby()
+        with pytest.raises(BlockstepError, match="on the primary"):
+            await pair.standby.execute("replication-checkpoint")
+
+
+@scenario
+async def test_without_a_standby_no_checkpoint_is_promised(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        pair.link = "127.0.0.1:1"
+        await pair.start_primary()
+        with pytest.raises(BlockstepError, match="no checkpoint can be taken: the pair is offline"):
+            await pair.primary.execute("replication-checkpoint")
+
+
+@scenario
+async def test_the_standbys_own_writes_are_dropped_by_a_checkpoint(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        client = await pair.standby.client("disk0")
+        before = bytes(await client.pread(0, BLOCK))
+        await client.pwrite(100, b"mine")
+        assert bytes(await client.pread(100, 4)) == b"mine"
+        await pair.primary.execute("replication-checkpoint")
+        assert bytes(await client.pread(0, BLOCK)) == before
+        client.yank()
+        assert await pair.proven(pair.standby) == 0
+
+
+@scenario
+async def test_discards_and_zeroes_of_the_guest_reach_the_standby(tmp_path: Path) -> None:
+    """D10: what QEMU's replication does not forward."""
+    async with Pair(tmp_path) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        async with pair.primary.clients() as (guest,):
+            await guest.write_zeroes(4096, 65536)
+            await guest.discard(200 * 1024, 300 * 1024)
+            await guest.write_zeroes(700001, 4097, 0)
+            await pair.primary.execute("replication-checkpoint")
+            [expected] = await pair.primary.read_disks()
+            [found] = await pair.standby.read_disks()
+            assert expected == found
+            assert not any(found[0][4096:4096 + 65536])
+            assert not any(found[0][700001:704098])

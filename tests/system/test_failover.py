@@ -1,0 +1,233 @@
+"""A standby is promoted: what it lives on from, what becomes of its old primary; and the end without a promotion."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from pathlib import Path
+
+import pytest
+
+from blockstep.errors import BlockstepError
+from blockstep.nbd.client import Client
+from blockstep.nbd.uri import parse_address
+from blockstep.testing.numbered import BLOCK
+from blockstep.testing.pair import Pair
+from tests.scenarios import scenario
+
+
+@scenario
+async def test_failover_to_the_checkpoint(tmp_path: Path) -> None:
+    async with Pair(tmp_path, disks=2) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        async with pair.writing():
+            await pair.written(200)
+            low, high = await pair.checkpoint()
+            await pair.written(200)
+            pair.primary.kill()
+        answer = await pair.standby.execute("replication-failover")
+        assert low <= await pair.proven(pair.standby) <= high
+        status = await pair.standby.until(state="promoted")
+        assert status["role"] == "promoted"
+        assert answer["exports"] == status["exports"]
+        assert low <= await pair.proven(pair.standby) <= high
+        begun = await pair.standby.heard("REPLICATION_FAILOVER", stage="begun", to="checkpoint")
+        assert begun["epoch"] == answer["epoch"]
+        await pair.standby.heard("REPLICATION_FAILOVER", stage="done")
+
+
+@scenario
+async def test_failover_to_the_latest(tmp_path: Path) -> None:
+    async with Pair(tmp_path, disks=2) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        async with pair.writing():
+            await pair.written(100)
+            await pair.checkpoint()
+            await pair.written(100)
+        await pair.primary.until(lambda status: not any(disk["behind"] for disk in status["disks"]))
+        pair.primary.kill()
+        await pair.standby.execute("replication-failover", to="latest")
+        assert await pair.proven(pair.standby) == pair.writes.acknowledged
+        assert (await pair.standby.status())["role"] == "promoted"
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "latest"])
+@scenario
+async def test_after_a_failover_writes_go_on_and_are_on_the_disk_in_the_end(tmp_path: Path, to: str) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        async with pair.writing():
+            await pair.written(100)
+        pair.primary.kill()
+        await pair.standby.execute("replication-failover", to=to)
+        async with pair.standby.clients() as (client,):
+            await client.pwrite(3 * BLOCK + 7, b"after the failover")
+            await client.flush()
+        await pair.standby.until(state="promoted")
+        [[content]] = await pair.standby.read_disks()
+        assert content[3 * BLOCK + 7:].startswith(b"after the failover")
+        await pair.standby.execute("quit")
+        assert await pair.standby.ended() == 0
+        assert (tmp_path / "disk0.standby").read_bytes() == content
+
+
+@scenario
+async def test_the_standbys_own_writes_are_kept_by_a_failover(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        async with pair.standby.clients() as (client,):
+            await client.pwrite(BLOCK + 1, b"mine")
+            await pair.standby.execute("replication-failover")
+            assert bytes(await client.pread(BLOCK + 1, 4)) == b"mine"
+            await pair.standby.until(state="promoted")
+            assert bytes(await client.pread(BLOCK + 1, 4)) == b"mine"
+
+
+@scenario
+async def test_a_promoted_standby_refuses_the_old_primarys_writes_which_goes_on_alone(tmp_path: Path) -> None:
+    """D6. The old primary is told, says so, and serves its guest on."""
+    async with Pair(tmp_path, disks=2) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        address = parse_address(pair.link)
+        stale = await Client.connect(address, "disk0")
+        async with pair.writing() as writes:
+            await pair.written(100)
+            low, high = await pair.checkpoint()
+            await pair.written(50)
+            await pair.standby.execute("replication-failover")
+            with pytest.raises(OSError):
+                await stale.pwrite(0, bytes(BLOCK))
+            status = await pair.primary.until(state="fenced")
+            assert status["health"] == "at-risk"
+            assert "promoted" in status["reason"]
+            await pair.primary.heard("REPLICATION_STATE", state="fenced")
+            await pair.written(200)
+            assert writes.error is None
+        assert low <= await pair.proven(pair.standby) <= high
+        assert await pair.proven(pair.primary) == writes.acknowledged
+        with pytest.raises((BlockstepError, OSError)):
+            await Client.connect(address, "disk0")
+
+
+@scenario
+async def test_a_primary_that_comes_back_is_fenced_at_once(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        pair.primary.kill()
+        await pair.standby.execute("replication-failover")
+        await pair.standby.until(state="promoted")
+        await pair.start_primary()
+        status = await pair.primary.until(state="fenced")
+        assert "promoted" in status["reason"]
+        async with pair.primary.clients() as (guest,):
+            await guest.pwrite(0, b"alone")
+        [[content]] = await pair.standby.read_disks()
+        assert not content.startswith(b"alone")
+
+
+@scenario
+async def test_a_failover_needs_a_checkpoint(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start_standby()
+        with pytest.raises(BlockstepError, match="no checkpoint"):
+            await pair.standby.execute("replication-failover")
+        assert (await pair.standby.status())["state"] == "waiting"
+
+
+@scenario
+async def test_a_failover_is_not_asked_of_the_primary(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start()
+        with pytest.raises(BlockstepError, match="asked of its standby"):
+            await pair.primary.execute("replication-failover")
+
+
+@scenario
+async def test_a_second_failover_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        await pair.standby.execute("replication-failover")
+        for to in ("checkpoint", "latest"):
+            with pytest.raises(BlockstepError):
+                await pair.standby.execute("replication-failover", to=to)
+        status = await pair.standby.until(state="promoted")
+        assert status["role"] == "promoted"
+
+
+@scenario
+async def test_stop_on_the_primary_ends_replication_and_the_guest_goes_on(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        async with pair.writing() as writes:
+            await pair.written(50)
+            await pair.primary.execute("replication-stop")
+            assert (await pair.primary.status())["state"] == "stopped"
+            await pair.written(100)
+            assert writes.error is None
+        await pair.standby.until(state="lost")
+
+
+@scenario
+async def test_stop_on_the_standby_shows_what_the_primary_wrote_last(tmp_path: Path) -> None:
+    """D1: one point in time, and no error."""
+    async with Pair(tmp_path, disks=2) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        async with pair.writing():
+            await pair.written(50)
+            await pair.checkpoint()
+            await pair.written(50)
+        await pair.primary.until(lambda status: not any(disk["behind"] for disk in status["disks"]))
+        await pair.standby.execute("replication-stop")
+        assert await pair.proven(pair.standby) == pair.writes.acknowledged
+        status = await pair.standby.status()
+        assert (status["state"], status["role"]) == ("stopped", "standby")
+        primary = await pair.primary.until(state="fenced")
+        assert "stopped" in primary["reason"]
+
+
+@scenario
+async def test_status_is_true_at_every_moment_of_a_failover(tmp_path: Path) -> None:
+    """D5: a healthy failover is no error; it is work with progress, and it ends with an event."""
+    async with Pair(tmp_path, size=8 << 20) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        async with pair.primary.clients() as (guest,):
+            await guest.pwrite(0, bytes(8 << 20))
+            await pair.primary.until(lambda status: not status["disks"][0]["behind"])
+        pair.primary.kill()
+        failing_over = asyncio.ensure_future(pair.standby.execute("replication-failover"))
+        seen = []
+        from blockstep.qmp.client import open_connection
+
+        monitor = await open_connection(tmp_path / "standby.qmp")
+        while not seen or seen[-1]["state"] != "promoted":
+            seen.append(await monitor.execute("query-replication"))
+            assert "rror" not in seen[-1]["reason"]
+        await failing_over
+        await monitor.close()
+        assert {status["state"] for status in seen} <= {"replicating", "lost", "failover", "promoted"}
+        await pair.standby.heard("REPLICATION_FAILOVER", stage="done", reason="")
+
+
+@scenario
+async def test_the_old_primary_cannot_write_even_while_the_merge_runs(tmp_path: Path) -> None:
+    async with Pair(tmp_path, size=4 << 20) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        address = parse_address(pair.link)
+        stale = await Client.connect(address, "disk0")
+        await pair.standby.execute("replication-failover")
+        with pytest.raises(OSError) as caught:
+            await stale.pwrite(0, b"stale")
+        assert caught.value.errno in (errno.ENOTCONN, errno.EPERM, errno.ESHUTDOWN, errno.ECONNRESET)
+        [content] = await pair.standby.read_disks()
+        assert not content[0].startswith(b"stale")
