@@ -214,7 +214,9 @@ class Job:
         self.end(force)
 
     def end(self, force: bool) -> None:
-        """A cancel that no hook can turn into anything else; also of a job whose transaction fails."""
+        """A cancel that no hook can turn into anything else; nothing to do if the end has come or is coming."""
+        if self.status not in VERBS[JobVerb.CANCEL]:
+            return
         self.cancelled = True
         self._paused = False
         self._settle()

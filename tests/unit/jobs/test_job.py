@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -382,5 +381,12 @@ def test_the_error_policy_decides_and_an_event_says_how(policy: str, code: int, 
     asyncio.run(main())
 
 
-def test_messages_name_the_job() -> None:
-    assert re.match("job 'x': ", str(JobError("x", "no")))
+@pytest.mark.parametrize("status", [JobStatus.ABORTING, JobStatus.CONCLUDED, JobStatus.NULL])
+def test_to_end_what_is_at_its_end_does_nothing(status: JobStatus) -> None:
+    async def main() -> None:
+        job = await in_state(status)
+        job.end(force=True)
+        assert job.status == status
+        await end(job)
+
+    asyncio.run(main())

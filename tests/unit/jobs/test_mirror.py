@@ -183,8 +183,7 @@ def test_the_copy_mode_can_be_changed_on_the_way_but_not_back() -> None:
         await reach(job, "ready")
         assert job.filter is None
         job.change(copy_mode="write-blocking")
-        while job.filter is None:
-            await asyncio.sleep(0)
+        await settle()
         await p.guest.pwrite(0, b"both")
         assert p.copy.content[:4] == b"both"
         with pytest.raises(OptionError):
