@@ -95,39 +95,47 @@ class RangeLock:
 
 
 class BusyRanges:
-    """Which ranges are out, when there may be a hundred of them: overlaps are found by where they are, not by trying.
+    """Which ranges are out, when there may be a hundred of them.
 
+    Kept as the set of the 4 KiB pages that they touch, so that looking for an overlap costs the same however many
+    are out; neighbours within a page count as overlapping. A range of more than `WIDE` bytes goes out alone.
     Nobody waits here: `try_take` says no, and the one who asks comes again when something was given back.
     """
 
-    #: Ranges are filed under each 128 KiB of the disk that they touch.
-    _SHIFT: Final = 17
+    #: Bytes above which pages are not counted any more: 64 MiB would be 16384 of them.
+    WIDE: Final = 16 << 20
 
-    __slots__ = ("_filed",)
+    __slots__ = ("_pages", "_wide")
 
     def __init__(self) -> None:
-        self._filed: dict[int, list[tuple[int, int]]] = {}
+        self._pages: set[int] = set()
+        self._wide = False
 
     def try_take(self, start: int, end: int) -> bool:
         """Take ``[start, end)`` unless a part of it is out."""
-        filed = self._filed
-        first, last = start >> self._SHIFT, (end - 1) >> self._SHIFT
-        for place in range(first, last + 1):
-            for taken_start, taken_end in filed.get(place, ()):
-                if taken_start < end and start < taken_end:
-                    return False
-        for place in range(first, last + 1):
-            if place in filed:
-                filed[place].append((start, end))
-            else:
-                filed[place] = [(start, end)]
+        pages = self._pages
+        first, last = start >> 12, (end - 1) >> 12
+        if first == last:
+            if first in pages or self._wide:
+                return False
+            pages.add(first)
+            return True
+        if end - start > self.WIDE:
+            if pages or self._wide:
+                return False
+            self._wide = True
+            return True
+        if self._wide or not pages.isdisjoint(range(first, last + 1)):
+            return False
+        pages.update(range(first, last + 1))
         return True
 
     def give_back(self, start: int, end: int) -> None:
         """Give back what `try_take` took."""
-        filed = self._filed
-        for place in range(start >> self._SHIFT, ((end - 1) >> self._SHIFT) + 1):
-            if len(filed[place]) == 1:
-                del filed[place]
-            else:
-                filed[place].remove((start, end))
+        first, last = start >> 12, (end - 1) >> 12
+        if first == last:
+            self._pages.remove(first)
+        elif end - start > self.WIDE:
+            self._wide = False
+        else:
+            self._pages.difference_update(range(first, last + 1))

@@ -60,7 +60,7 @@ class Backend:
     @property
     def read_only(self) -> bool:
         """Whether writes are refused here."""
-        return not self.edge.taken & WRITE
+        return not self.edge.may_change
 
     # --- requests ---
 
@@ -116,7 +116,7 @@ class Backend:
             await self._wait()
         if offset < 0 or length < 0 or offset + length > self.edge.node.length:
             raise _outside(offset, length, self.edge.node.length)
-        if not self.edge.taken & WRITE:
+        if not self.edge.may_change:
             raise self._refused(0)
         if length:
             await self._counted(lambda: self.edge.discard(offset, length))

@@ -63,8 +63,8 @@ class Child:
     """An edge: ``parent`` uses ``node`` under ``name`` in ``role``, takes ``taken`` and shares ``shared``."""
 
     __slots__ = (
-        "_taken", "block_status", "discard", "flush", "may_write", "name", "node", "parent", "pread", "pwrite", "role",
-        "shared", "truncate", "write_zeroes",
+        "_taken", "block_status", "discard", "flush", "may_change", "may_write", "name", "node", "parent", "pread",
+        "pwrite", "role", "shared", "truncate", "write_zeroes",
     )
 
     def __init__(self, parent: Parent, name: str, role: Role, node: Driver,
@@ -86,6 +86,8 @@ class Child:
         self._taken = taken
         #: Whether writes of any kind are taken; asked for each write, so it is worked out once.
         self.may_write = bool(taken & (WRITE | WRITE_UNCHANGED))
+        #: Whether writes that change what the node reads as are taken.
+        self.may_change = bool(taken & WRITE)
 
     def bind(self, node: Driver) -> None:
         """Send requests to ``node`` from now on."""

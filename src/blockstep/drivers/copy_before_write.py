@@ -89,7 +89,14 @@ class CopyBeforeWrite(Filter):
         lock = self.lock
         token = lock.try_take(first << shift, end << shift) or await lock.take(first << shift, end << shift)
         try:
-            await self._save(first, end)
+            if bits[first] or end - first > 1 or end << shift > done.length:
+                await self._save(first, end)
+            else:  # one whole cluster, the path of every small write after a checkpoint, without one more coroutine
+                try:
+                    await self.target.pwrite(first << shift, await self.file.pread(first << shift, 1 << shift))
+                except OSError as error:
+                    self._not_saved(error)
+                bits[first] = 1
             await self.file.pwrite(offset, data, flags)
         finally:
             lock.give_back(token)
@@ -125,13 +132,6 @@ class CopyBeforeWrite(Filter):
         """Save the clusters ``[first, end)`` as far as they are not. The range is locked."""
         done, bits = self.done, self.done.bits
         try:
-            if end - first == 1:  # most are
-                if not bits[first]:
-                    offset = first << done.shift
-                    length = min(done.granularity, done.length - offset)
-                    await self.target.pwrite(offset, await self.file.pread(offset, length))
-                    bits[first] = 1
-                return
             while (start := bits.find(0, first, end)) >= 0:
                 stop = bits.find(1, start, end)
                 if stop < 0:
@@ -142,7 +142,11 @@ class CopyBeforeWrite(Filter):
                 bits[start:stop] = True
                 first = stop
         except OSError as error:
-            self.on_error(error)
-            if self.options.on_cbw_error == "break-guest-write":
-                raise
-            self.broken = error
+            self._not_saved(error)
+
+    def _not_saved(self, error: OSError) -> None:
+        """Old content cannot be saved: break what ``on-cbw-error`` says."""
+        self.on_error(error)
+        if self.options.on_cbw_error == "break-guest-write":
+            raise error
+        self.broken = error

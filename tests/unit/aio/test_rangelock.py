@@ -212,16 +212,34 @@ def test_no_two_holders_exclude_each_other_and_everybody_gets_a_turn(
 
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 300_000), st.booleans()), max_size=60))
-def test_busy_ranges_say_no_exactly_when_something_overlaps(steps: list[tuple[int, int, bool]]) -> None:
+def test_busy_ranges_never_let_an_overlap_out_and_refuse_nothing_that_shares_no_page(
+    steps: list[tuple[int, int, bool]],
+) -> None:
     busy, out = BusyRanges(), list[tuple[int, int]]()
     for start, length, give_back in steps:
         end = start + length
-        free = all(end <= taken_start or taken_end <= start for taken_start, taken_end in out)
-        assert busy.try_take(start, end) is free
-        if free:
+        overlaps = any(start < taken_end and taken_start < end for taken_start, taken_end in out)
+        shares_a_page = any(start >> 12 <= (taken_end - 1) >> 12 and taken_start >> 12 <= (end - 1) >> 12
+                            for taken_start, taken_end in out)
+        taken = busy.try_take(start, end)
+        assert not (taken and overlaps)
+        assert taken or shares_a_page
+        if taken:
             out.append((start, end))
         if give_back and out:
             busy.give_back(*out.pop(0))
-    for taken in out:
-        busy.give_back(*taken)
-    assert not busy._filed
+    for taken_range in out:
+        busy.give_back(*taken_range)
+    assert busy.try_take(0, 1 << 40)
+
+
+def test_a_wide_range_goes_out_alone() -> None:
+    busy = BusyRanges()
+    assert busy.try_take(0, 4096)
+    assert not busy.try_take(1 << 20, 1 << 30)
+    busy.give_back(0, 4096)
+    assert busy.try_take(1 << 20, 1 << 30)
+    assert not busy.try_take(0, 4096)
+    assert not busy.try_take(0, 65536)
+    busy.give_back(1 << 20, 1 << 30)
+    assert busy.try_take(0, 4096)
