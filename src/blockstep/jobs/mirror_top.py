@@ -12,7 +12,7 @@ The copy engine and this filter lock the clusters that they write, so that neith
 of the target never fails the guest's write: the clusters become dirty, and the job decides what to do.
 
 A discard goes to the source only and makes its clusters dirty: the two ends may answer a discard with different
-content. The job makes one of these filters and removes it; nobody else has a use for it.
+content. The job makes one of these filters and removes it; nobody else can: the driver is not registered.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from blockstep.block.bitmap import Bitmap
 from blockstep.block.driver import FAST, FUA, Buffer, Filter
 from blockstep.block.node import Child, NodeOptions, NodeRef
 from blockstep.block.permissions import ALL, NONE, WRITE_UNCHANGED, Permission, Role
-from blockstep.block.registry import register
 
 
 class Tracker(Bitmap):
@@ -66,7 +65,6 @@ class MirrorTopOptions(NodeOptions, tag="mirror-top"):
     target: NodeRef
 
 
-@register
 class MirrorTop(Filter):
     """See the module."""
 
@@ -79,10 +77,8 @@ class MirrorTop(Filter):
     tracker: Tracker | None = None
     lock: RangeLock
     written: Bitmap | None = None
-
-    async def open(self) -> None:
-        #: Called with each error of the target.
-        self.on_target_error: Callable[[OSError], None] = lambda error: None
+    #: Called with each error of the target.
+    on_target_error: Callable[[OSError], None]
 
     def child_permissions(self, child: Child, taken: Permission, shared: Permission) -> tuple[Permission, Permission]:
         if child.name == "target":

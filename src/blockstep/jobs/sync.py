@@ -28,12 +28,12 @@ from blockstep.block.driver import Driver
 from blockstep.block.graph import Change, Graph
 from blockstep.block.io import Backend, enter, leave
 from blockstep.block.node import Child
-from blockstep.block.permissions import ALL, NONE, READ, Permission
+from blockstep.block.permissions import ALL, NONE, READ, Permission, Role
 from blockstep.block.status import status_through
 from blockstep.errors import OptionError
 from blockstep.jobs.block_copy import BlockCopy, Control, Pass, Side
 from blockstep.jobs.job import Job, JobOptions
-from blockstep.jobs.mirror_top import MirrorTop, Tracker
+from blockstep.jobs.mirror_top import MirrorTop, MirrorTopOptions, Tracker
 from blockstep.jobs.states import JobStatus, OnError
 from blockstep.units import KiB, MiB
 
@@ -195,27 +195,22 @@ class SyncJob(Job):
         """From now on the guest's writes go to both ends."""
         if self.filter is not None:
             return
-        node = await self.graph.open(
-            {"driver": "mirror-top", "file": self.source.name, "target": self.target.name}, owned=False)
-        assert isinstance(node, MirrorTop)
         assert self.engine is not None
+        node = MirrorTop(f"#mirror-top-{self.id}", MirrorTopOptions(file=self.source.name, target=self.target.name))
         node.lock, node.written, node.on_target_error = self._lock, self.engine.written, self._target_failed
-        try:
-            async with self.graph.drained(self.source):
-                self._put(self.source, node, keep=node)
-                node.tracker = self.dirty
-        except BaseException:
-            await self.graph.close_unused(node)
-            raise
+        node.on_event = self.graph.report
+        async with self.graph.drained(self.source):
+            with self.graph.change() as change:
+                change.attach(node, "file", Role.FILTERED, self.source)
+                change.attach(node, "target", Role.TARGET, self.target)
+                self._move_parents(change, self.source, node, keep=node)
+            self.graph.nodes[node.name] = node
+            node.tracker = self.dirty
         self.filter = node
         self.copy_mode = "write-blocking"
 
-    def _put(self, old: Driver, new: Driver, keep: Driver | None = None) -> None:
-        """Put ``new`` under the parents of ``old``, but for the job and ``keep``."""
-        with self.graph.change() as change:
-            self._move_parents(change, old, new, keep)
-
     def _move_parents(self, change: Change, old: Driver, new: Driver, keep: Driver | None = None) -> None:
+        """Put ``new`` under the parents of ``old``, but for the job and ``keep``."""
         for edge in list(old.parents):
             if edge.parent is not keep and edge.parent not in self._backends:
                 change.move(edge, new)
@@ -349,7 +344,8 @@ class SyncJob(Job):
             node = self.filter
             async with self.graph.drained(node):
                 node.tracker = None
-                self._put(node, self.source)
+                with self.graph.change() as change:
+                    self._move_parents(change, node, self.source)
             await self.graph.close_unused(node)
         await self._undo.aclose()
 
