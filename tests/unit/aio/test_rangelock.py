@@ -216,16 +216,16 @@ def test_busy_ranges_never_let_an_overlap_out_and_refuse_nothing_that_shares_no_
     steps: list[tuple[int, int, bool]],
 ) -> None:
     busy, out = BusyRanges(), list[tuple[int, int]]()
-    for start, length, give_back in steps:
-        end = start + length
-        overlaps = any(start < taken_end and taken_start < end for taken_start, taken_end in out)
-        shares_a_page = any(start >> 12 <= (taken_end - 1) >> 12 and taken_start >> 12 <= (end - 1) >> 12
+    for begin, length, give_back in steps:
+        end = begin + length
+        overlaps = any(begin < taken_end and taken_start < end for taken_start, taken_end in out)
+        shares_a_page = any(begin >> 12 <= (taken_end - 1) >> 12 and taken_start >> 12 <= (end - 1) >> 12
                             for taken_start, taken_end in out)
-        taken = busy.try_take(start, end)
+        taken = busy.try_take(begin, end)
         assert not (taken and overlaps)
         assert taken or shares_a_page
         if taken:
-            out.append((start, end))
+            out.append((begin, end))
         if give_back and out:
             busy.give_back(*out.pop(0))
     for taken_range in out:
