@@ -276,6 +276,12 @@ class Pair:
                         client.yank()
                 await writer
 
+    async def write(self, count: int) -> None:
+        """Write so many blocks to the primary's disks, and no more."""
+        async with self.primary.clients() as clients:
+            for _ in range(count):
+                await self.writes.write(clients)
+
     async def written(self, more: int, limit: float = LIMIT) -> None:
         """Wait until the writer has had so many more writes acknowledged. Raises NotInTime."""
         enough, deadline = self.writes.acknowledged + more, time.monotonic() + limit

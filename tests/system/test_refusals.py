@@ -1,0 +1,110 @@
+"""A primary that does not fit is refused with one clear error; and nobody speaks to a TLS pair without TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockstep.errors import BlockstepError
+from blockstep.nbd.client import Client
+from blockstep.nbd.uri import parse_address
+from blockstep.qmp.client import open_connection
+from blockstep.testing.pair import Pair, Side
+from blockstep.units import MiB
+from tests import certificates
+from tests.scenarios import scenario
+
+
+async def other_primary(pair: Pair, directory: Path, disks: dict[str, str] | None = None, name: str = "test") -> Side:
+    directory.mkdir()
+    images = {name: str(directory / Path(path).name) for name, path in pair.disks("primary").items()}
+    for path, image in zip(pair.disks("primary").values(), images.values(), strict=True):
+        shutil.copyfile(path, image)
+    side = await Side.start("primary", directory, disks or images, "--pair", name, "--standby", pair.link)
+    pair.sides.append(side)
+    return side
+
+
+@scenario
+async def test_a_second_primary_is_refused_and_disturbs_nobody(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        second = await other_primary(pair, tmp_path / "second")
+        status = await second.until(lambda status: "another primary" in status["reason"])
+        assert (status["state"], status["health"]) == ("offline", "at-risk")
+        async with pair.writing():
+            await pair.written(50)
+            low, high = await pair.checkpoint()
+        assert low <= await pair.proven(pair.standby) <= high
+        assert (await pair.primary.status())["health"] == "healthy"
+
+
+@pytest.mark.parametrize(("change", "error"), [
+    ("size", r"size of disk 'disk0': 2097152 is not valid; it should be 1048576 bytes"),
+    ("name", r"disks: 'other' is not valid; it should be those of this standby: disk0"),
+    ("more", r"disks: 'disk0, disk1' is not valid"),
+    ("pair", r"pair: 'elsewhere' is not valid; it should be 'test'"),
+])
+@scenario
+async def test_a_primary_that_does_not_fit_says_why(tmp_path: Path, change: str, error: str) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start_standby()
+        paths = {name: tmp_path / f"{name}.image" for name in ("disk0", "disk1", "other")}
+        for path in paths.values():
+            with open(path, "wb") as file:
+                file.truncate(2 * MiB if change == "size" else MiB)
+        names = {"size": ["disk0"], "name": ["other"], "more": ["disk0", "disk1"], "pair": ["disk0"]}[change]
+        primary = await other_primary(pair, tmp_path / "other", {name: str(paths[name]) for name in names},
+                                      "elsewhere" if change == "pair" else "test")
+        status = await primary.until(lambda status: "refuses" in status["reason"])
+        with pytest.raises(AssertionError, match=error):
+            raise AssertionError(status["reason"])
+        assert status["state"] == "offline"
+        assert (await pair.standby.status())["state"] == "waiting"
+        reports = [event for event in primary.events if event["event"] == "REPLICATION_STATE"
+                   and "refuses" in event["data"]["reason"]]
+        assert len(reports) <= 1, "one error, told once"
+
+
+@scenario
+async def test_a_pair_over_tls(tmp_path: Path) -> None:
+    keys = certificates.make(tmp_path / "keys", "server", "client", host="127.0.0.1")
+    async with Pair(tmp_path) as pair:
+        await pair.start("--tls", str(keys), standby=["--tls", str(keys)])
+        await pair.primary.until(health="healthy")
+        async with pair.writing():
+            await pair.written(100)
+            low, high = await pair.checkpoint()
+        assert low <= await pair.proven(pair.standby) <= high
+        await plain_is_refused(pair)
+        assert (await pair.primary.status())["health"] == "healthy"
+
+
+async def plain_is_refused(pair: Pair) -> None:
+    """Neither port of the link speaks to somebody without TLS."""
+    address: Any = parse_address(pair.link)
+    with pytest.raises((BlockstepError, OSError)):
+        await Client.connect(address, "disk0")
+    with pytest.raises((BlockstepError, OSError)):
+        await open_connection((address.host, address.port + 1), timeout=0.5)
+
+
+@pytest.mark.parametrize("stranger", ["plain", "other CA"])
+@scenario
+async def test_a_primary_without_the_right_certificate_is_refused(tmp_path: Path, stranger: str) -> None:
+    keys = certificates.make(tmp_path / "keys", "server", "client", host="127.0.0.1")
+    others = certificates.make(tmp_path / "others", "server", "client", host="127.0.0.1")
+    shutil.copyfile(keys / "ca-cert.pem", others / "ca-cert.pem")  # it trusts the standby, not the other way round
+    async with Pair(tmp_path) as pair:
+        await pair.start_standby("--tls", str(keys))
+        await pair.start_primary("--max-stall", "500ms", *([] if stranger == "plain" else ["--tls", str(others)]))
+        status = await pair.primary.until(lambda status: status["reason"] != "not attached yet")
+        assert (status["state"], status["health"]) == ("offline", "at-risk")
+        assert (await pair.standby.status())["state"] == "waiting"
+        async with pair.writing():
+            await asyncio.wait_for(pair.written(20), 5)
