@@ -1,7 +1,7 @@
 """Random traces over real standbys, held against the model after each step: one request at a time, any may fail.
 
-After each step every view and every secondary disk is read whole. Requests that fail may leave old or new bytes in
-their range of the disk that they were meant for, and nothing else: a primary's write that fails, in whichever layer, never
+After each step every view and every secondary disk is read whole. A request that fails may leave old or new bytes in
+its range of the disk that it was meant for, and nothing else: a write of the primary that fails, in any layer, never
 shows in the view; a checkpoint that fails moves no view of any disk.
 """
 
@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockstep.block.driver import FUA, MAY_UNMAP
