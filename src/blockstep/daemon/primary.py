@@ -22,6 +22,7 @@ checkpoint is begun before the last one is durable.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import ssl
 import time
@@ -154,12 +155,19 @@ class Primary(Service):
         self.disks[spec.name] = _Disk(spec, link, self.graph.attach_backend(link, f"guest's {spec.name}", READ | WRITE))
 
     async def close(self) -> None:
-        """End everything: exports are drained, the standby is let go, nodes are flushed and closed."""
-        self._act(self.coordinator.apply(c.Stop()))
+        """End everything, in good order: the standby's last checkpoint is the disks as they are in the end.
+
+        Exports are drained, a last checkpoint is taken if there is a standby, then it is let go, and the disks are
+        flushed and closed.
+        """
         if self._timer:
             self._timer.cancel()
         if self._server:
             await self._server.stop()
+        if self.coordinator.state in (c.State.REPLICATING, c.State.CHECKPOINTING):
+            with contextlib.suppress(BlockstepError):  # the standby has gone: there is nobody to tell any more
+                await self.checkpoint()
+        self._act(self.coordinator.apply(c.Stop()))
         for task in list(self._tasks):
             task.cancel()
         if self._cleanup:

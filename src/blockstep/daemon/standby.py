@@ -159,17 +159,25 @@ class Standby(Service):
         self._view_server.add(Export(name, disk.view, description=f"pair {self.config.pair}, standby's view"))
 
     async def close(self) -> None:
-        """End everything: exports are drained, jobs cancelled, nodes flushed and closed."""
+        """End everything, in good order: a standby that is stopped leaves its disks at the last checkpoint.
+
+        Exports are drained; what the primary wrote since the checkpoint is undone by the same merge as after a
+        failover, which is waited for; then the disks are flushed and closed.
+        """
         for server in (self._control, self._link_server, self._view_server):
             if server:
                 await server.stop()
-        await self.jobs.cancel_all()
         for disk in self.disks.values():
-            if disk.filter.stage in (Stage.DONE, Stage.FAILOVER_FAILED):
-                await disk.view.flush()
-            await self.graph.detach_backend(disk.view)
             if disk.link:
                 await self.graph.detach_backend(disk.link)
+        if self._running:
+            await self.registry.stop_all(failover=True)
+        for job in self.jobs.list():
+            await job.wait()
+        for disk in self.disks.values():
+            if disk.filter.stage is not Stage.NONE:
+                await disk.view.flush()
+            await self.graph.detach_backend(disk.view)
         for name in reversed(list(self.graph.nodes)):
             node = self.graph.nodes.get(name)
             if node and node.owned and not node.parents:
