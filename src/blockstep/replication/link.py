@@ -9,7 +9,9 @@ standby as well. Whatever goes wrong beyond the link, a guest's write never fail
 the deadline of the target's requests: at the first error the link *lets go* (`fail`), and all who wait go on.
 
 The order of overlapping writes is the same on both sides: on this side a range lock is held until a write is both
-queued and on the disk, and on the way to the standby a write waits while an overlapping one is out.
+queued and on the disk, and on the way to the standby a write waits while an overlapping one is out. A flush that
+does not go to the standby is a barrier on the way: what the guest writes after it is sent when what it wrote before
+has been acknowledged. So what the standby has is at any moment a state that a crash of the primary could have left.
 
 **What the standby may lack.** Two bitmaps, from the first byte on: `since` is what was written since the last mark,
 `closing` what was written before it and is not yet known to be durable on the standby. After a loss their union
@@ -49,7 +51,7 @@ WINDOW: Final = 128
 WINDOW_BYTES: Final = 16 * MiB
 #: What a request without data counts for in the queue.
 SMALL: Final = 4096
-Kind = Literal["pwrite", "write_zeroes", "discard"]
+Kind = Literal["pwrite", "write_zeroes", "discard", "barrier"]
 
 #: Bytes for each bit of what the standby may lack: 2 MiB of memory for a full bitmap over 1 TiB.
 GRANULARITY: Final = 65536
@@ -74,7 +76,7 @@ class _Request:
         #: Who waits for the standby.
         self.done = done
         #: What it counts for in the queue, in bytes.
-        self.weight = end - offset if data is not None else SMALL
+        self.weight = end - offset if data is not None else 0 if kind == "barrier" else SMALL
 
     def __call__(self, error: BaseException | None) -> None:
         link = self.link
@@ -203,7 +205,11 @@ class Link(Filter):
         await self._both("discard", offset, length, 0, lambda: self.file.discard(offset, length))
 
     async def flush(self) -> None:
-        if not self.on or self.options.ack == "local":
+        if not self.on:
+            await self.file.flush()
+            return
+        if self.options.ack == "local":
+            self._put(_Request(self, "barrier", 0, 0, None, 0, None))
             await self.file.flush()
             return
         done: Completion[None] = Completion()
@@ -274,6 +280,11 @@ class Link(Filter):
         try:
             while queue and len(out) < WINDOW and self._in_flight_bytes < WINDOW_BYTES:
                 request = queue[0]
+                if request.kind == "barrier":
+                    if out:
+                        break
+                    queue.popleft()
+                    continue
                 if not sent.try_take(request.offset, request.end):
                     break
                 queue.popleft()
@@ -299,7 +310,7 @@ class Link(Filter):
             request.done.set_result(None)
         if self._queue:
             self._pump()
-        elif self._waiting_for_end and not self._out:
+        if self._waiting_for_end and not self._queue and not self._out:
             self._wake(self._waiting_for_end)
         if self._waiting_for_room:
             self._make_room()
