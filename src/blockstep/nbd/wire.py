@@ -1,5 +1,7 @@
 """The messages of the transmission phase: bytes to plain tuples and back. No socket, no state.
 
+Replies are taken apart in `blockstep.nbd.reply_table`; what is in the payload of a chunk is parsed here.
+
 Decoders work on a *batch*: all that one receive brought. They take a view of the bytes and the range in it that is
 not yet decoded, and return
 
@@ -20,7 +22,7 @@ All integers on the wire are big-endian and unsigned. Source: the protocol docum
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from struct import Struct
 from typing import Final
 
@@ -30,14 +32,6 @@ from blockstep.nbd import constants as c
 #: (type, flags, cookie, offset, length, payload). ``length`` is the header's: of the payload if there is one.
 Request = tuple[int, int, int, int, int, memoryview | None]
 Requests = tuple[list[Request], int, int, ProtocolError | None]
-
-#: (type, flags, cookie, error, payload). A simple reply has the type SIMPLE, flags REPLY_FLAG_DONE, and its error;
-#: a chunk has error 0 whatever its type, and its payload undecoded: see `parse_error` and its neighbours.
-Reply = tuple[int, int, int, int, memoryview | None]
-Replies = tuple[list[Reply], int, int, ProtocolError | None]
-
-#: The type of a simple reply in a `Reply`; no chunk has it.
-SIMPLE: Final = -1
 
 #: magic u32, flags u16, type u16, cookie u64, offset u64, length u32
 REQUEST: Final = Struct(">IHHQQI")
@@ -57,10 +51,6 @@ _PAIR_32: Final = Struct(">II")  # length and flags of an extent; also context i
 _PAIR_64: Final = Struct(">QQ")
 _U64: Final = Struct(">Q")
 _CONTEXT: Final = Struct(">I")
-_NO_READS: Final[Mapping[int, int]] = {}
-
-#: What a chunk may have around its variable part: BLOCK_STATUS_EXT's 8 bytes, an error's message and offset.
-_CHUNK_OVERHEAD: Final = 8 + 6 + c.MAX_STRING + 8
 
 
 # Requests, as the server reads them.
@@ -142,61 +132,6 @@ def encode_request(type: int, flags: int, cookie: int, offset: int, length: int,
 def encode_status_query(length: int, ids: Sequence[int]) -> bytes:
     """The payload that asks BLOCK_STATUS for ``length`` bytes and only the contexts ``ids``."""
     return _QUERY.pack(length) + Struct(f">{len(ids)}I").pack(*ids)
-
-
-# Replies, as the client reads them.
-
-def decode_replies(data: memoryview, position: int, end: int, read_lengths: Mapping[int, int] = _NO_READS,
-                   max_payload: int = c.MAX_PAYLOAD) -> Replies:
-    """Decode simple replies and structured chunks from ``data[position:end]``.
-
-    A simple reply does not say whether data follows: ``read_lengths`` gives the length of each read in flight, by
-    cookie. Leave it out when structured replies were negotiated, for then a read has none.
-    """
-    replies: list[Reply] = []
-    simple, chunk = SIMPLE_REPLY.unpack_from, CHUNK.unpack_from
-    while end - position >= 16:
-        magic, error, cookie = simple(data, position)
-        if magic == 0x67446698:
-            length = read_lengths.get(cookie, 0) if read_lengths and not error else 0
-            after = position + 16 + length
-            if after > end:
-                return replies, position, after - end, None
-            replies.append((SIMPLE, 1, cookie, error, data[position + 16:after] if length else None))
-            position = after
-            continue
-        if magic != 0x668E33EF:
-            return replies, position, 1, ProtocolError(f"reply with magic {magic:#010x}")
-        if end - position < 20:
-            return replies, position, 20 - (end - position), None
-        magic, flags, type, cookie, length = chunk(data, position)
-        after = position + 20 + length
-        if after > end:
-            if length > max_payload + _CHUNK_OVERHEAD:
-                return replies, position, 1, _too_long(length, max_payload)
-            return replies, position, after - end, None
-        replies.append((type, flags, cookie, 0, data[position + 20:after] if length else None))
-        position = after
-    return replies, position, 16 - (end - position), None
-
-
-def decode_extended_replies(data: memoryview, position: int, end: int,
-                            max_payload: int = c.MAX_PAYLOAD) -> Replies:
-    """Decode extended chunks from ``data[position:end]``. The request's offset in them is left out."""
-    replies: list[Reply] = []
-    unpack = EXTENDED_CHUNK.unpack_from
-    while end - position >= 32:
-        magic, flags, type, cookie, _, length = unpack(data, position)
-        if magic != 0x6E8A278C:
-            return replies, position, 1, ProtocolError(f"extended reply with magic {magic:#010x}")
-        after = position + 32 + length
-        if after > end:
-            if length > max_payload + _CHUNK_OVERHEAD:
-                return replies, position, 1, _too_long(length, max_payload)
-            return replies, position, after - end, None
-        replies.append((type, flags, cookie, 0, data[position + 32:after] if length else None))
-        position = after
-    return replies, position, 32 - (end - position), None
 
 
 # What is in the payload of a chunk. Each raises ProtocolError if the payload has not the shape of its type.

@@ -14,9 +14,11 @@ from blockstep.block.driver import Extent
 from blockstep.nbd import constants as c
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import ClientEvent, Server
-from blockstep.nbd.wire import decode_extended_replies, decode_replies, encode_request
+from blockstep.nbd.wire import CHUNK, EXTENDED_CHUNK, SIMPLE_REPLY, encode_request
 
 TIMEOUT = 10.0
+#: The type of a simple reply among those of chunks.
+SIMPLE = -1
 
 
 class Storage:
@@ -153,18 +155,20 @@ class Client:
         """Replies and chunks until ``count`` requests are done: (type, flags, cookie, error, payload)."""
         result: list[tuple[int, int, int, int, bytes]] = []
         while count:
-            data = memoryview(self.received)
-            decoded, position, need, error = (
-                decode_extended_replies(data, 0, len(data)) if self.extended
-                else decode_replies(data, 0, len(data), reads or {}))
-            assert error is None
-            for kind, flags, cookie, code, payload in decoded:
-                result.append((kind, flags, cookie, code, bytes(payload or b"")))
-                count -= flags & c.REPLY_FLAG_DONE
-            self.received = self.received[position:]
-            if count:
-                self.received = await self.read(len(self.received) + need) + self.received
+            result.append(await self._reply(reads or {}))
+            count -= result[-1][1] & c.REPLY_FLAG_DONE
         return result
+
+    async def _reply(self, reads: dict[int, int]) -> tuple[int, int, int, int, bytes]:
+        """One reply; a simple one has the type SIMPLE, and ``reads`` says how much data a good one of a read has."""
+        head = await self.read(SIMPLE_REPLY.size)
+        magic, code, cookie = SIMPLE_REPLY.unpack(head)
+        if magic == c.SIMPLE_REPLY_MAGIC:
+            return SIMPLE, c.REPLY_FLAG_DONE, cookie, code, b"" if code else await self.read(reads.get(cookie, 0))
+        assert magic == (c.EXTENDED_REPLY_MAGIC if self.extended else c.STRUCTURED_REPLY_MAGIC)
+        form = EXTENDED_CHUNK if self.extended else CHUNK
+        _, flags, kind, cookie, *_, length = form.unpack(head + await self.read(form.size - len(head)))
+        return kind, flags, cookie, 0, await self.read(length)
 
 
 @asynccontextmanager

@@ -19,8 +19,8 @@ from blockstep.nbd import constants as c
 from blockstep.nbd.connection import Limits
 from blockstep.nbd.export import Export, ExportInUse
 from blockstep.nbd.server import ClientEvent, Server, passed_sockets
-from blockstep.nbd.wire import SIMPLE, parse_data, parse_error, parse_status
-from tests.unit.nbd.storage import TIMEOUT, Client, Storage, served
+from blockstep.nbd.wire import parse_data, parse_error, parse_status
+from tests.unit.nbd.storage import SIMPLE, TIMEOUT, Client, Storage, served
 
 Scenario = Callable[[], Coroutine[Any, Any, None]]
 FORMS = [{"structured": False}, {"structured": True}, {"extended": True}]

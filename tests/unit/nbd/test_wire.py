@@ -17,8 +17,6 @@ from blockstep.nbd import forms, wire
 DECODERS: dict[str, Callable[..., Any]] = {
     "compact": wire.decode_requests,
     "extended": wire.decode_extended_requests,
-    "replies": wire.decode_replies,
-    "extended replies": wire.decode_extended_replies,
 }
 
 COMPACT = b"".join([
@@ -33,18 +31,8 @@ EXTENDED = b"".join([
     wire.encode_request(c.CMD_WRITE, 0, 6, 0, 5, True),
     wire.encode_request(c.CMD_BLOCK_STATUS, c.CMD_FLAG_PAYLOAD_LEN, 4, 0, 12, True)
     + wire.encode_status_query(1 << 33, [2])])
-REPLIES = b"".join([
-    forms.STRUCTURED.done(1, 0),
-    forms.STRUCTURED.read(2, 4096, 3) + b"abc",
-    forms.STRUCTURED.error(3, 0, c.EIO, "bad disk"),
-    forms.STRUCTURED.chunk(4, 0, c.REPLY_TYPE_BLOCK_STATUS, forms.status_payload(0, [(5, 3)], False), True)])
-EXTENDED_REPLIES = b"".join([
-    forms.EXTENDED.done(1, 77),
-    forms.EXTENDED.read(2, 4096, 3) + b"abc",
-    forms.EXTENDED.error(3, 9, c.EIO, ""),
-    forms.EXTENDED.chunk(4, 0, c.REPLY_TYPE_OFFSET_HOLE, forms.hole_payload(1, 2), False)])
 
-STREAMS = {"compact": COMPACT, "extended": EXTENDED, "replies": REPLIES, "extended replies": EXTENDED_REPLIES}
+STREAMS = {"compact": COMPACT, "extended": EXTENDED}
 
 
 def plain(messages: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -128,19 +116,14 @@ def test_requests_before_a_broken_one_are_good() -> None:
     assert "0x6a756e6b" in str(error)
 
 
-def test_a_simple_reply_to_a_read_has_the_data_that_the_caller_expects() -> None:
-    data = forms.SIMPLE.read(9, 0, 3) + b"abc" + forms.SIMPLE.error(8, 0, c.EIO, "") + forms.SIMPLE.done(7, 0)
-    replies, _, _, _ = wire.decode_replies(memoryview(data), 0, len(data), {9: 3, 8: 3})
-    assert plain(replies) == [(wire.SIMPLE, 1, 9, 0, b"abc"), (wire.SIMPLE, 1, 8, c.EIO, None),
-                              (wire.SIMPLE, 1, 7, 0, None)]
-
-
 def test_what_the_forms_write_the_parsers_read() -> None:
-    replies, _, _, _ = wire.decode_replies(memoryview(REPLIES), 0, len(REPLIES))
-    offset, data = wire.parse_data(replies[1][4])
+    def payload(chunk: bytes) -> memoryview:
+        return memoryview(chunk)[wire.CHUNK.size:]
+
+    offset, data = wire.parse_data(payload(forms.STRUCTURED.read(2, 4096, 3) + b"abc"))
     assert (offset, bytes(data)) == (4096, b"abc")
-    assert wire.parse_error(replies[2][4]) == (c.EIO, "bad disk", None)
-    assert wire.parse_status(replies[3][4]) == (0, [(5, 3)])
+    assert wire.parse_error(payload(forms.STRUCTURED.error(3, 0, c.EIO, "bad disk"))) == (c.EIO, "bad disk", None)
+    assert wire.parse_status(memoryview(forms.status_payload(0, [(5, 3)], False))) == (0, [(5, 3)])
     assert wire.parse_hole(memoryview(forms.hole_payload(1 << 40, 9))) == (1 << 40, 9)
     assert wire.parse_status(memoryview(forms.status_payload(4, [(1 << 40, 1), (2, 0)], True)), True) == (
         4, [(1 << 40, 1), (2, 0)])
