@@ -31,10 +31,10 @@ def runtime_directory() -> Path:
     """
     if directory := os.environ.get("RUNTIME_DIRECTORY"):
         return Path(directory.split(":")[0])
+    if os.geteuid() == 0:  # also in a login session: the units of systemd are in the same place
+        return Path("/run/blockstep")
     if directory := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(directory) / "blockstep"
-    if os.geteuid() == 0:
-        return Path("/run/blockstep")
     return Path(f"/tmp/blockstep-{os.geteuid()}")
 
 
