@@ -98,12 +98,7 @@ async def test_many_requests_at_a_time_are_few_checkpoints(tmp_path: Path) -> No
     async with Pair(tmp_path) as pair:
         await pair.start()
         epoch = (await pair.primary.until(health="healthy"))["checkpoint"]["epoch"]
-        from blockstep.qmp.client import open_connection
-
-        monitors = [await open_connection(tmp_path / "primary.qmp") for _ in range(8)]
-        answers = await asyncio.gather(*(monitor.execute("replication-checkpoint") for monitor in monitors))
-        for monitor in monitors:
-            await monitor.close()
+        answers = await asyncio.gather(*(pair.primary.begin("replication-checkpoint") for _ in range(8)))
         assert {answer["epoch"] for answer in answers} <= {epoch + 1, epoch + 2}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from blockstep.errors import BlockstepError
 from blockstep.nbd.client import Client
 from blockstep.nbd.uri import parse_address
 from blockstep.testing.numbered import BLOCK
-from blockstep.testing.pair import Pair
+from blockstep.testing.pair import Pair, Status
 from tests.scenarios import scenario
 
 
@@ -204,16 +203,12 @@ async def test_status_is_true_at_every_moment_of_a_failover(tmp_path: Path) -> N
             await guest.pwrite(0, bytes(8 << 20))
             await pair.primary.until(lambda status: not status["disks"][0]["behind"])
         pair.primary.kill()
-        failing_over = asyncio.ensure_future(pair.standby.execute("replication-failover"))
-        seen = []
-        from blockstep.qmp.client import open_connection
-
-        monitor = await open_connection(tmp_path / "standby.qmp")
+        failing_over = pair.standby.begin("replication-failover")
+        seen: list[Status] = []
         while not seen or seen[-1]["state"] != "promoted":
-            seen.append(await monitor.execute("query-replication"))
+            seen.append(await pair.standby.status())
             assert "rror" not in seen[-1]["reason"]
         await failing_over
-        await monitor.close()
         assert {status["state"] for status in seen} <= {"replicating", "lost", "failover", "promoted"}
         await pair.standby.heard("REPLICATION_FAILOVER", stage="done", reason="")
 

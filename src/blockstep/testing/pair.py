@@ -34,7 +34,7 @@ import blockstep
 from blockstep.errors import BlockstepError
 from blockstep.nbd.client import Client
 from blockstep.nbd.uri import UnixAddress
-from blockstep.qmp.client import Connection, open_connection
+from blockstep.qmp.client import Connection, connect, open_connection
 from blockstep.testing.numbered import NumberedWrites, make_image
 from blockstep.units import MiB
 
@@ -94,6 +94,15 @@ class Side:
     async def execute(self, command: str, timeout: float = LIMIT, **arguments: Any) -> Any:
         """A command; see `Connection.execute`."""
         return await self.connection.execute(command, arguments, timeout=timeout)
+
+    def begin(self, command: str, timeout: float = LIMIT, **arguments: Any) -> asyncio.Task[Any]:
+        """A command on a connection of its own, which `execute` does not wait behind."""
+
+        async def run() -> Any:
+            async with connect(self.directory / f"{self.role}.qmp", timeout=timeout) as connection:
+                return await connection.execute(command, arguments)
+
+        return asyncio.get_running_loop().create_task(run())
 
     async def status(self, timeout: float = LIMIT) -> Status:
         """The result of query-replication."""
@@ -173,6 +182,11 @@ class Side:
         """SIGKILL, and wait until it is gone."""
         self.process.kill()
         self.process.wait()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs, or is stopped."""
+        return self.process.poll() is None
 
     async def ended(self, limit: float = LIMIT) -> int:
         """Wait for the process to end by itself: its exit code. Raises NotInTime."""

@@ -1,0 +1,177 @@
+"""The network between the two: cut, half-open, slow, far away."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from blockstep.testing.pair import Pair
+from blockstep.testing.proxy import Proxy
+from blockstep.units import KiB, MiB
+from tests.scenarios import scenario
+
+MAX_STALL = 0.6
+MARGIN = 1.0  # what a busy machine may add
+
+
+def proxy_to(pair: Pair) -> Proxy:
+    host, _, port = pair.link.rpartition(":")
+    return Proxy(host, int(port))
+
+
+@scenario
+async def test_a_cut_costs_no_write_and_is_mended_by_itself(tmp_path: Path) -> None:
+    async with Pair(tmp_path, disks=2) as pair:
+        await pair.start_standby()
+        async with proxy_to(pair) as proxy:
+            await pair.start_primary(to=proxy.address)
+            await pair.primary.until(health="healthy")
+            async with pair.writing() as writes:
+                for _ in range(3):
+                    await pair.written(100)
+                    events = len(pair.primary.events)
+                    proxy.cut()
+                    await pair.primary.heard("REPLICATION_STATE", since=events, state="offline")
+                    await pair.primary.until(health="healthy")
+                low, high = await pair.checkpoint()
+                assert low <= await pair.proven(pair.standby) <= high
+                assert writes.error is None
+                assert writes.slowest < MARGIN
+
+
+@pytest.mark.parametrize("ack", ["local", "both"])
+@scenario
+async def test_a_half_open_link_is_noticed_within_max_stall(tmp_path: Path, ack: str) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start_standby()
+        async with proxy_to(pair) as proxy:
+            await pair.start_primary("--max-stall", f"{MAX_STALL}s", "--ack", ack, to=proxy.address)
+            await pair.primary.until(health="healthy")
+            async with pair.writing() as writes:
+                await pair.written(50)
+                low, high = await pair.checkpoint()
+                proxy.half_open()
+                await pair.primary.until(state="offline", limit=MAX_STALL + MARGIN)
+                await pair.written(50)
+                assert writes.slowest < MAX_STALL + MARGIN
+                proxy.heal()
+                await pair.primary.until(health="healthy")
+                low, high = await pair.checkpoint()
+                assert low <= await pair.proven(pair.standby) <= high
+                assert writes.error is None
+
+
+@scenario
+async def test_the_standby_notices_a_half_open_link_when_its_primary_comes_back(tmp_path: Path) -> None:
+    """The old connections never end by themselves: the new ones of the same primary take their place."""
+    async with Pair(tmp_path) as pair:
+        await pair.start_standby()
+        async with proxy_to(pair) as proxy:
+            await pair.start_primary("--max-stall", f"{MAX_STALL}s", to=proxy.address)
+            await pair.primary.until(health="healthy")
+            proxy.half_open()
+            await pair.primary.until(state="offline")
+            proxy.heal()
+            await pair.primary.until(health="healthy")
+            assert (await pair.standby.status())["health"] == "healthy"
+
+
+@scenario
+async def test_a_primary_that_was_restarted_behind_a_half_open_link_is_taken(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start_standby()
+        async with proxy_to(pair) as proxy:
+            await pair.start_primary("--max-stall", f"{MAX_STALL}s", to=proxy.address)
+            await pair.primary.until(health="healthy")
+            proxy.half_open()
+            pair.primary.kill()
+            proxy.heal()
+            await pair.start_primary("--max-stall", f"{MAX_STALL}s", to=proxy.address)
+            await pair.primary.until(health="healthy", limit=8)
+
+
+@scenario
+async def test_acknowledged_locally_a_write_does_not_wait_for_a_far_standby(tmp_path: Path) -> None:
+    """D9."""
+    async with Pair(tmp_path) as pair:
+        await pair.start_standby()
+        async with proxy_to(pair) as proxy:
+            await pair.start_primary(to=proxy.address)
+            await pair.primary.until(health="healthy")
+            proxy.delay = 0.1
+            started = time.monotonic()
+            await pair.write(100)
+            assert time.monotonic() - started < 100 * 0.1 / 4
+            low, high = await pair.checkpoint()
+            assert low <= await pair.proven(pair.standby) <= high
+
+
+@scenario
+async def test_acknowledged_on_both_sides_a_write_waits_for_a_far_standby(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start_standby()
+        async with proxy_to(pair) as proxy:
+            await pair.start_primary("--ack", "both", to=proxy.address)
+            await pair.primary.until(health="healthy")
+            proxy.delay = 0.05
+            started = time.monotonic()
+            await pair.write(5)
+            assert time.monotonic() - started >= 5 * 0.1
+
+
+@scenario
+async def test_a_slow_link_holds_the_guest_up_only_when_the_queue_is_full(tmp_path: Path) -> None:
+    async with Pair(tmp_path, size=4 * MiB) as pair:
+        await pair.start_standby()
+        async with proxy_to(pair) as proxy:
+            await pair.start_primary("--queue", "2M", "--max-stall", "3s", to=proxy.address)
+            await pair.primary.until(health="healthy")
+            proxy.rate = 1 * MiB
+            started = time.monotonic()
+            await pair.write(256)  # 1 MiB
+            assert time.monotonic() - started < 0.7
+            status = await pair.primary.status()
+            assert status["health"] == "healthy"
+            assert status["disks"][0]["behind"] > 0
+            proxy.rate = 0
+            low, high = await pair.checkpoint()
+            assert low <= await pair.proven(pair.standby) <= high
+
+
+@scenario
+async def test_a_sync_over_a_slow_link_does_not_hold_the_guest_up(tmp_path: Path) -> None:
+    async with Pair(tmp_path, size=8 * MiB) as pair:
+        await pair.start_standby()
+        async with proxy_to(pair) as proxy:
+            proxy.rate = MiB
+            await pair.start_primary("--max-stall", "2s", to=proxy.address)
+            await pair.primary.until(lambda status: status["work"] and status["work"]["current"])
+            async with pair.writing() as writes:
+                await pair.written(50, limit=2)
+                assert writes.slowest < 0.5
+                await pair.primary.until(health="healthy")
+                assert writes.slowest < MARGIN
+                low, high = await pair.checkpoint()
+                assert low <= await pair.proven(pair.standby) <= high
+
+
+@scenario
+async def test_a_link_that_is_cut_in_the_middle_of_a_resync_again_and_again(tmp_path: Path) -> None:
+    async with Pair(tmp_path, size=8 * MiB) as pair:
+        await pair.start_standby()
+        async with proxy_to(pair) as proxy:
+            await pair.start_primary(to=proxy.address)
+            await pair.primary.until(health="healthy")
+            at = await pair.proven(pair.standby)
+            for _ in range(3):
+                proxy.cut()
+                await pair.primary.until(state="offline")
+                await pair.write(30)
+                proxy.rate = 512 * KiB
+                await pair.primary.until(lambda status: status["work"] and status["work"]["current"])
+                assert await pair.proven(pair.standby) == at
+            proxy.rate = 0
+            await pair.primary.until(health="healthy")
+            assert await pair.proven(pair.standby) == pair.writes.acknowledged
