@@ -41,6 +41,7 @@ from blockstep.block.node import Child, NodeOptions, NodeRef
 from blockstep.block.permissions import RESIZE, WRITE, Permission, Role
 from blockstep.block.registry import register
 from blockstep.block.status import status_through
+from blockstep.drivers.quorum_missed import Missed
 from blockstep.errors import GraphError, OptionError
 
 _SECTOR = 512
@@ -54,40 +55,6 @@ class QuorumOptions(NodeOptions, tag="quorum"):
     read_pattern: Literal["quorum", "fifo"] = "quorum"
     rewrite_corrupted: bool = False  #: a voting read writes the winner over what was outvoted
     blkverify: bool = False  #: exactly two children, any difference fails the read
-
-
-class Missed:
-    """The ranges in which a child holds older data than the others; beyond ``limit`` of them, their hull."""
-
-    __slots__ = ("limit", "ranges")
-
-    def __init__(self, limit: int = 1024) -> None:
-        self.limit = limit
-        #: (start, end), in no order, without overlaps
-        self.ranges: list[tuple[int, int]] = []
-
-    def add(self, start: int, end: int) -> None:
-        """Note that the child missed a write."""
-        touching = [piece for piece in self.ranges if piece[0] <= end and start <= piece[1]]
-        self.ranges = [piece for piece in self.ranges if piece not in touching]
-        self.ranges.append((min(start, *(low for low, _ in touching)), max(end, *(high for _, high in touching)))
-                           if touching else (start, end))
-        if len(self.ranges) > self.limit:
-            self.ranges = [(min(low for low, _ in self.ranges), max(high for _, high in self.ranges))]
-
-    def made_good(self, start: int, end: int) -> None:
-        """Note that the child has new data there."""
-        left = []
-        for low, high in self.ranges:
-            if low < start:
-                left.append((low, min(high, start)))
-            if high > end:
-                left.append((max(low, end), high))
-        self.ranges = left
-
-    def touches(self, start: int, end: int) -> bool:
-        """Whether any byte of the range is old."""
-        return any(low < end and start < high for low, high in self.ranges)
 
 
 @register
