@@ -26,21 +26,18 @@ the old data is given back to the filesystem, in the background, piece by piece:
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import tempfile
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
-from blockstep.aio.inline import Completion, start
 from blockstep.aio.pool import in_background, in_thread
 from blockstep.aio.posix import (
     INLINE,
     Locking,
     Reader,
     Writer,
-    data_runs,
     punch_hole,
     quick_io,
     read_whole,
@@ -52,13 +49,12 @@ from blockstep.block.driver import FAST, FUA, ZEROES, Buffer, Driver, Extent, Pr
 from blockstep.block.node import Child, NodeOptions, NodeRef
 from blockstep.block.permissions import Role
 from blockstep.block.registry import register
-from blockstep.drivers.overlay_image import PAGE_SHIFT, OverlayImage
+from blockstep.drivers.overlay_image import OverlayImage
+from blockstep.drivers.overlay_saver import OverlaySaver
 from blockstep.errors import OptionError
 
 _DEFAULT_CLUSTER: Final = 4096
 _CLUSTERS: Final = (512, 2 << 20)
-#: Freed at a time, in the background, while writes to it wait.
-_RECLAIM: Final = 16 << 20
 #: Holes of more bytes are punched in a thread, also in memory: freeing 1 MiB takes some 50 us.
 _LONG_HOLE: Final = 4 << 20
 _UNLIMITED: Final = 1 << 63
@@ -118,13 +114,9 @@ class Overlay(Driver):
         self._spilled: Bitmap | None = None
         self._spilled_bytes = 0
         self._lock = RangeLock()
-        # Of an image: pages of the map with bits, those not yet on the disk, and whether there is a new state.
-        self._pages = _pages_with_bits(self._map) if self._image else set()
-        self._unsaved: set[int] = set()
-        self._new_state = False
-        self._saving = asyncio.Lock()
-        self._closing = False
-        self._reclaiming: Completion[None] | None = None
+        #: Of an image.
+        self._saver = OverlaySaver(self._image, lambda: (self._map, self._zero), self._lock,
+                                   durable=not options.cache.no_flush) if self._image else None
 
     def _check(self, options: OverlayOptions) -> None:
         cluster = options.cluster_size
@@ -168,17 +160,15 @@ class Overlay(Driver):
 
     async def close(self) -> None:
         """As of all drivers; an image's map is written, so that a file that was closed in order is complete."""
-        self._closing = True
-        if self._reclaiming:
-            await self._reclaiming
+        if self._image is None or self._saver is None:
+            await in_thread(_release, self._fd, self._spill, None)
+            return
+        await self._saver.stop()
         try:
-            if self._image and not self.read_only:
-                await self._save()
+            if not self.read_only:
+                await self._saver.save()
         finally:
-            if self._image:
-                await in_thread(self._image.close)
-            else:
-                await in_thread(_release, self._fd, self._spill, None)
+            await in_thread(self._image.close)
 
     # --- reads ---
 
@@ -331,13 +321,8 @@ class Overlay(Driver):
             self._bits[first:end] = True
         if self._zero is not None:
             self._zero.bits[first:end] = False
-        if self._image is not None:
-            self._changed(first, end)
-
-    def _changed(self, first: int, end: int) -> None:
-        pages = range(first >> PAGE_SHIFT, (end - 1 >> PAGE_SHIFT) + 1)
-        self._unsaved.update(pages)
-        self._pages.update(pages)
+        if self._saver is not None:
+            self._saver.changed(first, end)
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         cluster, end = 1 << self._shift, offset + length
@@ -384,8 +369,8 @@ class Overlay(Driver):
                 self._zero = Bitmap(self.length, 1 << self._shift)
             self._zero.bits[first:end] = True
             self._bits[first:end] = False
-            if self._image is not None:
-                self._changed(first, end)
+            if self._saver is not None:
+                self._saver.changed(first, end)
         finally:
             self._lock.give_back(token)
 
@@ -441,9 +426,8 @@ class Overlay(Driver):
             self._fd, self._map, self._bits = fd, fresh, fresh.bits
             self._zero = self._spilled = self._spill = None
             self.used = self._spilled_bytes = 0
-            self._pages = set()
-            self._unsaved = set()
-            self._new_state = True
+            if self._saver is not None:
+                self._saver.emptied()
             in_background(_release, *old)
 
         def abort() -> None:
@@ -468,10 +452,9 @@ class Overlay(Driver):
             self._bits = self._map.bits
             self.used = _cluster_bytes(self._map)
             self._spilled_bytes = _cluster_bytes(self._spilled) if self._spilled else 0
-            self._new_state = True
-            self._pages = _pages_with_bits(self._map)
-            if self._image:
-                await self._save()
+            if self._saver is not None:
+                self._saver.resized()
+                await self._saver.save()
             if length < before:
                 await in_thread(os.ftruncate, self._fd, self._base + length)
                 if self._spill is not None:
@@ -481,81 +464,19 @@ class Overlay(Driver):
         if self.backing is not None and (stop := min(length, self.backing.node.length)) > before:
             await self.write_zeroes(before, stop - before)
 
-    # --- durability of an image ---
+    # --- an image ---
 
     async def flush(self) -> None:
         """See `Driver`. After a sync that failed, all flushes fail with its error until the image is opened again."""
-        if self._image is not None and not self.options.cache.no_flush and not self.read_only:
-            await self._save()
-
-    async def _save(self) -> None:
-        image = self._image
-        assert image is not None
-        async with self._saving:
-            new_state, self._new_state = self._new_state, False
-            unsaved, self._unsaved = self._unsaved, set()
-            # Copied now: what gets its bit after this has its data after this, too.
-            pages = {number: self._page(number) for number in (self._pages if new_state else unsaved)}
-            durable = not self.options.cache.no_flush
-            try:
-                if new_state:
-                    await in_thread(image.sync_new_state, pages, self.length, durable)
-                else:
-                    await in_thread(image.sync, pages, durable)
-            except BaseException:
-                self._new_state |= new_state
-                self._unsaved |= unsaved
-                raise
-        if new_state and not self._reclaiming and not self._closing:
-            self._reclaiming = Completion()
-            start(self._reclaim(), self._reclaimed)
-
-    def _page(self, number: int) -> bytes:
-        held = self._bits[number << PAGE_SHIFT:(number + 1) << PAGE_SHIFT]
-        if self._zero is not None:
-            held |= self._zero.bits[number << PAGE_SHIFT:(number + 1) << PAGE_SHIFT]
-        return held.tobytes()
-
-    async def _reclaim(self) -> None:
-        """Give back what lies in the image and is not held, as long as its map on the disk says so, too."""
-        position = 0
-        while position < self.length and not self._new_state and not self._closing:
-            first = await in_thread(lambda at: next(data_runs(self._fd, at, self._base + self.length), (0, True)),
-                                    self._base + position)
-            if not first[1]:
-                position += first[0]
-                continue
-            begin = position & -(1 << self._shift)
-            position = min(begin + _RECLAIM, self.length)
-            token = self._lock.try_take(begin, position) or await self._lock.take(begin, position)
-            try:
-                if not self._new_state and begin < self.length:
-                    ranges = [(self._base + begin + at, run) for at, run in self._without_data(begin, position)]
-                    if not await in_thread(lambda ranges: all(punch_hole(self._fd, *r) for r in ranges), ranges):
-                        return
-            finally:
-                self._lock.give_back(token)
-
-    def _without_data(self, begin: int, end: int) -> list[tuple[int, int]]:
-        at, result = 0, []
-        for run, data in self._map.extents(begin, min(end, self.length) - begin):
-            if not data:
-                result.append((at, run))
-            at += run
-        return result
-
-    def _reclaimed(self, _value: object, _error: BaseException | None) -> None:
-        # An error leaves space occupied that the next reclaim finds again: nobody has to act on it.
-        done, self._reclaiming = self._reclaiming, None
-        assert done is not None
-        done.set_result(None)
+        if self._saver is not None and not self.options.cache.no_flush and not self.read_only:
+            await self._saver.save()
 
     async def prepare_reopen(self, options: Mapping[str, Any]) -> Prepared:
         prepared = await super().prepare_reopen(options)
-        if self._image is None or options["read-only"] != self._image.file.writable:
+        if self._image is None or self._saver is None or options["read-only"] != self._image.file.writable:
             return prepared
         if options["read-only"]:
-            await self._save()
+            await self._saver.save()
         return Prepared(*await in_thread(self._image.file.prepare_reopen, not options["read-only"], False))
 
 
@@ -584,15 +505,6 @@ def _unlinked_file(directory: str) -> int:
 
 def _cluster_bytes(bitmap: Bitmap) -> int:
     return bitmap.bits.count() << bitmap.shift
-
-
-def _pages_with_bits(bitmap: Bitmap) -> set[int]:
-    """The pages of the map that have a cluster held."""
-    pages, at = set(), bitmap.bits.find(1)
-    while at >= 0:
-        pages.add(at >> PAGE_SHIFT)
-        at = bitmap.bits.find(1, ((at >> PAGE_SHIFT) + 1) << PAGE_SHIFT)
-    return pages
 
 
 def _release(fd: int | None, spill: int | None, _bitmap: Bitmap | None) -> None:
