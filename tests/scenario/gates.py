@@ -40,6 +40,8 @@ class Gates:
     def __init__(self) -> None:
         self.waiting: list[Stop] = []
         self.closed: set[str] | None = set()
+        #: All requests that came by, as (node, event).
+        self.seen: list[tuple[str, str]] = []
         self._faults: list[tuple[str, str, int, bool]] = []
 
     # --- what the test does ---
@@ -77,6 +79,7 @@ class Gates:
 
     async def passes(self, node: str, event: str, offset: int, length: int) -> None:
         """A request comes by."""
+        self.seen.append((node, event))
         if self.closed is None or node in self.closed:
             stop = Stop(node, event, offset, length, Completion())
             self.waiting.append(stop)
@@ -94,6 +97,8 @@ class GatedDisk(Driver):
     driver = "gated-disk"
     data: bytearray
     gates: Gates
+    #: Of each change, in order.
+    flags: list[int]
 
     async def open(self) -> None:
         self.length = len(self.data)
@@ -105,9 +110,11 @@ class GatedDisk(Driver):
         return data
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        self.flags.append(flags)
         await self._change("write", offset, data)
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        self.flags.append(flags)
         await self._change("write_zeroes", offset, bytes(length))
 
     async def discard(self, offset: int, length: int) -> None:
@@ -129,7 +136,7 @@ class GatedDisk(Driver):
 def gated_disk(graph: Graph, gates: Gates, name: str, data: bytes) -> GatedDisk:
     """A node of ``graph`` that holds ``data``."""
     disk = GatedDisk(name, NodeOptions(node_name=name))
-    disk.gates, disk.data, disk.length = gates, bytearray(data), len(data)
+    disk.gates, disk.data, disk.length, disk.flags = gates, bytearray(data), len(data), []
     disk.on_event = graph.report
     disk.owned = True
     graph.nodes[name] = disk

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from blockstep.aio.inline import start
 from blockstep.block.driver import Buffer, Extent, Prepared
@@ -85,6 +85,10 @@ async def gated_overlay(graph: Graph, gates: Gates, name: str, backing: str | No
     return node
 
 
+#: The stages, and the two ways to be done.
+StageName = Literal["none", "running", "failover", "failover-failed", "stopped", "failed-over"]
+
+
 @dataclass
 class Disk:
     """One disk of the rig."""
@@ -153,6 +157,39 @@ class Rig:
         """The model of what is there now, just started."""
         return model.Standby({disk.name: bytes(disk.secondary.data) for disk in self.disks})
 
+    async def add_primary(self, name: str, content: bytes) -> Disk:
+        """A disk in primary mode: the filter forwards to a standby that is a plain gated disk."""
+        remote = gated_disk(self.graph, self.gates, f"{name}-secondary", content)
+        filter = await self.graph.open({"driver": "replication", "mode": "primary", "node-name": f"{name}-filter",
+                                        "file": remote.name})
+        assert isinstance(filter, Replication)
+        guest = self.graph.attach_backend(filter, f"{name}: guest", READ | WRITE)
+        disk = Disk(name, remote, filter, guest, guest)
+        self.disks.append(disk)
+        return disk
+
+    async def enter(self, stage: StageName) -> None:
+        """Bring all disks, all in secondary mode and not started, to a stage.
+
+        ``failover`` leaves the secondary disks' gates closed, so that the commit cannot end.
+        """
+        if stage == "none":
+            return
+        await self.registry.start_all("secondary")
+        for disk in self.disks:  # the hidden disk holds cluster 1, the active disk cluster 2
+            await disk.primary.pwrite(4096, b"P" * 4096)
+            await disk.view.pwrite(8192, b"V" * 4096)
+        if stage == "failover":
+            self.gates.close(*(disk.secondary.name for disk in self.disks))
+        elif stage == "failover-failed":
+            for disk in self.disks:
+                self.gates.fail(disk.secondary.name, "write", always=True)
+        if stage != "running":
+            await self.registry.stop_all(stage != "stopped")
+        if stage != "failover":
+            await self.merged()
+            self.gates.heal()
+
     async def merged(self) -> list[Exception | None]:
         """Wait for the failover commits. Returns their errors."""
         errors = [await job.wait() for job in self.jobs.list()]
@@ -169,8 +206,8 @@ class Rig:
             await self.registry.stop_all(False)
         await self.merged()
         for disk in self.disks:
-            await self.graph.detach_backend(disk.primary)
-            await self.graph.detach_backend(disk.view)
+            for user in {id(user): user for user in (disk.primary, disk.view)}.values():
+                await self.graph.detach_backend(user)
         while roots := [node for node in self.graph.nodes.values() if not node.parents]:
             for node in roots:
                 await self.graph.close(node)
@@ -207,5 +244,5 @@ async def error_of(operation: Awaitable[Any]) -> OSError | BlockstepError | None
     return None
 
 
-__all__ = ["LENGTH", "Disk", "GatedDisk", "GatedOverlay", "NodeOptions", "Request", "Rig", "Shape", "error_of",
-           "gated_overlay", "initial"]
+__all__ = ["LENGTH", "Disk", "GatedDisk", "GatedOverlay", "NodeOptions", "Request", "Rig", "Shape",
+           "StageName", "error_of", "gated_overlay", "initial"]

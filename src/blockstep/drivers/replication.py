@@ -33,9 +33,9 @@ from collections.abc import Awaitable, Callable
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from blockstep.aio.rangelock import RangeLock
-from blockstep.block.driver import Buffer, Driver, Extent, Filter, Prepared
+from blockstep.block.driver import FAST, Buffer, Driver, Extent, Filter, Prepared
 from blockstep.block.node import Child, NodeOptions, NodeRef
-from blockstep.block.permissions import Role
+from blockstep.block.permissions import DATA, READ, Permission, Role
 from blockstep.block.registry import register
 from blockstep.errors import OptionError
 
@@ -129,6 +129,10 @@ class Replication(Filter):
     child_roles: ClassVar[dict[str, Role]] = {"file": Role.FILTERED}
     options: ReplicationOptions
 
+    def child_permissions(self, child: Child, taken: Permission, shared: Permission) -> tuple[Permission, Permission]:
+        # Below the view the primary writes, whatever a guest of the view puts up with: what it reads does not change.
+        return super().child_permissions(child, taken | READ, shared | DATA)
+
     async def open(self) -> None:
         self.mode: Mode = self.options.mode
         if self.mode == "secondary" and self.options.top_id is None:
@@ -187,6 +191,8 @@ class Replication(Filter):
         )
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        if self.mode == "primary":
+            flags &= ~FAST  # slow zeroes are no reason to lose the standby
         await self._write(offset, length, lambda to, at, count: to.write_zeroes(at, count, flags))
 
     async def discard(self, offset: int, length: int) -> None:
@@ -199,6 +205,8 @@ class Replication(Filter):
             await self._swallow(self.file.flush())
         else:
             await self.file.flush()
+            if self._writes is _Answer.SPLIT and self.buffer:
+                await self.buffer.secondary.flush()
 
     async def truncate(self, length: int) -> None:
         if self._writes is _Answer.REFUSE:

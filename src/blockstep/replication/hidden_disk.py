@@ -102,7 +102,7 @@ class HiddenDiskBuffer:
         frozen = [node for disk in (self.hidden, self.secondary) for node in _storage_of(disk) if node.read_only]
         await self._graph.reopen([(node, {"read-only": False}) for node in frozen])
         if frozen:
-            self._undo.append(lambda: self._graph.reopen([(node, {"read-only": True}) for node in frozen]))
+            self._undo.append(lambda: self._freeze(frozen))
         lift = self.top.block_operations(f"it is replicated by '{self._filter.name}'")
         self._undo.append(lift)
         node = await self._graph.insert_filter(
@@ -115,6 +115,13 @@ class HiddenDiskBuffer:
         self.view_lock = node.lock
         self._undo.append(self._remove_cbw)
         self.view_alignment = self.active.cluster_size
+
+    async def _freeze(self, nodes: list[Driver]) -> None:
+        """Make read-only again what is still open, except a secondary disk that the view now writes to."""
+        written = self._filter.stage is Stage.FAILOVER_FAILED or bool(self.secondary.cumulative()[0] & WRITE)
+        in_use = set(_storage_of(self.secondary)) if written else set()
+        await self._graph.reopen([(node, {"read-only": True}) for node in nodes
+                                  if self._graph.nodes.get(node.name) is node and node not in in_use])
 
     async def _remove_cbw(self) -> None:
         self.cbw.owned = False

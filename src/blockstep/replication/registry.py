@@ -7,7 +7,7 @@ The registry is the graph itself: every open node whose driver is ``replication`
 
     operation    none            running                  failover   failed    done
     start        go on           refused                  ignored    refused   ignored
-    checkpoint   refused         secondary: go on         ignored    refused   ignored
+    checkpoint   refused         go on                    ignored    refused   ignored         (primary: ignored)
     get_error    refused         remembered error         nothing    reported  after failover: nothing; else refused
     stop         refused         go on                    ignored    refused   ignored after a failover, else refused
 """
@@ -56,7 +56,7 @@ class ReplicationRegistry:
         """
         running: list[Replication] = []
         for filter in self.filters:
-            if filter.stage in (Stage.NONE, Stage.FAILOVER_FAILED):
+            if filter.mode == "secondary" and filter.stage in (Stage.NONE, Stage.FAILOVER_FAILED):
                 raise ReplicationError(filter.name, "checkpoint", f"it is not running (stage {filter.stage.value})")
             if filter.stage is Stage.RUNNING and filter.buffer is not None:
                 running.append(filter)
@@ -92,7 +92,7 @@ class ReplicationRegistry:
         for filter in self.filters:
             if filter.stage is Stage.RUNNING:
                 running.append(filter)
-            elif filter.stage is not Stage.FAILOVER and not filter.failed_over:
+            elif filter.stage is Stage.FAILOVER_FAILED or not filter.failed_over:
                 raise ReplicationError(filter.name, "stop", f"it is not running (stage {filter.stage.value})")
         for filter in running:
             await self._stop(filter, failover)

@@ -1,0 +1,634 @@
+"""Every cell of the contract of the replication filter: what a request, or an operation, gets in which stage.
+
+A test's id names the cell: ``secondary-failover-write``. *stopped* and *failed-over* are the two ways to be done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from blockstep.block.driver import FAST, Driver
+from blockstep.block.permissions import READ, WRITE
+from blockstep.drivers.replication import Stage
+from blockstep.errors import BlockstepError, GraphError, OperationBlocked, OptionError, ReplicationError
+from blockstep.replication.hidden_disk import HiddenDiskBuffer
+from tests.scenario.standby import Disk, Rig, Shape, StageName, error_of, gated_overlay, initial
+
+STAGES: tuple[StageName, ...] = ("none", "running", "failover", "failover-failed", "stopped", "failed-over")
+REQUESTS = ("write", "zeroes", "discard")
+
+#: The enum value that a stage name stands for.
+STAGE = {"none": Stage.NONE, "running": Stage.RUNNING, "failover": Stage.FAILOVER,
+         "failover-failed": Stage.FAILOVER_FAILED, "stopped": Stage.DONE, "failed-over": Stage.DONE}
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await scenario()
+
+    asyncio.run(main())
+
+
+def request(disk: Disk, what: str, offset: int, length: int = 4096) -> Awaitable[Any]:
+    """A request of the guest above the filter."""
+    user = disk.view
+    return {"read": lambda: user.pread(offset, length), "write": lambda: user.pwrite(offset, b"w" * length),
+            "zeroes": lambda: user.write_zeroes(offset, length), "discard": lambda: user.discard(offset, length),
+            "flush": user.flush}[what]()
+
+
+def cells(*columns: tuple[str, ...]) -> list[Any]:
+    """All combinations, each with its id."""
+    combinations: list[tuple[str, ...]] = [()]
+    for column in columns:
+        combinations = [(*some, one) for some in combinations for one in column]
+    return [pytest.param(*some, id="-".join(some)) for some in combinations]
+
+
+def is_eio(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.EIO
+
+
+# --- requests in primary mode ---
+
+
+@pytest.mark.parametrize(("mode", "stage", "what"), cells(("primary",), STAGES, ("read", *REQUESTS, "flush")))
+def test_request(mode: str, stage: str, what: str) -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        disk = await rig.add_primary("a", initial(0))
+        disk.filter.enter(STAGE[stage])
+        before = bytes(disk.secondary.data)
+        error = await error_of(request(disk, what, 100, 50))
+        forwarded = stage == "running" and what != "read"
+        assert forwarded is (error is None)
+        assert forwarded or is_eio(error)
+        assert bool(rig.gates.seen) is forwarded
+        assert (bytes(disk.secondary.data) != before) is (forwarded and what != "flush")
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("mode", "stage", "what"), cells(("primary",), ("running",), (*REQUESTS, "flush")))
+def test_lost_standby(mode: str, stage: str, what: str) -> None:
+    """An error is remembered as the replication error, and the guest's request succeeds."""
+
+    async def scenario() -> None:
+        rig = Rig()
+        disk = await rig.add_primary("a", initial(0))
+        await rig.registry.start_all("primary")
+        heard: list[OSError] = []
+        disk.filter.on_error = heard.append
+        rig.gates.fail("a-secondary", {"zeroes": "write_zeroes"}.get(what, what), errno.ENOSPC)
+        assert await error_of(request(disk, what, 100, 50)) is None
+        assert [error.errno for error in heard] == [errno.ENOSPC]
+        with pytest.raises(ReplicationError, match="a-filter.*injected"):
+            rig.registry.get_error_all()
+        await rig.registry.stop_all(False)
+        assert disk.filter.error is None
+
+    run(scenario)
+
+
+def test_fast_zeroes_are_forwarded_as_zeroes_of_any_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        disk = await rig.add_primary("a", initial(0))
+        await rig.registry.start_all("primary")
+        seen: list[int] = []
+
+        async def note(offset: int, length: int, flags: int = 0) -> None:
+            seen.append(flags)
+
+        monkeypatch.setattr(disk.filter.file, "write_zeroes", note)
+        await disk.view.write_zeroes(0, 512, FAST)
+        assert seen == [0]
+
+    run(scenario)
+
+
+# --- requests in secondary mode ---
+
+
+@pytest.mark.parametrize(("mode", "stage", "what"), cells(("secondary",), STAGES, ("read",)))
+def test_read(mode: str, stage: StageName, what: str) -> None:
+    async def scenario() -> None:
+        rig = await Rig.open()
+        disk = rig.disks[0]
+        expected = bytearray(disk.secondary.data)
+        expected[8192:12288] = b"V" * 4096
+        await rig.enter(stage)
+        assert disk.filter.stage is STAGE[stage]
+        if stage == "none":
+            assert is_eio(await error_of(request(disk, what, 4096, 8192)))
+        elif stage == "stopped":
+            assert await disk.view.pread(4096, 8192) == disk.secondary.data[4096:12288]
+            assert disk.secondary.data[4096:8192] == b"P" * 4096
+        else:
+            assert await disk.view.pread(4096, 8192) == expected[4096:12288]
+        await rig.close()
+
+    run(scenario)
+
+
+#: Where a write of the guest goes, for a range that only the secondary, the hidden, or the active disk holds.
+GOES_TO = {"none": ("nowhere",) * 3, "running": ("active",) * 3, "failover": ("active",) * 3,
+           "failover-failed": ("secondary", "active", "active"), "stopped": ("secondary",) * 3,
+           "failed-over": ("secondary",) * 3}
+HELD_BY = {"secondary": 12288, "hidden": 4096, "active": 8192}
+
+
+@pytest.mark.parametrize(("mode", "stage", "what", "held_by"),
+                         cells(("secondary",), STAGES, REQUESTS, tuple(HELD_BY)))
+def test_write(mode: str, stage: StageName, what: str, held_by: str) -> None:
+    async def scenario() -> None:
+        rig = await Rig.open()
+        disk = rig.disks[0]
+        await rig.enter(stage)
+        rig.gates.seen.clear()
+        error = await error_of(request(disk, what, HELD_BY[held_by]))
+        goes_to = GOES_TO[stage][tuple(HELD_BY).index(held_by)]
+        event = {"zeroes": "write_zeroes"}.get(what, what)
+        reached = {node for node, seen in rig.gates.seen if seen == event}
+        assert reached == ({f"a-{goes_to}"} if goes_to != "nowhere" else set())
+        assert is_eio(error) if goes_to == "nowhere" else error is None
+        if error is None:
+            content = await disk.view.pread(HELD_BY[held_by], 4096)
+            assert content == (b"w" * 4096 if what == "write" else bytes(4096))
+        await rig.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("mode", "stage", "what"), cells(("secondary",), ("failover-failed",), REQUESTS))
+def test_write_that_is_split(mode: str, stage: StageName, what: str) -> None:
+    async def scenario() -> None:
+        rig = await Rig.open()
+        disk = rig.disks[0]
+        await rig.enter(stage)
+        expected = bytearray(await disk.read_view())
+        await error_of(request(disk, what, 4000, 9000))
+        after = await disk.read_view()
+        if what == "discard":
+            assert all(new in (old, 0) for old, new in zip(expected[4000:13000], after[4000:13000], strict=True))
+        else:
+            assert after[4000:13000] == (b"w" if what == "write" else b"\0") * 9000
+        assert after[:4000] == expected[:4000]
+        assert after[13000:] == expected[13000:]
+        await rig.close()
+
+    run(scenario)
+
+
+#: The nodes that a flush of the guest must reach.
+FLUSHED = {"none": set(), "running": {"a-active"}, "failover": {"a-active"},
+           "failover-failed": {"a-active", "a-secondary"}, "stopped": {"a-secondary"}, "failed-over": {"a-secondary"}}
+
+
+@pytest.mark.parametrize(("mode", "stage", "what"), cells(("secondary",), STAGES, ("flush",)))
+def test_flush(mode: str, stage: StageName, what: str) -> None:
+    async def scenario() -> None:
+        rig = await Rig.open()
+        await rig.enter(stage)
+        rig.gates.seen.clear()
+        error = await error_of(request(rig.disks[0], what, 0))
+        assert {node for node, event in rig.gates.seen if event == "flush"} == FLUSHED[stage]
+        assert is_eio(error) if stage == "none" else error is None
+        await rig.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("mode", "stage", "what"),
+                         cells(("secondary",), ("running", "failover", "stopped", "failed-over"), REQUESTS))
+def test_error_of_a_write_goes_to_the_guest(mode: str, stage: StageName, what: str) -> None:
+    async def scenario() -> None:
+        rig = await Rig.open()
+        await rig.enter(stage)
+        event = {"zeroes": "write_zeroes"}.get(what, what)
+        node = "secondary" if stage in ("stopped", "failed-over") else "active"
+        rig.gates.fail(f"a-{node}", event, errno.ENOSPC)
+        error = await error_of(request(rig.disks[0], what, 8192))
+        assert isinstance(error, OSError)
+        assert error.errno == errno.ENOSPC
+        await rig.close()
+
+    run(scenario)
+
+
+# --- the operations ---
+
+#: go on, ignored (no error, nothing changes), refused (an error, nothing changes), reported (the I/O error)
+OPERATIONS = {
+    "start": {"none": "go on", "running": "refused", "failover": "ignored", "failover-failed": "refused",
+              "stopped": "ignored", "failed-over": "ignored"},
+    "checkpoint": {"none": "refused", "running": "go on", "failover": "ignored", "failover-failed": "refused",
+                   "stopped": "ignored", "failed-over": "ignored"},
+    "get_error": {"none": "refused", "running": "ignored", "failover": "ignored", "failover-failed": "reported",
+                  "stopped": "refused", "failed-over": "ignored"},
+    "stop(false)": {"none": "refused", "running": "go on", "failover": "ignored", "failover-failed": "refused",
+                    "stopped": "refused", "failed-over": "ignored"},
+}
+OPERATIONS["stop(true)"] = OPERATIONS["stop(false)"]
+
+#: In primary mode a checkpoint does nothing, and a failover is no other than a stop.
+PRIMARY = {**OPERATIONS, "checkpoint": dict.fromkeys(STAGES, "ignored")}
+
+
+async def operate(rig: Rig, operation: str, mode: Any) -> BaseException | None:
+    registry = rig.registry
+
+    async def get_error() -> None:
+        registry.get_error_all()
+
+    return await error_of({"start": lambda: registry.start_all(mode), "checkpoint": registry.checkpoint_all,
+                           "get_error": get_error, "stop(false)": lambda: registry.stop_all(False),
+                           "stop(true)": lambda: registry.stop_all(True)}[operation]())
+
+
+@pytest.mark.parametrize(("mode", "stage", "operation"), cells(("secondary",), STAGES, tuple(OPERATIONS)))
+def test_operation_of_a_secondary(mode: str, stage: StageName, operation: str) -> None:
+    async def scenario() -> None:
+        rig = await Rig.open()
+        disk = rig.disks[0]
+        await rig.enter(stage)
+        before = disk.filter.stage
+        error = await operate(rig, operation, mode)
+        outcome = OPERATIONS[operation][stage]
+        assert (error is None) is (outcome in ("go on", "ignored")), error
+        if error:
+            assert isinstance(error, ReplicationError)
+            assert error.filter == "a-filter"
+            assert ("injected" in str(error)) is (outcome == "reported")
+        if outcome == "go on":
+            after = {"start": Stage.RUNNING, "checkpoint": Stage.RUNNING, "stop(false)": Stage.DONE,
+                     "stop(true)": Stage.FAILOVER}[operation]
+            assert disk.filter.stage is after
+        else:
+            assert disk.filter.stage is before
+        await rig.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("mode", "stage", "operation"),
+                         cells(("primary",), ("none", "running", "stopped"), tuple(PRIMARY)))
+def test_operation_of_a_primary(mode: str, stage: StageName, operation: str) -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        disk = await rig.add_primary("a", initial(0))
+        disk.filter.enter(STAGE[stage])
+        error = await operate(rig, operation, mode)
+        assert (error is None) is (PRIMARY[operation][stage] in ("go on", "ignored")), error
+        if PRIMARY[operation][stage] == "go on":
+            assert disk.filter.stage is (Stage.RUNNING if operation == "start" else Stage.DONE)
+        else:
+            assert disk.filter.stage is STAGE[stage]
+
+    run(scenario)
+
+
+def test_a_failover_ends_by_itself_and_its_result_is_the_secondary_disk() -> None:
+    async def scenario() -> None:
+        rig = await Rig.open(shape=Shape(owned=False))
+        disk = rig.disks[0]
+        await rig.enter("failover")
+        view = await disk.view.pread(4096, 8192)
+        rig.gates.open()
+        assert await rig.merged() == [None]
+        assert disk.filter.stage is Stage.DONE
+        assert disk.filter.file.node is disk.secondary
+        assert disk.secondary.data[4096:12288] == view
+        assert set(rig.graph.nodes) == {"a", "a-filter", "a-secondary"}
+        await rig.close()
+
+    run(scenario)
+
+
+# --- what start checks, in this order ---
+
+
+class Wrong:
+    """A rig of which everything may be wrong at once: a check that comes first must speak first."""
+
+    CHECKS = ("mode", "active backing", "hidden backing", "attached", "length", "emptied", "top-id", "top-id root")
+
+    def __init__(self, *wrong: str) -> None:
+        self.wrong = wrong
+        self.rig = Rig()
+
+    async def open(self) -> None:
+        graph, gates = self.rig.graph, self.rig.gates
+        length = len(initial(0))
+        secondary = await self.rig.add("b", initial(0))
+        del secondary
+        disk = self.rig.disks[0]
+        hidden, active = graph.find("b-hidden"), graph.find("b-active")
+        if "active backing" in self.wrong:
+            await self._cut(active, length)
+        if "hidden backing" in self.wrong:
+            await self._cut(hidden, length)
+        if "attached" in self.wrong:
+            await graph.detach_backend(disk.primary)
+            disk.secondary.owned = False
+        if "length" in self.wrong:
+            active.length += 512
+        if "emptied" in self.wrong:
+            hidden.can_be_emptied = False  # type: ignore[misc]
+        if "top-id" in self.wrong:
+            disk.filter.options.top_id = "nobody"
+        if "top-id root" in self.wrong:
+            disk.filter.options.top_id = disk.filter.name
+        del gates
+
+    async def _cut(self, node: Driver, length: int) -> None:
+        with self.rig.graph.change() as change:
+            change.detach(node.children["backing"])
+
+
+REASONS = {
+    "mode": "its mode is secondary, not primary", "active backing": "active disk 'b-active' has no backing node",
+    "hidden backing": "hidden disk 'b-hidden' has no backing node", "attached": "'b-secondary' is not exported",
+    "length": "must have the same length", "emptied": "'b-hidden' .*cannot be emptied",
+    "top-id": "top-id 'nobody' is not a node", "top-id root": "top-id 'b-filter' is not a root node",
+}
+
+
+@pytest.mark.parametrize("check", Wrong.CHECKS)
+@pytest.mark.parametrize("others", ["alone", "and all that come later"])
+def test_start_checks(check: str, others: str) -> None:
+    async def scenario() -> None:
+        later = Wrong.CHECKS[Wrong.CHECKS.index(check) + 1:]
+        if check.startswith("top-id"):
+            later = ()
+        if check == "mode":  # the later ones take the graph apart
+            later = tuple(one for one in later if one != "active backing")
+        case = Wrong(check, *(later if others != "alone" else ()))
+        await case.open()
+        mode: Any = "primary" if check == "mode" else "secondary"
+        with pytest.raises(ReplicationError, match=REASONS[check]) as refused:
+            await case.rig.registry.start_all(mode)
+        assert refused.value.step == "start"
+        assert case.rig.disks[0].filter.stage is Stage.NONE
+
+    run(scenario)
+
+
+def test_start_checks_that_the_filter_lies_below_top_id() -> None:
+    async def scenario() -> None:
+        rig = await Rig.open()
+        await rig.graph.open({"driver": "null", "node-name": "other"})
+        rig.disks[0].filter.options.top_id = "other"
+        with pytest.raises(ReplicationError, match="'other' does not have the filter among its descendants"):
+            await rig.registry.start_all("secondary")
+        await rig.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("options", "option"), [
+    ({"mode": "secondary"}, "top-id"), ({"mode": "primary", "top-id": "x"}, "top-id"), ({"mode": "third"}, "mode"),
+    ({}, "mode"), ({"mode": "primary", "file": None}, "file"),
+])
+def test_options_that_do_not_fit_are_named(options: dict[str, Any], option: str) -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        await rig.graph.open({"driver": "null", "node-name": "disk"})
+        with pytest.raises(OptionError) as wrong:
+            await rig.graph.open({"driver": "replication", "file": "disk", **options})
+        assert option in str(wrong.value)
+        assert list(rig.graph.nodes) == ["disk"]
+
+    run(scenario)
+
+
+# --- what is undone, and when ---
+
+
+def picture(rig: Rig) -> dict[str, Any]:
+    """The graph as far as start changes it."""
+    return {name: (node.read_only, dict(node.blockers),
+                   {(edge.parent.description, edge.name, edge.taken, edge.shared) for edge in node.parents},
+                   {child: edge.node.name for child, edge in node.children.items()})
+            for name, node in rig.graph.nodes.items()}
+
+
+async def freeze(rig: Rig, *parts: str) -> None:
+    """Make nodes read-only, as `-blockdev` makes backing nodes."""
+    disk = rig.disks[0]
+    if "secondary" in parts:
+        await rig.graph.detach_backend(disk.primary)
+        disk.primary = rig.graph.attach_backend(disk.secondary, "a: reader", READ)
+    await rig.graph.reopen([(rig.graph.find(f"a-{part}"), {"read-only": True}) for part in parts])
+
+
+@pytest.mark.parametrize("step", ["reopen", "blockers", "filter", "empty active", "empty hidden"])
+def test_a_start_that_fails_undoes_everything(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        rig = await Rig.open()
+        await freeze(rig, "hidden", "secondary")
+        hidden = rig.graph.find("a-hidden")
+
+        async def fail(*_: object, **__: object) -> Any:
+            raise OSError(errno.EACCES, "not allowed")
+
+        def block(*_: object) -> Any:
+            raise GraphError("not allowed")
+
+        if step == "reopen":
+            monkeypatch.setattr(hidden, "prepare_reopen", fail)
+        elif step == "blockers":
+            monkeypatch.setattr(rig.graph.find("a"), "block_operations", block)
+        elif step == "filter":
+            rig.graph.attach_backend(hidden, "somebody", READ, READ)  # shares no writes
+        else:
+            rig.gates.fail(f"a-{step.split()[1]}", "make_empty")
+        before = picture(rig)
+        with pytest.raises(ReplicationError) as failed:
+            await rig.registry.start_all("secondary")
+        assert failed.value.filter == "a-filter"
+        assert picture(rig) == before
+        assert rig.disks[0].filter.stage is Stage.NONE
+        assert rig.disks[0].filter.buffer is None
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("owned", [True, False], ids=["named", "anonymous"])
+@pytest.mark.parametrize("end", ["stopped", "failed-over", "failover-failed", "closed"])
+def test_flags_and_blockers_are_back_in_every_end(end: str, owned: bool) -> None:
+    async def scenario() -> None:
+        rig = await Rig.open(shape=Shape(owned=owned))
+        await freeze(rig, "hidden")
+        disk, top = rig.disks[0], rig.graph.find("a")
+        await rig.registry.start_all("secondary")
+        hidden, active = rig.graph.find("a-hidden"), rig.graph.find("a-active")
+        assert not hidden.read_only
+        with pytest.raises(OperationBlocked, match="replicated by 'a-filter'"):
+            top.check_operation("resize")
+        await disk.primary.pwrite(4096, b"P" * 4096)
+        if end == "closed":
+            top.owned = disk.filter.owned = False
+            await rig.graph.detach_backend(disk.view)
+        else:
+            if end == "failover-failed":
+                rig.gates.fail("a-secondary", "write")
+            await rig.registry.stop_all(end != "stopped")
+            await rig.merged()
+        assert not top.blockers
+        gone = not owned and end != "failover-failed"
+        for node in (hidden, active):
+            assert (node.name in rig.graph.nodes) is not gone
+        if not gone:
+            assert hidden.read_only
+            assert not active.read_only
+        top.check_operation("resize")
+        assert not any(node.driver == "copy-before-write" for node in rig.graph.nodes.values())
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("end", ["stopped", "failed-over", "failover-failed"])
+@pytest.mark.parametrize("guest", ["reads", "writes"])
+def test_a_secondary_disk_that_was_read_only_is_again_unless_the_guest_now_writes_to_it(end: str, guest: str) -> None:
+    async def scenario() -> None:
+        rig = await Rig.open()
+        await freeze(rig, "secondary")
+        disk = rig.disks[0]
+        if guest == "reads":
+            await rig.graph.detach_backend(disk.view)
+            disk.view = rig.graph.attach_backend(rig.graph.find("a"), "a: guest", READ)
+        await rig.registry.start_all("secondary")
+        assert not disk.secondary.read_only
+        assert isinstance(disk.filter.buffer, HiddenDiskBuffer)
+        primary = rig.graph.attach_backend(disk.filter.buffer.cbw, "a: late primary", READ | WRITE)
+        await primary.pwrite(4096, b"P" * 4096)
+        await rig.graph.detach_backend(primary)
+        if end == "failover-failed":
+            rig.gates.fail("a-secondary", "write")
+        await rig.registry.stop_all(end != "stopped")
+        await rig.merged()
+        assert disk.secondary.read_only is (guest == "reads" and end != "failover-failed")
+        if guest == "writes":
+            await disk.view.pwrite(0, b"w")
+        assert not rig.graph.find("a").blockers
+
+    run(scenario)
+
+
+# --- close, in each stage ---
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_close(stage: StageName) -> None:
+    """running: a stop without failover; failover: the commit is cancelled and waited for."""
+
+    async def scenario() -> None:
+        rig = await Rig.open(shape=Shape(owned=False))
+        disk, top = rig.disks[0], rig.graph.find("a")
+        await rig.enter(stage)
+        rig.gates.open()
+        top.owned = disk.filter.owned = False
+        await rig.graph.detach_backend(disk.view)
+        assert set(rig.graph.nodes) == {"a-secondary"}
+        assert not rig.jobs.list()
+        assert rig.registry.filters == []
+        if stage == "running":
+            assert disk.secondary.data[4096:8192] == b"P" * 4096
+        assert {edge.parent.description for edge in disk.secondary.parents} == {"a: primary"}
+        await rig.graph.detach_backend(disk.primary)
+        await rig.graph.close(disk.secondary)
+
+    run(scenario)
+
+
+# --- several filters: all or nothing ---
+
+
+@pytest.mark.parametrize("bad", range(3))
+@pytest.mark.parametrize("names", ["ab", "abc"])
+def test_start_all_is_all_or_nothing(names: str, bad: int) -> None:
+    async def scenario() -> None:
+        rig = await Rig.open(tuple(names))
+        disk = rig.disks[bad % len(names)]
+        rig.gates.fail(f"{disk.name}-hidden", "make_empty")
+        before = picture(rig)
+        with pytest.raises(ReplicationError, match=f"'{disk.name}-filter'.*'{disk.name}-hidden'"):
+            await rig.registry.start_all("secondary")
+        assert picture(rig) == before
+        assert all(disk.filter.stage is Stage.NONE for disk in rig.disks)
+        await rig.registry.start_all("secondary")
+        await rig.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("part", ["active", "hidden"])
+@pytest.mark.parametrize("bad", range(3))
+@pytest.mark.parametrize("names", ["ab", "abc"])
+def test_checkpoint_all_is_all_or_nothing(names: str, bad: int, part: str) -> None:
+    """D4: QEMU leaves the disks at different points."""
+
+    async def scenario() -> None:
+        rig = await Rig.open(tuple(names))
+        await rig.enter("running")
+        disk = rig.disks[bad % len(names)]
+        views = [await each.read_view() for each in rig.disks]
+        rig.gates.fail(f"{disk.name}-{part}", "make_empty")
+        with pytest.raises(ReplicationError, match=f"'{disk.name}-filter'.*checkpoint.*{part} disk"):
+            await rig.registry.checkpoint_all()
+        assert [await each.read_view() for each in rig.disks] == views
+        await rig.registry.checkpoint_all()
+        assert [await each.read_view() for each in rig.disks] == [bytes(each.secondary.data) for each in rig.disks]
+        await rig.close()
+
+    run(scenario)
+
+
+def test_a_promoted_filter_takes_part_in_what_comes_later_for_its_primaries() -> None:
+    """The standby of one disk becomes the primary of it: start, checkpoint and stop leave its filter alone."""
+
+    async def scenario() -> None:
+        rig = await Rig.open()
+        await rig.enter("failed-over")
+        promoted = rig.disks[0]
+        primary = await rig.add_primary("p", initial(1))
+        await rig.registry.start_all("primary")
+        assert (promoted.filter.stage, primary.filter.stage) == (Stage.DONE, Stage.RUNNING)
+        await rig.registry.checkpoint_all()
+        rig.registry.get_error_all()
+        await rig.registry.stop_all(False)
+        assert (promoted.filter.stage, primary.filter.stage) == (Stage.DONE, Stage.DONE)
+
+    run(scenario)
+
+
+def test_an_error_of_copy_before_write_is_the_replication_error_and_the_primarys() -> None:
+    async def scenario() -> None:
+        rig = await Rig.open()
+        await rig.enter("running")
+        disk = rig.disks[0]
+        view = await disk.read_view()
+        rig.gates.fail("a-hidden", "write", errno.ENOSPC)
+        error = await error_of(disk.primary.pwrite(0, b"new"))
+        assert isinstance(error, OSError)
+        assert error.errno == errno.ENOSPC
+        with pytest.raises(ReplicationError, match="No space left"):
+            rig.registry.get_error_all()
+        assert await disk.read_view() == view
+        await rig.close()
+
+    run(scenario)
+
+
+def test_only_errors_of_the_kinds_that_it_promises_leave_the_registry() -> None:
+    assert issubclass(ReplicationError, BlockstepError)
+    assert HiddenDiskBuffer.prepare_checkpoint.__doc__
+
+
+__all__ = ["gated_overlay"]
