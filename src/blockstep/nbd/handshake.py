@@ -27,6 +27,7 @@ from typing import Final, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from blockstep.errors import ProtocolError
 from blockstep.nbd import constants as c
+from blockstep.nbd.option_data import Refused, matches, parse_info, parse_queries, parse_text
 
 MAX_OPTION: Final = 64 << 10
 MAX_SKIP: Final = 32 << 20
@@ -137,14 +138,6 @@ _RULES: Final = {
 }
 
 
-class _Refused(Exception):
-    """The option gets this error reply; the handshake goes on."""
-
-    def __init__(self, reply: int, message: str) -> None:
-        super().__init__(message)
-        self.reply, self.message = reply, message
-
-
 class ServerHandshake(Generic[E]):
     """One connection's handshake.
 
@@ -243,7 +236,7 @@ class ServerHandshake(Generic[E]):
             assert data is not None
             handler: Callable[[int, bytes], None] = getattr(self, rule.handler)
             handler(option, data)
-        except _Refused as refused:
+        except Refused as refused:
             if option == c.OPT_EXPORT_NAME:
                 self._drop(f"EXPORT_NAME: {refused.message}")
             else:
@@ -252,17 +245,17 @@ class ServerHandshake(Generic[E]):
     def _check(self, option: int, rule: _Rule | None, data: bytes | None) -> None:
         if not self._fixed and option != c.OPT_EXPORT_NAME:
             self._drop(f"option {option} without fixed newstyle")
-            raise _Refused(c.REP_ERR_INVALID, "fixed newstyle was not negotiated")
+            raise Refused(c.REP_ERR_INVALID, "fixed newstyle was not negotiated")
         if self._tls_mode == "required" and not self._is_tls and not (rule and rule.before_tls):
-            raise _Refused(c.REP_ERR_TLS_REQD, "this server requires TLS")
+            raise Refused(c.REP_ERR_TLS_REQD, "this server requires TLS")
         if self.shutting_down and not (rule and rule.in_shutdown):
-            raise _Refused(c.REP_ERR_SHUTDOWN, "the server is shutting down")
+            raise Refused(c.REP_ERR_SHUTDOWN, "the server is shutting down")
         if rule is None:
-            raise _Refused(c.REP_ERR_UNSUP, f"option {option} is not known")
+            raise Refused(c.REP_ERR_UNSUP, f"option {option} is not known")
         if data is None:
-            raise _Refused(c.REP_ERR_TOO_BIG, f"an option may have at most {MAX_OPTION} bytes of data")
+            raise Refused(c.REP_ERR_TOO_BIG, f"an option may have at most {MAX_OPTION} bytes of data")
         if data and not rule.takes_data:
-            raise _Refused(c.REP_ERR_INVALID, "this option has no data")
+            raise Refused(c.REP_ERR_INVALID, "this option has no data")
 
     def _reply(self, option: int, reply: int, data: bytes = b"") -> None:
         if self.state is not State.CLOSED:
@@ -282,9 +275,9 @@ class ServerHandshake(Generic[E]):
 
     def _starttls(self, option: int, data: bytes) -> None:
         if self._is_tls:
-            raise _Refused(c.REP_ERR_INVALID, "TLS is on already")
+            raise Refused(c.REP_ERR_INVALID, "TLS is on already")
         if self._tls_mode == "off":
-            raise _Refused(c.REP_ERR_POLICY, "this server has no TLS")
+            raise Refused(c.REP_ERR_POLICY, "this server has no TLS")
         if self.rest:
             # Whatever came before TLS began may have been put there by somebody on the path.
             self._drop("bytes after STARTTLS, before its reply")
@@ -301,7 +294,7 @@ class ServerHandshake(Generic[E]):
 
     def _structured_reply(self, option: int, data: bytes) -> None:
         if self._extended:
-            raise _Refused(c.REP_ERR_EXT_HEADER_REQD, "extended headers were negotiated")
+            raise Refused(c.REP_ERR_EXT_HEADER_REQD, "extended headers were negotiated")
         self._structured = True
         self._reply(option, c.REP_ACK)
 
@@ -311,8 +304,8 @@ class ServerHandshake(Generic[E]):
 
     def _export_name(self, option: int, data: bytes) -> None:
         if self._extended:
-            raise _Refused(c.REP_ERR_INVALID, "extended headers need GO")
-        export = self._find(_text(data))
+            raise Refused(c.REP_ERR_INVALID, "extended headers need GO")
+        export = self._find(parse_text(data))
         answer = _EXPORT.pack(export.length, self._flags(export, option))
         self._events.append(Send(answer if self._no_zeroes else answer + bytes(124)))
         self._begin(export)
@@ -322,7 +315,7 @@ class ServerHandshake(Generic[E]):
         self._begin(export)
 
     def _info(self, option: int, data: bytes) -> E:
-        name, wanted = _parse_info(data)
+        name, wanted = parse_info(data)
         export = self._find(name)
         self._reply(option, c.REP_INFO, _INFO_EXPORT.pack(c.INFO_EXPORT, export.length, self._flags(export, option)))
         if c.INFO_NAME in wanted:
@@ -337,7 +330,7 @@ class ServerHandshake(Generic[E]):
     def _list_meta_context(self, option: int, data: bytes) -> None:
         export, queries = self._parse_contexts(data)
         for name in export.context_names():
-            if not queries or any(_matches(name, query) for query in queries):
+            if not queries or any(matches(name, query) for query in queries):
                 self._reply(option, c.REP_META_CONTEXT, _U32.pack(0) + name.encode())
         self._reply(option, c.REP_ACK)
 
@@ -355,7 +348,7 @@ class ServerHandshake(Generic[E]):
     def _find(self, name: str) -> E:
         export = self._exports.find(name)
         if export is None:
-            raise _Refused(c.REP_ERR_UNKNOWN, f"there is no export named '{name}'")
+            raise Refused(c.REP_ERR_UNKNOWN, f"there is no export named '{name}'")
         return export
 
     def _flags(self, export: E, option: int) -> int:
@@ -373,64 +366,6 @@ class ServerHandshake(Generic[E]):
 
     def _parse_contexts(self, data: bytes) -> tuple[E, list[str]]:
         if not self._structured:
-            raise _Refused(c.REP_ERR_INVALID, "metadata contexts need structured replies or extended headers")
-        name, queries = _parse_queries(data)
+            raise Refused(c.REP_ERR_INVALID, "metadata contexts need structured replies or extended headers")
+        name, queries = parse_queries(data)
         return self._find(name), queries
-
-
-def _parse_info(data: bytes) -> tuple[str, tuple[int, ...]]:
-    """INFO and GO: name length u32, name, number of requests u16, requests u16 each."""
-    if len(data) < 6:
-        raise _Refused(c.REP_ERR_INVALID, "the option is too short")
-    size = _U32.unpack_from(data)[0]
-    if size > len(data) - 6:
-        raise _Refused(c.REP_ERR_INVALID, "the name is longer than the option")
-    count = _U16.unpack_from(data, 4 + size)[0]
-    if len(data) != 6 + size + 2 * count:
-        raise _Refused(c.REP_ERR_INVALID, "the option has not the length that its information requests need")
-    return _text(data[4:4 + size]), Struct(f">{count}H").unpack_from(data, 6 + size)
-
-
-def _parse_queries(data: bytes) -> tuple[str, list[str]]:
-    """LIST and SET_META_CONTEXT: name length u32, name, number u32, then length u32 and text of each query."""
-    name, position = _take_text(data, 0)
-    if len(data) - position < 4:
-        raise _Refused(c.REP_ERR_INVALID, "the option is too short")
-    count = _U32.unpack_from(data, position)[0]
-    position += 4
-    if count > (len(data) - position) // 4:
-        raise _Refused(c.REP_ERR_INVALID, "the option has not the length that its queries need")
-    queries = []
-    for _ in range(count):
-        query, position = _take_text(data, position)
-        queries.append(query)
-    if position != len(data):
-        raise _Refused(c.REP_ERR_INVALID, "there is something behind the last query")
-    return name, queries
-
-
-def _take_text(data: bytes, position: int) -> tuple[str, int]:
-    if len(data) - position < 4:
-        raise _Refused(c.REP_ERR_INVALID, "the option is too short")
-    size = _U32.unpack_from(data, position)[0]
-    position += 4
-    if size > len(data) - position:
-        raise _Refused(c.REP_ERR_INVALID, "a string is longer than the option")
-    return _text(data[position:position + size]), position + size
-
-
-def _text(data: bytes) -> str:
-    if len(data) > c.MAX_STRING:
-        raise _Refused(c.REP_ERR_TOO_BIG, f"a string may have at most {c.MAX_STRING} bytes")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        raise _Refused(c.REP_ERR_INVALID, "a string is not valid UTF-8") from None
-    if "\0" in text:
-        raise _Refused(c.REP_ERR_INVALID, "a string has a NUL character")
-    return text
-
-
-def _matches(name: str, query: str) -> bool:
-    """Whether a query of LIST_META_CONTEXT finds a context: by its name, or by its namespace with nothing after."""
-    return name == query or (query.endswith(":") and name.startswith(query))
