@@ -8,10 +8,9 @@ For each disk NAME, once opened:
 `Primary` is the hands of a `Coordinator`: it turns what happens (connections, jobs, timers, commands) into events
 and carries the resulting actions out. All its decisions are in the coordinator; all its waiting is here.
 
-The first sync and every resync is a mirror job for each disk, from NAME-disk to NAME-sync, a second connection, in
-write-blocking mode, so that it converges while the guest writes. In the moment in which the two are the same, with
-nothing in flight, the job ends and the link is switched on. A full sync covers the disk; a resync covers what the
-link remembers.
+The first sync and every resync is a job for each disk (`CatchUp`), from NAME-disk to NAME-sync, a second connection.
+It converges while the guest writes, and switches the link on when the two are the same. A full sync covers the disk;
+a resync covers what the link remembers.
 
 No request of the guest waits for the standby for longer than ``max-stall``: each request of a link has that
 deadline, and the standby is asked all the time whether it is there. After that the pair lets go and goes on alone.
@@ -41,7 +40,6 @@ from blockstep.daemon.disks import DiskSpec, listen, work_status
 from blockstep.daemon.service import Service
 from blockstep.drivers.nbd import Nbd
 from blockstep.errors import BlockstepError, ConnectionLost, PeerRefused
-from blockstep.jobs.mirror import MirrorJob
 from blockstep.jobs.registry import JobRegistry
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
@@ -51,6 +49,7 @@ from blockstep.qmp.client import Connection, open_connection
 from blockstep.qmp.commands import replication as qmp
 from blockstep.qmp.errors import CommandRefused
 from blockstep.replication import coordinator as c
+from blockstep.replication.catch_up import CatchUp
 from blockstep.replication.link import GRANULARITY, Link
 
 
@@ -84,18 +83,8 @@ class _Disk:
     #: Connections to the standby: for the link, with the deadline; for syncs and flushes.
     standby: Nbd | None = None
     sync: Nbd | None = None
-    job: MirrorJob | None = None
+    job: CatchUp | None = None
     bitmap: DirtyBitmap | None = None
-
-
-class _SyncJob(MirrorJob):
-    """A mirror that switches the link on in the moment in which both sides are the same."""
-
-    link: Link
-
-    def synced(self) -> None:
-        super().synced()
-        self.link.switch_on()
 
 
 class Primary(Service):
@@ -117,7 +106,6 @@ class Primary(Service):
         self._settling: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._sync_is_full = True
-        self._standby_runs = False
         self._committed_at: float | None = None
         self._pause = 0.0
         self._asking: list[asyncio.Future[qmp.Committed]] = []
@@ -251,7 +239,6 @@ class Primary(Service):
         known = answer["running"] and answer["instance"] == self._instance
         self._sync_is_full = not known
         self.coordinator.epoch = max(self.coordinator.epoch, answer["epoch"])
-        self._standby_runs = bool(answer["running"])
         return c.Attached(attempt, full=not known)
 
     async def _open_nbd(self, name: str, export: str, timeout: float) -> Nbd:
@@ -295,9 +282,7 @@ class Primary(Service):
                 disk.bitmap = DirtyBitmap(source, "resync", disk.link.length, GRANULARITY)
                 disk.bitmap.merge(disk.link.since)
                 disk.bitmap.merge(disk.link.closing)
-            job = _SyncJob(f"sync-{name}", self.graph, source, disk.sync, sync="bitmap" if disk.bitmap else "full",
-                           bitmap=disk.bitmap, copy_mode="write-blocking", auto_complete=True)
-            job.link = disk.link
+            job = CatchUp(f"sync-{name}", self.graph, source, disk.sync, disk.link, disk.bitmap)
             disk.job = await self.jobs.create(job)
             jobs.append(job)
         for job in jobs:
@@ -307,8 +292,6 @@ class Primary(Service):
         with self.graph.change() as change:
             for disk in self.disks.values():
                 change.refresh(disk.link)
-        if not self._standby_runs:
-            await self._ask("pair-start")
         self._drop_bitmaps()
         return c.Synced(attempt)
 

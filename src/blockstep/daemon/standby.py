@@ -5,10 +5,10 @@ For each disk NAME, once opened:
     link server ──► NAME-secondary ◄── NAME-hidden ◄── NAME-active ◄── NAME-filter ◄── NAME ──► view server
     (for the primary)   file            overlay          overlay       replication    quorum   (for a guest)
 
-A primary presents itself on the control port (the link's port + 1): `attach`. When it has copied its disks it says
-`start`, and from then on the views are checkpoints, moved forward by `commit`, all together. Nothing on this side
-decides: it does as its primary says, until an operator promotes it (`fail_over`); then the link's exports are gone
-at once, and no primary is taken any more.
+A primary presents itself on the control port (the link's port + 1): `attach`. When it has copied its disks, its first
+`commit` starts replication, and from then on the views are checkpoints, moved forward by `commit`, all together.
+Nothing on this side decides: it does as its primary says, until an operator promotes it (`fail_over`); then the link's
+exports are gone at once, and no primary is taken any more.
 
 State, in words: *waiting* for a primary, *syncing*, *replicating*, *lost* (it has a checkpoint, and the primary is
 gone), *failover* (promoted, the merge runs), *promoted*, *failover-failed*, *stopped*.
@@ -233,10 +233,14 @@ class Standby(Service):
         self._instance = self._wanted_instance
 
     async def commit(self, epoch: int) -> None:
-        """Move the views of all disks forward, or of none."""
-        self._must_run("checkpoint")
+        """Move the views of all disks forward, or of none. The first one is the start."""
+        if self._primary is None or self._promoted_to or self._stopped:
+            raise ReplicationError(self.config.pair, "checkpoint", f"no primary is attached (it is {self.state})")
         try:
-            await self.registry.checkpoint_all()
+            if self._running:
+                await self.registry.checkpoint_all()
+            else:
+                await self.registry.start_all("secondary")
         except BlockstepError as error:
             self._last_error = str(error)
             self._tell()

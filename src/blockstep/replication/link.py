@@ -23,7 +23,7 @@ is what has to be copied.
     settle()   wait until the standby has acknowledged all that came before
     ...        the standby takes its checkpoint
     release()  send what was held
-    settled()  the standby's disk is flushed: forget `closing`
+    settled()  the standby's disk is flushed: forget `closing`, but for what this disk failed to write
 
 `mark` does not wait, so marking the links of several disks one after the other is one point in time: a write that was
 acknowledged before it is in, and one that was begun after it is not.
@@ -33,13 +33,13 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, ClassVar, Final, Literal
 
 from blockstep.aio.inline import Completion, start, submit
 from blockstep.aio.rangelock import BusyRanges, RangeLock
 from blockstep.block.bitmap import Bitmap
-from blockstep.block.driver import FUA, Buffer, Filter
+from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Buffer, Filter
 from blockstep.block.node import Child, NodeOptions, NodeRef
 from blockstep.block.permissions import ALL, NONE, Permission, Role
 from blockstep.block.registry import register
@@ -112,6 +112,7 @@ class Link(Filter):
         #: Called when more than `alarm` bytes were written since the last mark (0: never).
         self.on_written: Callable[[], None] = lambda: None
         self.alarm = 0
+        self._torn: Bitmap | None = None  # where a write failed here, and nothing has been copied since
         self._lock = RangeLock()  # from the guest: one of several overlapping writes at a time
         self._sent = BusyRanges()  # to the standby: likewise
         self._queue: deque[_Request] = deque()
@@ -141,9 +142,16 @@ class Link(Filter):
 
     # --- on and off ---
 
-    def switch_on(self) -> None:
-        """Send writes to ``target`` from now on. Both sides hold the same; nothing is in flight."""
+    def switch_on(self, rest: Iterable[tuple[int, bytes]] = ()) -> None:
+        """Send writes to ``target`` from now on, after ``rest``: (offset, data) that it lacks. Nothing is in flight."""
         self.on = True
+        self._torn = None
+        for offset, data in rest:
+            end = offset + len(data)
+            if data.count(0) == len(data):
+                self._put(_Request(self, "write_zeroes", offset, end, None, MAY_UNMAP, None))
+            else:
+                self._put(_Request(self, "pwrite", offset, end, data, 0, None))
 
     def switch_off(self) -> None:
         """Stop sending; those who wait for the standby go on. What it may lack stays in the bitmaps."""
@@ -193,6 +201,9 @@ class Link(Filter):
                     await self.file.pwrite(offset, data, flags)
                 finally:
                     await done
+        except OSError:
+            self._tore(offset, length)
+            raise
         finally:
             if marks != self._marks:  # the bit was taken away while the write was on its way to the disk
                 self.since.set(offset, length)
@@ -236,19 +247,33 @@ class Link(Filter):
         token = await self._lock.take(offset, offset + length)
         try:
             self.since.set(offset, length)
+            if flags & FAST:  # this disk may refuse, and then the standby must not have done it
+                await local()
+                local = _nothing
             done: Completion[None] | None = None
             if self.on:
                 wait = self.options.ack == "both"
                 done = Completion() if wait else None
-                self._put(_Request(self, kind, offset, offset + length, None, flags if wait else flags & ~FUA, done))
+                flags &= ~FAST if wait else ~(FAST | FUA)
+                self._put(_Request(self, kind, offset, offset + length, None, flags, done))
             try:
                 await local()
             finally:
                 if done:
                     await done
+        except OSError as error:
+            if not flags & FAST or error.errno != errno.ENOTSUP:
+                self._tore(offset, length)
+            raise
         finally:
             self.since.set(offset, length)
             self._lock.give_back(token)
+
+    def _tore(self, offset: int, length: int) -> None:
+        """This disk failed a write, and may hold anything there; the standby may have taken it."""
+        if self._torn is None:
+            self._torn = Bitmap(self.length, GRANULARITY)
+        self._torn.set(offset, length)
 
     # --- the queue ---
 
@@ -354,6 +379,8 @@ class Link(Filter):
     def settled(self) -> None:
         """What came before the mark is durable on the standby."""
         self.closing.clear()
+        if self._torn is not None:
+            self.closing.merge(self._torn)
 
     async def drain_begin(self) -> None:
         if self._held is None and self.on:
@@ -361,6 +388,10 @@ class Link(Filter):
                 await self.settle()
             except ConnectionLost:
                 return  # nothing is on its way any more
+
+
+async def _nothing() -> None:
+    pass
 
 
 def _as_os_error(error: BaseException) -> OSError:
