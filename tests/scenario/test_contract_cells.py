@@ -87,7 +87,7 @@ def test_lost_standby(mode: str, stage: str, what: str) -> None:
         rig.gates.fail("a-secondary", {"zeroes": "write_zeroes"}.get(what, what), errno.ENOSPC)
         assert await error_of(request(disk, what, 100, 50)) is None
         assert [error.errno for error in heard] == [errno.ENOSPC]
-        with pytest.raises(ReplicationError, match="a-filter.*injected"):
+        with pytest.raises(ReplicationError, match=r"a-filter.*injected"):
             rig.registry.get_error_all()
         await rig.registry.stop_all(False)
         assert disk.filter.error is None

@@ -203,13 +203,10 @@ class Coordinator:
         self.protected = True
         self.state, self.reason = State.REPLICATING, ""
         actions = self._enter(State.REPLICATING, "") if is_news else []
-        if self._wanted_again:
-            self._wanted_again = False
-            actions += self._checkpoint()
-        return actions
+        return [*actions, *self._wanted()]
 
     def _not_committed(self, event: NotCommitted) -> list[Action]:
-        return self._enter(State.REPLICATING, f"the last checkpoint failed: {event.reason}")
+        return [*self._enter(State.REPLICATING, f"the last checkpoint failed: {event.reason}"), *self._wanted()]
 
     def _failed(self, event: Failed) -> list[Action]:
         if self.state is State.OFFLINE and event.attempt is None:
@@ -242,6 +239,10 @@ class Coordinator:
     def _attach(self, delay: float) -> Attach:
         self._attempt += 1
         return Attach(self._attempt, delay)
+
+    def _wanted(self) -> list[Action]:
+        wanted, self._wanted_again = self._wanted_again, False
+        return self._checkpoint() if wanted else []
 
     def _checkpoint(self) -> list[Action]:
         self.state = State.CHECKPOINTING
