@@ -30,7 +30,7 @@ async def attaching(pair: Pair, proxy: Proxy) -> None:
 async def first_sync(pair: Pair, proxy: Proxy) -> None:
     proxy.rate = 512 * KiB
     await pair.start_primary(to=proxy.address)
-    await pair.primary.until(lambda status: status["work"] and status["work"]["current"] > 0)
+    await pair.primary.until(lambda status: status["work"] and proxy.up > 64 * KiB)
 
 
 async def replicating(pair: Pair, proxy: Proxy) -> None:

@@ -217,7 +217,7 @@ class Primary(Service):
         control = await open_connection((host, port + 1), timeout=max(self.config.max_stall, 1.0), ssl=self._tls())
         try:
             answer = await control.execute("pair-attach", {
-                "pair": self.config.pair, "instance": self._instance,
+                "pair": self.config.pair, "instance": self._instance, "silence": 3 * self.config.max_stall,
                 "disks": [{"name": name, "size": disk.link.length} for name, disk in self.disks.items()]})
             if not answer["accepted"]:
                 await control.close()

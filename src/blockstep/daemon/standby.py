@@ -17,6 +17,7 @@ gone), *failover* (promoted, the merge runs), *promoted*, *failover-failed*, *st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import ssl
 import time
@@ -92,6 +93,7 @@ class Standby(Service):
         self._link_server: NbdServer | None = None
         self._control: QmpServer | None = None
         self._primary: Monitor | None = None
+        self._heard_at = 0.0
         self.link_port = 0
         self._instance = ""
         self._wanted_instance = ""
@@ -193,7 +195,7 @@ class Standby(Service):
             return self._answer(False, f"standby '{self.config.pair}' {what}; it takes no primary any more")
         self._check_primary(args, monitor)
         self._primary = monitor
-        self._watcher = asyncio.get_running_loop().create_task(self._watch(monitor))
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(monitor, args.silence))
         if self._link_server is None:
             raise BlockstepError("the standby is not ready")
         for name, disk in self.disks.items():
@@ -252,8 +254,23 @@ class Standby(Service):
             disk.errors.clear()
         self._tell()
 
-    async def _watch(self, monitor: Monitor) -> None:
-        await monitor.gone.wait()
+    def heard(self, monitor: Monitor) -> qmp.PairStatus:
+        """A sign of life of somebody, who is told how it is."""
+        if monitor is self._primary:
+            self._heard_at = self._clock()
+        return self.status()
+
+    async def _watch(self, monitor: Monitor, silence: float) -> None:
+        """See the primary go: its connection ends, or it is silent for too long and is cut off."""
+        self._heard_at = self._clock()
+        while not monitor.gone.is_set():
+            left = self._heard_at + silence - self._clock() if silence else None
+            if left is not None and left <= 0:
+                monitor.abort()
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await monitor.gone.wait()
         if monitor is self._primary:
             self._primary = None
             self._tell()

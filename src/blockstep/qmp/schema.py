@@ -69,6 +69,9 @@ class Monitor(Protocol):
     def gone(self) -> asyncio.Event:
         """Set when its connection has ended."""
 
+    def abort(self) -> None:
+        """Cut its connection off."""
+
 
 @dataclass(frozen=True, slots=True)
 class EventKind:

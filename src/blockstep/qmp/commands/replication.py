@@ -6,7 +6,7 @@ control port of a standby, which offers nothing else.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 from msgspec import Meta
 
@@ -191,11 +191,15 @@ class AttachDisk(Arguments):
 
 
 class AttachArguments(Arguments):
-    """Arguments of pair-attach. ``instance`` names the running primary: its bitmaps last as long as it does."""
+    """Arguments of pair-attach. ``instance`` names the running primary: its bitmaps last as long as it does.
+
+    ``silence``: after so many seconds without a command the primary is gone, whatever its connection says; 0: never.
+    """
 
     pair: str
     instance: str
     disks: list[AttachDisk]
+    silence: float = 0.0
 
 
 class Attached(Result):
@@ -225,6 +229,7 @@ class Peer(Protocol):
     async def attach(self, args: AttachArguments, monitor: Monitor) -> Attached: ...
     async def start(self) -> None: ...
     async def commit(self, epoch: int) -> None: ...
+    def heard(self, monitor: Monitor) -> PairStatus: ...
 
 
 @peer_commands.command("pair-attach")
@@ -246,7 +251,6 @@ async def pair_checkpoint(context: Peer, args: CommitArguments) -> None:
 
 
 @peer_commands.command("pair-query")
-async def pair_query(context: Any, args: Arguments) -> PairStatus:
-    """As query-replication."""
-    status: PairStatus = context.status()
-    return status
+async def pair_query(context: Peer, args: Arguments, monitor: Monitor) -> PairStatus:
+    """As query-replication; and a sign of life."""
+    return context.heard(monitor)
