@@ -106,6 +106,8 @@ class Primary(Service):
         self._settling: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._sync_is_full = True
+        #: Bytes that a disk's buffer on the standby may take before a checkpoint is due; 0: there is no limit.
+        self._room = 0
         self._committed_at: float | None = None
         self._pause = 0.0
         self._asking: list[asyncio.Future[qmp.Committed]] = []
@@ -138,7 +140,8 @@ class Primary(Service):
             {"driver": "link", "node-name": spec.name, "file": f"{spec.name}-disk",
              "ack": self.config.ack, "queue": self.config.queue})
         assert isinstance(link, Link)
-        link.on_fail = lambda error: self._post(c.Failed(f"disk '{spec.name}': {error.strerror or error}"))
+        link.on_fail = lambda error: self._post(
+            c.Failed(f"disk '{spec.name}' on the standby: {error.strerror or error}"))
         link.on_written = self._written
         self.disks[spec.name] = _Disk(spec, link, self.graph.attach_backend(link, f"guest's {spec.name}", READ | WRITE))
 
@@ -236,6 +239,7 @@ class Primary(Service):
             raise
         self._control = control
         self._spawn(self._watch(control))
+        self._room = answer["buffer-limit"] // 2
         known = answer["running"] and answer["instance"] == self._instance
         self._sync_is_full = not known
         self.coordinator.epoch = max(self.coordinator.epoch, answer["epoch"])
@@ -257,6 +261,8 @@ class Primary(Service):
         try:
             while self._control is control:
                 status = await control.execute("pair-query", timeout=self.config.max_stall * 0.75)
+                if any(disk["buffer-used"] > self._room > 0 for disk in status["disks"]):
+                    self._post(c.Due())
                 if status["role"] == "promoted" or status["state"] == "stopped":
                     self._post(c.Refused(f"standby '{self.config.pair}' is {status['state']}; this side is stale"))
                     return
@@ -313,11 +319,18 @@ class Primary(Service):
         self._post(c.Due())
 
     def _written(self) -> None:
-        written = sum(disk.link.written for disk in self.disks.values())
-        if self.config.checkpoint_bytes and written > self.config.checkpoint_bytes:
-            for disk in self.disks.values():
-                disk.link.alarm = 0
+        """A link has more than its `alarm`: a checkpoint is due, or that was another disk's share."""
+        links = [disk.link for disk in self.disks.values()]
+        by_bytes = self.config.checkpoint_bytes and sum(link.written for link in links) > self.config.checkpoint_bytes
+        if by_bytes or (self._room and any(link.written > self._room for link in links)):
+            for link in links:
+                link.alarm = 0
             asyncio.get_running_loop().call_soon(self._post, c.Due())
+
+    def _alarm(self) -> int:
+        """Bytes after which a link is to be looked at."""
+        limits = [self.config.checkpoint_bytes // len(self.disks), self._room]
+        return min(filter(None, limits), default=0)
 
     async def _checkpoint(self, attempt: int, epoch: int) -> c.Event:
         links = [disk.link for disk in self.disks.values()]
@@ -328,7 +341,7 @@ class Primary(Service):
         started = self._clock()
         for link in links:
             link.mark()
-            link.alarm = self.config.checkpoint_bytes // len(links)
+            link.alarm = self._alarm()
         try:
             for link in links:
                 await link.settle()

@@ -10,6 +10,10 @@ A primary presents itself on the control port (the link's port + 1): `attach`. W
 Nothing on this side decides: it does as its primary says, until an operator promotes it (`fail_over`); then the link's
 exports are gone at once, and no primary is taken any more.
 
+A buffer without room fails the primary's writes, and the primary lets go and comes back with a resync. The checkpoint
+stays as long as it can: only when the buffer becomes full in a resync as well, it is given up with the next `attach`.
+Then there is no view until the next `commit`; but there is a way out.
+
 State, in words: *waiting* for a primary, *syncing*, *replicating*, *lost* (it has a checkpoint, and the primary is
 gone), *failover* (promoted, the merge runs), *promoted*, *failover-failed*, *stopped*.
 """
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import ssl
 import time
@@ -94,6 +99,10 @@ class Standby(Service):
         self._control: QmpServer | None = None
         self._primary: Monitor | None = None
         self._heard_at = 0.0
+        #: Whether the primary has committed a checkpoint since it was attached, that is: its (re)sync is over.
+        self._has_committed = False
+        #: Whether the buffer has become full in a resync.
+        self._no_room = False
         self.link_port = 0
         self._instance = ""
         self._wanted_instance = ""
@@ -198,10 +207,11 @@ class Standby(Service):
         self._watcher = asyncio.get_running_loop().create_task(self._watch(monitor, args.silence))
         if self._link_server is None:
             raise BlockstepError("the standby is not ready")
+        await self._cut_links()
+        if self._no_room:
+            await self._give_up()
+        self._has_committed = False
         for name, disk in self.disks.items():
-            if disk.link:
-                await self._link_server.remove(name, "hard")
-                await self.graph.detach_backend(disk.link)
             node = self.graph.find(f"{name}-secondary")
             # Below the copy-before-write filter, if there is one: it is put over the node's parents.
             top = disk.buffer.cbw if disk.buffer else node
@@ -209,6 +219,14 @@ class Standby(Service):
             self._link_server.add(Export(name, disk.link, description=f"pair {self.config.pair}, for the primary"))
         self._tell()
         return self._answer(True, "")
+
+    async def _give_up(self) -> None:
+        """The buffer has no room for what a resync changes: without the checkpoint none is needed."""
+        self._no_room = False
+        if self._running:
+            await self.registry.give_up_all()
+            self._epoch = 0
+            self._last_error = "the checkpoint was given up: the buffer has no room for it and for a resync"
 
     def _check_primary(self, args: qmp.AttachArguments, monitor: Monitor) -> None:
         if args.pair != self.config.pair:
@@ -226,7 +244,8 @@ class Standby(Service):
 
     def _answer(self, accepted: bool, reason: str) -> qmp.Attached:
         return qmp.Attached(accepted=accepted, reason=reason, instance=self._instance, epoch=self._epoch,
-                            running=self._running, port=self.link_port)
+                            running=self._running, port=self.link_port,
+                            buffer_limit=0 if self.config.buffer_dir else self.config.buffer_memory)
 
     async def start(self) -> None:
         """The disks hold what the primary's hold: replicate from here on."""
@@ -249,6 +268,7 @@ class Standby(Service):
             raise
         self._instance, self._epoch, self._committed_at = self._wanted_instance, epoch, self._clock()
         self._last_error = ""
+        self._has_committed, self._no_room = True, False
         for disk in self.disks.values():
             disk.filter.error = None
             disk.errors.clear()
@@ -310,6 +330,10 @@ class Standby(Service):
         for disk in self.disks.values():
             if disk.link:
                 disk.link.revoke(f"standby '{self.config.pair}' has been promoted")
+        await self._cut_links()
+
+    async def _cut_links(self) -> None:
+        """Take the primary's exports away, and wait for what had been begun."""
         for name, disk in self.disks.items():
             if disk.link and self._link_server:
                 await self._link_server.remove(name, "hard")
@@ -353,7 +377,7 @@ class Standby(Service):
         if state == "failover-failed":
             return "at-risk", "; ".join(errors) or "the merge after the failover failed"
         if state in ("waiting", "syncing"):
-            return "at-risk", "there is no checkpoint yet"
+            return "at-risk", self._last_error or "there is no checkpoint yet"
         if state == "lost":
             return "at-risk", f"the primary is gone; the view is at checkpoint {self._epoch}"
         if state in ("promoted", "failover", "stopped"):
@@ -390,6 +414,8 @@ class Standby(Service):
     def _io_error(self, disk: _Disk, error: OSError) -> None:
         disk.errors.append(str(error))
         del disk.errors[8:]
+        if error.errno == errno.ENOSPC and not self._has_committed:
+            self._no_room = True
         self.emit(qmp.ReplicationIoError(pair=self.config.pair, disk=disk.spec.name, reason=str(error)))
         self._tell()
 

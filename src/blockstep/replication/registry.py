@@ -48,6 +48,18 @@ class ReplicationRegistry:
                 await self._put_back(filter)
             raise
 
+    async def give_up_all(self) -> None:
+        """Give the checkpoint up, and what the standby itself wrote: all running secondaries are as before their start.
+
+        The views refuse all requests until they are started again. Nobody but them uses the disks now.
+        """
+        for filter in self.filters:
+            if filter.stage is Stage.RUNNING and isinstance(filter.buffer, HiddenDiskBuffer):
+                buffer = filter.buffer
+                await self._put_back(filter)
+                await buffer.active.make_empty()
+                await buffer.hidden.make_empty()
+
     async def checkpoint_all(self) -> None:
         """Move the view of all secondaries to what the primary wrote, together.
 

@@ -207,6 +207,7 @@ class Attached(Result):
 
     ``accepted`` False: the standby was promoted, ``reason`` says so. ``instance`` and ``epoch`` name the last
     checkpoint that it committed and whose; ``running``: it has one. ``port``: where its disks are exported.
+    ``buffer_limit``: bytes that the buffer of a disk takes between two checkpoints; 0: no limit.
     """
 
     accepted: bool
@@ -215,6 +216,7 @@ class Attached(Result):
     epoch: int
     running: bool
     port: int
+    buffer_limit: int
 
 
 class CommitArguments(Arguments):

@@ -1,0 +1,177 @@
+"""Space runs out: in the standby's buffer (D3), on the standby's disk, on the primary's disk."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from pathlib import Path
+
+import pytest
+
+from blockstep.errors import BlockstepError
+from blockstep.testing.pair import Pair, Side
+from blockstep.units import KiB, MiB
+from tests.scenarios import scenario
+
+
+@scenario
+async def test_a_checkpoint_is_taken_before_the_buffer_is_full(tmp_path: Path) -> None:
+    async with Pair(tmp_path, disks=2, size=4 * MiB) as pair:
+        await pair.start(standby=["--buffer-memory", "1M"])
+        epoch = (await pair.primary.until(health="healthy"))["checkpoint"]["epoch"]
+        for _ in range(5):
+            await pair.write(300)  # 6 MB in all, of random places in 8 MiB
+        status = await pair.primary.status()
+        assert status["health"] == "healthy"
+        assert status["checkpoint"]["epoch"] >= epoch + 4
+        assert not [event for event in pair.standby.events if event["event"] == "REPLICATION_IO_ERROR"]
+        low, high = await pair.checkpoint()
+        assert low <= await pair.proven(pair.standby) <= high
+
+
+@scenario
+async def test_small_writes_that_fill_much_of_the_buffer_are_seen_by_asking(tmp_path: Path) -> None:
+    async with Pair(tmp_path, size=2 * MiB) as pair:
+        await pair.start("--max-stall", "200ms", standby=["--buffer-memory", "1M"])
+        epoch = (await pair.primary.until(health="healthy"))["checkpoint"]["epoch"]
+        async with pair.primary.clients() as (guest,):
+            for number in range(150):  # each saves 4 KiB
+                await guest.pwrite(number * 4096, b"!")
+        await pair.primary.until(lambda status: status["checkpoint"]["epoch"] > epoch)
+        assert (await pair.standby.status())["disks"][0]["buffer-used"] < 512 * KiB
+
+
+@scenario
+async def test_a_full_buffer_costs_the_guest_nothing_and_the_pair_recovers_by_itself(tmp_path: Path) -> None:
+    """D3. One write is larger than the buffer: no checkpoint can come in time."""
+    async with Pair(tmp_path, disks=2, size=4 * MiB) as pair:
+        await pair.start(standby=["--buffer-memory", "256k"])
+        await pair.primary.until(health="healthy")
+        await pair.write(10)
+        await pair.checkpoint()
+        async with pair.primary.clients() as (guest, _):
+            await guest.pwrite(0, bytes(2 * MiB))
+            await guest.pwrite(MiB, b"later")
+            lost = await pair.primary.heard("REPLICATION_STATE", state="offline")
+            assert "No space" in lost["reason"]
+            error = await pair.standby.heard("REPLICATION_IO_ERROR")
+            assert "memory-limit" in error["reason"]
+            await pair.primary.until(health="healthy")
+            await guest.pwrite(3 * MiB, b"and so on")
+        await pair.standby.heard("REPLICATION_STATE", state="syncing", health="at-risk")
+        await pair.primary.execute("replication-checkpoint")
+        assert (await pair.standby.status())["health"] == "healthy"
+        assert await pair.standby.read_disks() == await pair.primary.read_disks()
+
+
+@scenario
+async def test_a_full_buffer_keeps_its_checkpoint_until_a_resync_has_found_no_room_either(tmp_path: Path) -> None:
+    async with Pair(tmp_path, size=4 * MiB) as pair:
+        await pair.start(standby=["--buffer-memory", "256k"])
+        await pair.primary.until(health="healthy")
+        await pair.write(10)
+        await pair.checkpoint()
+        async with pair.primary.clients() as (guest,):
+            await guest.pwrite(0, bytes(2 * MiB))
+            await pair.primary.heard("REPLICATION_STATE", state="offline")
+            pair.primary.kill()
+        await pair.standby.until(state="lost")
+        await pair.standby.execute("replication-failover")
+        assert await pair.proven(pair.standby) == 10
+
+
+@scenario
+async def test_a_buffer_that_spills_takes_what_memory_does_not(tmp_path: Path) -> None:
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    async with Pair(tmp_path, size=4 * MiB) as pair:
+        await pair.start(standby=["--buffer-memory", "256k", "--buffer-dir", str(spill)])
+        await pair.primary.until(health="healthy")
+        await pair.write(10)
+        await pair.checkpoint()
+        async with pair.primary.clients() as (guest,):
+            await guest.pwrite(0, bytes(2 * MiB))
+        await pair.primary.until(lambda status: not status["disks"][0]["behind"])
+        assert (await pair.primary.status())["health"] == "healthy"
+        pair.primary.kill()
+        await pair.standby.execute("replication-failover")
+        assert await pair.proven(pair.standby) == 10
+        await pair.standby.until(state="promoted")
+        assert await pair.proven(pair.standby) == 10
+
+
+def limit_files(side: Side, size: int) -> None:
+    """From now on no file of the process can be written beyond ``size`` bytes (EFBIG): a disk that fails there."""
+    resource.prlimit(side.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@scenario
+async def test_the_primarys_disk_fails_and_the_guest_is_told(tmp_path: Path) -> None:
+    async with Pair(tmp_path, size=4 * MiB) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        limit_files(pair.primary, 3 * MiB)
+        async with pair.primary.clients() as (guest,):
+            with pytest.raises(OSError):
+                await guest.pwrite(3 * MiB + 4096, b"beyond")
+            await guest.pwrite(MiB, b"within")
+            assert bytes(await guest.pread(MiB, 6)) == b"within"
+        await pair.primary.execute("replication-checkpoint")
+        [found] = await pair.standby.read_disks()
+        assert found[1].startswith(b"within")
+
+
+@scenario
+async def test_the_standbys_disk_fails_the_guest_goes_on_and_so_does_the_pair_when_it_is_well_again(
+    tmp_path: Path,
+) -> None:
+    async with Pair(tmp_path, size=4 * MiB) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        limit_files(pair.standby, 3 * MiB)
+        async with pair.primary.clients() as (guest,):
+            await guest.pwrite(3 * MiB + 4096, b"beyond")
+            lost = await pair.primary.heard("REPLICATION_STATE", state="offline", health="at-risk")
+            assert "on the standby" in lost["reason"]
+            await guest.pwrite(0, b"on and on")
+            assert bytes(await guest.pread(3 * MiB + 4096, 6)) == b"beyond"
+        assert await pair.proven(pair.standby) == 0
+        limit_files(pair.standby, resource.RLIM_INFINITY)
+        await pair.primary.until(health="healthy")
+        assert await pair.standby.read_disks() == await pair.primary.read_disks()
+
+
+@scenario
+async def test_a_checkpoint_that_the_standby_cannot_take_says_so_and_the_next_one_is_good(tmp_path: Path) -> None:
+    """D4: all disks stay at the old point."""
+    async with Pair(tmp_path, disks=2, size=4 * MiB) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        await pair.write(20)
+        limit_files(pair.standby, 3 * MiB)  # emptying the buffers takes a new file in memory, as long as the disk
+        with pytest.raises(BlockstepError, match="cannot empty"):
+            await pair.primary.execute("replication-checkpoint")
+        limit_files(pair.standby, resource.RLIM_INFINITY)
+        assert await pair.proven(pair.standby) == 0
+        for side in (pair.primary, pair.standby):
+            status = await side.status()
+            assert status["health"] == "degraded"
+            assert "cannot empty" in status["reason"]
+        await pair.checkpoint()
+        assert await pair.proven(pair.standby) == 20
+        for side in (pair.primary, pair.standby):
+            assert (await side.status())["health"] == "healthy"
+
+
+@scenario
+async def test_the_standbys_own_writes_fill_only_their_own_buffer(tmp_path: Path) -> None:
+    async with Pair(tmp_path, size=4 * MiB) as pair:
+        await pair.start(standby=["--buffer-memory", "256k"])
+        await pair.primary.until(health="healthy")
+        async with pair.standby.clients() as (client,):
+            with pytest.raises(OSError, match="No space"):
+                await client.pwrite(0, b"x" * MiB)
+            await asyncio.wait_for(pair.write(20), 5)
+            await pair.primary.execute("replication-checkpoint")
+            await client.pwrite(0, b"x" * 128 * KiB)
+        assert (await pair.primary.status())["health"] == "healthy"
