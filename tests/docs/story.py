@@ -17,7 +17,7 @@ Comments of HTML, which a reader of the page does not see, direct the test:
     <!-- not run: why -->            the next block is not run
     <!-- test: kill hosta -->        SIGKILL for all programs of a host, and an empty /run: it is dead
     <!-- test: exit 1 -->            the last command of the next block ends with this code (otherwise: 0)
-    <!-- test: wait healthy hosta --> until `blockstep status` says so
+    <!-- test: gone hosta -->        the programs of this host end, each with code 0
 
 What names a host in the text is put in its place here: the paths of `PLACES` lie in the host's own directory, and
 ``hosta:PORT``, ``hostb:PORT`` and ``0.0.0.0:PORT`` become ports of this machine that are free.
@@ -163,8 +163,11 @@ class Story:
                         left.unlink()  # what is in /run does not outlive a host
                 case ["exit", number]:
                     code = int(number)
-                case ["wait", "healthy", host]:
-                    self.wait_healthy(host)
+                case ["gone", host]:
+                    self._until(lambda: all(one.poll() is not None for one in self.programs[host]),
+                                f"{block.where}: {host} still runs")
+                    assert all(one.poll() == 0 for one in self.programs[host]), f"{block.where}: did not end well"
+                    self.programs[host].clear()
                 case _:
                     raise AssertionError(f"{block.where}: unknown directive '{directive}'")
         if block.not_run:
@@ -198,7 +201,7 @@ class Story:
                                        env=self._environment(host), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
         self.programs[host].append(process)
         self._until(lambda: re.search(r"^nbds?(\+unix)?://.*\n", log.read_text(), re.M) or process.poll() is not None,
-                    f"{block.where}: {command}: no URI\n" )
+                    f"{block.where}: {command}: no URI")
         assert process.poll() is None, f"{block.where}: {command}\n{log.read_text()}"
         if command.split()[1] == "primary":
             self.wait_healthy(host)
