@@ -247,16 +247,16 @@ class Standby(Service):
                             running=self._running, port=self.link_port,
                             buffer_limit=0 if self.config.buffer_dir else self.config.buffer_memory)
 
-    async def start(self) -> None:
-        """The disks hold what the primary's hold: replicate from here on."""
+    async def start(self, monitor: Monitor) -> None:
+        """The disks hold what the primary's hold: replicate from here on. The first `commit` does it as well."""
+        self._must_be_primary(monitor, "start")
         if not self._running:
             await self.registry.start_all("secondary")
         self._instance = self._wanted_instance
 
-    async def commit(self, epoch: int) -> None:
+    async def commit(self, epoch: int, monitor: Monitor) -> None:
         """Move the views of all disks forward, or of none. The first one is the start."""
-        if self._primary is None or self._promoted_to or self._stopped:
-            raise ReplicationError(self.config.pair, "checkpoint", f"no primary is attached (it is {self.state})")
+        self._must_be_primary(monitor, "checkpoint")
         try:
             if self._running:
                 await self.registry.checkpoint_all()
@@ -273,6 +273,11 @@ class Standby(Service):
             disk.filter.error = None
             disk.errors.clear()
         self._tell()
+
+    def _must_be_primary(self, monitor: Monitor, step: str) -> None:
+        if self._promoted_to or self._stopped or monitor is not self._primary:
+            raise ReplicationError(self.config.pair, step, f"only the attached primary may ask for it "
+                                   f"(the standby is {self.state})")
 
     def heard(self, monitor: Monitor) -> qmp.PairStatus:
         """A sign of life of somebody, who is told how it is."""

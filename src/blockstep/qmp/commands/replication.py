@@ -229,8 +229,8 @@ class Peer(Protocol):
     """What the primary's commands need of their context."""
 
     async def attach(self, args: AttachArguments, monitor: Monitor) -> Attached: ...
-    async def start(self) -> None: ...
-    async def commit(self, epoch: int) -> None: ...
+    async def start(self, monitor: Monitor) -> None: ...
+    async def commit(self, epoch: int, monitor: Monitor) -> None: ...
     def heard(self, monitor: Monitor) -> PairStatus: ...
 
 
@@ -241,15 +241,15 @@ async def pair_attach(context: Peer, args: AttachArguments, monitor: Monitor) ->
 
 
 @peer_commands.command("pair-start")
-async def pair_start(context: Peer, args: Arguments) -> None:
+async def pair_start(context: Peer, args: Arguments, monitor: Monitor) -> None:
     """The disks hold what the primary's hold: start to replicate."""
-    await context.start()
+    await context.start(monitor)
 
 
 @peer_commands.command("pair-checkpoint")
-async def pair_checkpoint(context: Peer, args: CommitArguments) -> None:
+async def pair_checkpoint(context: Peer, args: CommitArguments, monitor: Monitor) -> None:
     """Commit a checkpoint: everything that belongs to it has been acknowledged. All disks, or none."""
-    await context.commit(args.epoch)
+    await context.commit(args.epoch, monitor)
 
 
 @peer_commands.command("pair-query")
