@@ -293,23 +293,25 @@ class Graph:
     async def reopen(self, changes: Iterable[tuple[Driver, Mapping[str, Any]]]) -> None:
         """Change options (``read-only``, ``cache.direct``, ...) of open nodes, all of them or none.
 
-        Each driver prepares what can fail; then the permissions are checked; then all take effect.
+        Each driver prepares what can fail; then the permissions are checked; then all take effect. The nodes are
+        drained meanwhile, so that no request meets its storage half changed; a caller may hold them drained already.
         """
+        wanted = list(changes)
+        access = [(node, bool(options.get("read-only", node.read_only))) for node, options in wanted]
         prepared: list[Prepared] = []
-        access: list[tuple[Driver, bool]] = []
-        try:
-            for node, options in changes:
-                access.append((node, bool(options.get("read-only", node.read_only))))
-                prepared.append(await node.prepare_reopen({**options, "read-only": access[-1][1]}))
-            with self.change() as change:
-                for node, read_only in access:
-                    change.set_read_only(node, read_only)
-        except BaseException:
-            for reopening in reversed(prepared):
-                reopening.abort()
-            raise
-        for reopening in prepared:
-            reopening.commit()
+        async with self.drained(*(node for node, _ in wanted)):
+            try:
+                for (node, options), (_, read_only) in zip(wanted, access, strict=True):
+                    prepared.append(await node.prepare_reopen({**options, "read-only": read_only}))
+                with self.change() as change:
+                    for node, read_only in access:
+                        change.set_read_only(node, read_only)
+            except BaseException:
+                for reopening in reversed(prepared):
+                    reopening.abort()
+                raise
+            for reopening in prepared:
+                reopening.commit()
 
     # --- drain ---
 

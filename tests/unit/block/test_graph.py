@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import blockstep.drivers  # noqa: F401
 from blockstep.block.driver import Driver, Prepared
 from blockstep.block.graph import Change, Graph
+from blockstep.block.io import Backend
 from blockstep.block.node import NodeOptions
 from blockstep.block.permissions import ALL, READ, WRITE, Permission, Role
 from blockstep.block.registry import register
@@ -402,6 +404,101 @@ def test_nobody_sees_a_reopen_half_done() -> None:
             assert len({node.read_only for node in nodes}) == 1
             await asyncio.sleep(0)
         await reopening
+
+    asyncio.run(main())
+
+
+class BusyOptions(ReopenOptions, tag="test-busy"):
+    pass
+
+
+@register
+class Busy(Reopened):
+    """Its requests take a turn of the loop; it remembers how many were under way when a reopening took effect."""
+
+    driver: ClassVar[str] = "test-busy"
+    Options = BusyOptions
+    under_way = 0
+
+    async def pread(self, offset: int, length: int) -> Any:
+        self.under_way += 1
+        await asyncio.sleep(0)
+        self.under_way -= 1
+        return await super().pread(offset, length)
+
+    async def prepare_reopen(self, options: Mapping[str, Any]) -> Prepared:
+        await asyncio.sleep(0)
+        return Prepared(lambda: self.record.append(f"commit {self.name} with {self.under_way} under way"))
+
+
+async def keep_reading(backend: Backend) -> None:
+    while True:
+        await backend.pread(0, 512)
+
+
+def test_nothing_is_in_flight_in_a_node_when_its_reopening_takes_effect() -> None:
+    async def main() -> None:
+        graph = Graph()
+        nodes = [await graph.open({"driver": "test-busy", "node-name": name}) for name in "ab"]
+        Reopened.record.clear()
+        top = await graph.open({"driver": "throttle", "limits": {}, "file": "b"})
+        backends = [graph.attach_backend(node, "reader") for node in (nodes[0], top) for _ in range(2)]
+        readers = [asyncio.create_task(keep_reading(backend)) for backend in backends]
+        for read_only in (True, False):
+            await asyncio.sleep(0)
+            assert [backend.in_flight for backend in backends] == [1] * 4
+            await graph.reopen([(node, {"read-only": read_only}) for node in nodes])
+        assert Reopened.record == [f"commit {name} with 0 under way" for name in "abab"]
+        await asyncio.sleep(0)
+        assert [backend.in_flight for backend in backends] == [1] * 4, "and then they go on"
+        for reader in readers:
+            reader.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_reopen_by_one_who_has_drained_the_nodes_leaves_them_drained() -> None:
+    async def main() -> None:
+        graph = Graph()
+        node = await graph.open({"driver": "test-busy", "node-name": "a"})
+        backend = graph.attach_backend(node, "reader")
+        async with graph.drained(node):
+            await graph.reopen([(node, {"read-only": True})])
+            reading = asyncio.create_task(backend.pread(0, 512))
+            await asyncio.sleep(0)
+            assert backend.in_flight == 0
+        await reading
+
+    asyncio.run(main())
+
+
+def test_a_file_is_reopened_under_live_reads(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 4096
+    (tmp_path / "disk").write_bytes(content)
+
+    async def main() -> None:
+        graph = Graph()
+        node = await graph.open({"driver": "file", "node-name": "disk", "filename": str(tmp_path / "disk")})
+        backend = graph.attach_backend(node, "reader")
+        reads = 0
+
+        async def read(place: int) -> None:
+            nonlocal reads
+            while reads < 400:
+                offset = (place * 7919 + reads * 4096) % (len(content) - 65536)
+                assert await backend.pread(offset, 65536) == content[offset:offset + 65536]
+                reads += 1
+                await asyncio.sleep(0)
+
+        readers = [asyncio.create_task(read(place)) for place in range(8)]
+        read_only = False
+        while reads < 400:
+            read_only = not read_only
+            await graph.reopen([(node, {"read-only": read_only})])
+            await asyncio.sleep(0)
+        await asyncio.gather(*readers)
+        await graph.detach_backend(backend)
+        await graph.close(node)
 
     asyncio.run(main())
 
