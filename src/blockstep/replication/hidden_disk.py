@@ -21,6 +21,7 @@ the hidden disk may lack what was saved last. This is what a journal of epochs i
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -176,15 +177,22 @@ class HiddenDiskBuffer:
         await self.undo()
 
     async def fail_over(self) -> None:
-        """See `DiskBuffer`. Returns when the view can be used; the merge goes on as a job named ``failover-NODE``."""
+        """See `DiskBuffer`. Returns when the view can be used; the merge goes on as a job named ``failover-NODE``.
+
+        A merge that cannot even begin is one that failed: the view lives on, and nothing is raised.
+        """
         self.revoke_writers()
         await self._remove_cbw()
         self._undo.remove(self._remove_cbw)
         self._filter.enter(Stage.FAILOVER)
-        self._commit = await self._jobs.create(CommitJob(
-            f"failover-{self._filter.name}", self._graph, self.active, self.secondary, active=True,
-            auto_complete=True, replace_in=self._filter.file, internal=True))
-        self._waiter = asyncio.get_running_loop().create_task(self._committed(self._commit))
+        try:
+            self._commit = await self._jobs.create(CommitJob(
+                f"failover-{self._filter.name}", self._graph, self.active, self.secondary, active=True,
+                auto_complete=True, replace_in=self._filter.file, internal=True))
+        except (BlockstepError, OSError) as error:
+            await self._merged(error)
+        else:
+            self._waiter = asyncio.get_running_loop().create_task(self._committed(self._commit))
 
     def revoke_writers(self) -> None:
         """From now on nobody but the view writes to the secondary disk: an old primary is refused."""
@@ -195,13 +203,19 @@ class HiddenDiskBuffer:
     async def _committed(self, commit: Job) -> None:
         error = await commit.wait()
         self._commit = None
+        await self._merged(error)
+
+    async def _merged(self, error: Exception | None) -> None:
         if error is None:
             self._finish()
             self._filter.enter(Stage.DONE)
         else:
             self._filter.enter(Stage.FAILOVER_FAILED)
-            self._filter.fail(error if isinstance(error, OSError) else OSError(str(error)))
-        await self.undo()
+            self._filter.fail(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
+        try:
+            await self.undo()
+        except (BlockstepError, OSError) as failure:  # the flags of a file that cannot be opened anew
+            self._filter.fail(failure if isinstance(failure, OSError) else OSError(errno.EIO, str(failure)))
 
     def _finish(self) -> None:
         self._filter.buffer = None
