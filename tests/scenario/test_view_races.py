@@ -13,6 +13,7 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -269,3 +270,135 @@ _one_release = st.tuples(st.just("release"), st.integers(0, 5), st.just(1), st.j
 def test_readers_race_with_copy_before_write_of_one_cluster(steps: list[Step], closed: tuple[str, ...],
                                                             shape: Shape) -> None:
     run(steps, *closed, shape=shape)
+
+
+# --- the races that have bitten others, one by one ---
+
+
+class Scene:
+    """One disk whose gates are closed where the scene needs it."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig, self.gates, self.disk = rig, rig.gates, rig.disks[0]
+        self.before = bytes(rig.disks[0].secondary.data)
+
+    def wait_at(self, node: str, event: str) -> None:
+        """Let all go on until one waits there."""
+        while not any((stop.node, stop.event) == (node, event) for stop in self.gates.waiting):
+            self.gates.release(0)
+
+
+def scene(play: Callable[[Scene], None], active: int = 4096, hidden: int = 4096) -> None:
+    async def main() -> None:
+        rig = await Rig.open(shape=Shape(active, hidden))
+        await rig.registry.start_all("secondary")
+        play(Scene(rig))
+        await rig.close()
+
+    asyncio.run(main())
+
+
+def test_an_overwrite_waits_for_a_reader_that_found_nothing_in_the_hidden_disk() -> None:
+    """The reader is about to read the secondary disk when the primary overwrites the same cluster."""
+
+    def play(s: Scene) -> None:
+        s.gates.close("a-secondary")
+        reader = Request(s.disk.view.pread(4096, 4096))
+        assert [stop.event for stop in s.gates.waiting] == ["read"]
+        writer = Request(s.disk.primary.pwrite(4096, b"N" * 4096))
+        assert len(s.gates.waiting) == 1, "the writer must not even save the cluster"
+        s.gates.open()
+        assert reader.value == s.before[4096:8192]
+        assert writer.ended
+
+    scene(play)
+
+
+def test_a_reader_waits_for_a_cluster_that_is_being_saved() -> None:
+    def play(s: Scene) -> None:
+        s.gates.close("a-hidden", "a-secondary")
+        writer = Request(s.disk.primary.pwrite(4096, b"N" * 4096))
+        s.wait_at("a-secondary", "write-done")  # overwritten, and not acknowledged
+        reader = Request(s.disk.view.pread(4000, 200))
+        assert not reader.ended
+        s.gates.open()
+        assert reader.value == s.before[4000:4200]
+        assert writer.ended
+
+    scene(play)
+
+
+def test_a_second_overwrite_waits_until_the_first_has_saved_the_cluster() -> None:
+    def play(s: Scene) -> None:
+        s.gates.close("a-hidden")
+        first = Request(s.disk.primary.pwrite(4096, b"1" * 100))
+        second = Request(s.disk.primary.pwrite(5000, b"2" * 100))
+        assert s.disk.secondary.data == s.before, "nothing is overwritten before it is saved"
+        s.gates.open()
+        assert first.ended
+        assert second.ended
+        reader = Request(s.disk.view.pread(0, 8192))
+        assert reader.value == s.before[:8192]
+
+    scene(play)
+
+
+@pytest.mark.parametrize(("active", "primary_at"), [(4096, 4900), (65536, 12288)])
+def test_a_part_of_a_cluster_is_completed_from_the_checkpoint(active: int, primary_at: int) -> None:
+    """The guest writes a part of a cluster; the rest is about to be read from below when the primary overwrites it."""
+
+    def play(s: Scene) -> None:
+        s.gates.close("a-secondary")
+        guest = Request(s.disk.view.pwrite(4096 + 200, b"G" * 100))
+        while s.gates.waiting[0].event != "read" or s.gates.waiting[0].offset < 4096 + 300:
+            s.gates.release(0)  # the head of the cluster has been read, the tail not yet
+        primary = Request(s.disk.primary.pwrite(primary_at, b"N" * 1000))
+        assert len(s.gates.waiting) == 1, "the primary must not even save the cluster"
+        s.gates.open()
+        assert guest.ended
+        assert primary.ended
+        reader = Request(s.disk.view.pread(0, LENGTH))
+        expected = bytearray(s.before)
+        expected[4296:4396] = b"G" * 100
+        assert reader.value == expected
+
+    scene(play, active=active)
+
+
+def test_a_checkpoint_waits_for_what_is_in_flight_and_holds_back_what_comes() -> None:
+    def play(s: Scene) -> None:
+        s.gates.close("a-secondary")
+        before = Request(s.disk.primary.pwrite(0, b"1" * 4096))
+        checkpoint = Request(s.rig.registry.checkpoint_all())
+        after = Request(s.disk.primary.pwrite(0, b"2" * 4096))
+        reader = Request(s.disk.view.pread(0, 4096))
+        assert not any(request.ended for request in (before, checkpoint, after, reader))
+        s.gates.open()
+        assert before.ended
+        assert checkpoint.ended
+        assert after.ended
+        assert reader.value == b"1" * 4096
+        assert s.disk.secondary.data[:4096] == b"2" * 4096
+
+    scene(play)
+
+
+def test_a_write_of_the_old_primary_that_is_in_flight_ends_before_the_failover_and_the_next_is_refused() -> None:
+    async def main() -> None:
+        rig = await Rig.open()
+        await rig.registry.start_all("secondary")
+        disk, before = rig.disks[0], bytes(rig.disks[0].secondary.data)
+        rig.gates.close("a-secondary")
+        in_flight = Request(disk.primary.pwrite(0, b"1" * 4096))
+        failover = Request(rig.registry.stop_all(True))
+        late = Request(disk.primary.pwrite(4096, b"2" * 4096))
+        assert not failover.ended
+        rig.gates.open()
+        await rig.merged()
+        assert in_flight.error is None
+        assert isinstance(late.error, OSError)
+        assert late.error.errno == errno.ESHUTDOWN
+        assert bytes(disk.secondary.data) == before == await disk.read_view()
+        await rig.close()
+
+    asyncio.run(main())
