@@ -402,3 +402,38 @@ def test_a_write_of_the_old_primary_that_is_in_flight_ends_before_the_failover_a
         await rig.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("second", ["checkpoint", "failover", "stop"])
+@pytest.mark.parametrize("first", ["checkpoint", "failover", "stop"])
+def test_operations_of_the_registry_take_turns(first: str, second: str) -> None:
+    """A failover that comes while a checkpoint is half prepared must not merge disks that are then emptied."""
+
+    async def main() -> None:
+        rig = await Rig.open(("a", "b"))
+        await rig.enter("running")
+        expected = rig.model()
+        for disk in rig.disks:
+            expected.disks[disk.name].view.adopt(await disk.read_view())
+        rig.gates.close()
+        operations = {"checkpoint": rig.registry.checkpoint_all, "failover": lambda: rig.registry.stop_all(True),
+                      "stop": lambda: rig.registry.stop_all(False)}
+        told = {"checkpoint": expected.checkpoint, "failover": expected.fail_over, "stop": expected.stop}
+        requests = [Request(operations[name]()) for name in (first, second)]
+        for _ in range(20):  # the second one gets as far as it can before the first one's storage moves
+            await asyncio.sleep(0)
+        rig.gates.open()
+        await rig.merged()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        await rig.merged()
+        assert all(request.ended for request in requests)
+        for name, request in zip((first, second), requests, strict=True):
+            assert request.error is None or isinstance(request.error, ReplicationError)
+            if request.error is None and (name == first or first == "checkpoint"):
+                told[name]()
+        for disk in rig.disks:
+            assert not (wrong := expected.disks[disk.name].view.differs(await disk.read_view())), wrong
+        await rig.close()
+
+    asyncio.run(main())

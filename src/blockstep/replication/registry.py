@@ -2,6 +2,7 @@
 
 Several disks of one guest share a point in time only because these operations are all-or-nothing: if one filter
 fails, the others are put back (`start_all`) or stay where they were (`checkpoint_all`), and the error names the filter.
+Operations that are called at the same time take turns.
 
 The registry is the graph itself: every open node whose driver is ``replication`` takes part.
 
@@ -13,6 +14,8 @@ The registry is the graph itself: every open node whose driver is ``replication`
 """
 
 from __future__ import annotations
+
+import asyncio
 
 from blockstep.block.driver import Prepared
 from blockstep.block.graph import Graph
@@ -28,6 +31,9 @@ class ReplicationRegistry:
     def __init__(self, graph: Graph, jobs: JobRegistry) -> None:
         self._graph = graph
         self._jobs = jobs
+        # One operation at a time: a failover that came between the halves of a checkpoint would merge disks that
+        # are emptied under it.
+        self._turn = asyncio.Lock()
 
     @property
     def filters(self) -> list[Replication]:
@@ -36,6 +42,10 @@ class ReplicationRegistry:
 
     async def start_all(self, mode: Mode) -> None:
         """Start every filter; promoted ones are left alone. Raises ReplicationError; then none has started."""
+        async with self._turn:
+            await self._start_all(mode)
+
+    async def _start_all(self, mode: Mode) -> None:
         started: list[Replication] = []
         try:
             for filter in self.filters:
@@ -66,6 +76,10 @@ class ReplicationRegistry:
         Waits until what is in flight has ended and holds back what comes meanwhile. Raises ReplicationError;
         then every view is still at the old checkpoint. Nothing is durable until the secondary disks are flushed.
         """
+        async with self._turn:
+            await self._checkpoint_all()
+
+    async def _checkpoint_all(self) -> None:
         running: list[Replication] = []
         for filter in self.filters:
             if filter.mode == "secondary" and filter.stage in (Stage.NONE, Stage.FAILOVER_FAILED):
@@ -100,6 +114,10 @@ class ReplicationRegistry:
         A failover returns when the views can be used and their merging has begun; from then on writers other than
         the view are refused. Raises ReplicationError; before anything was stopped if a filter is not running.
         """
+        async with self._turn:
+            await self._stop_all(failover)
+
+    async def _stop_all(self, failover: bool) -> None:
         running: list[Replication] = []
         for filter in self.filters:
             if filter.stage is Stage.RUNNING:
