@@ -11,16 +11,16 @@ Everything is done as its users do it: through Backends and the registry of repl
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from blockstep.aio.inline import start
 from blockstep.block.driver import Buffer, Extent, Prepared
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
-from blockstep.block.node import NodeOptions
 from blockstep.block.permissions import READ, WRITE, Role
 from blockstep.drivers.overlay import Overlay, OverlayOptions
 from blockstep.drivers.replication import Replication, Stage
@@ -87,6 +87,7 @@ async def gated_overlay(graph: Graph, gates: Gates, name: str, backing: str | No
 
 #: The stages, and the two ways to be done.
 StageName = Literal["none", "running", "failover", "failover-failed", "stopped", "failed-over"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 @dataclass
@@ -244,5 +245,6 @@ async def error_of(operation: Awaitable[Any]) -> OSError | BlockstepError | None
     return None
 
 
-__all__ = ["LENGTH", "Disk", "GatedDisk", "GatedOverlay", "NodeOptions", "Request", "Rig", "Shape",
-           "StageName", "error_of", "gated_overlay", "initial"]
+def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Play a scenario in an event loop of its own."""
+    asyncio.run(scenario())
