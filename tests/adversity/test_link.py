@@ -180,3 +180,40 @@ async def test_a_link_that_is_cut_in_the_middle_of_a_resync_again_and_again(tmp_
             proxy.rate = 0
             await pair.primary.until(health="healthy")
             assert await pair.proven(pair.standby) == pair.writes.acknowledged
+
+
+@scenario
+async def test_a_slow_link_is_not_taken_for_a_dead_one_when_a_busy_guest_fills_it(tmp_path: Path) -> None:
+    """More waits than the link carries within max-stall."""
+    async with Pair(tmp_path, size=12 * MiB) as pair:
+        await pair.start_standby()
+        async with proxy_to(pair) as proxy:
+            await pair.start_primary("--max-stall", "1s", to=proxy.address)
+            await pair.primary.until(health="healthy")
+            proxy.rate = 5 * MiB
+            events = len(pair.primary.events)
+            async with pair.primary.clients() as (guest,):
+                await asyncio.gather(*(guest.pwrite(part * MiB, bytes([part + 1]) * MiB) for part in range(12)))
+            await pair.primary.execute("replication-checkpoint")
+            assert not [event for event in pair.primary.events[events:] if event["event"] == "REPLICATION_STATE"]
+            assert await pair.standby.read_disks() == await pair.primary.read_disks()
+
+
+@scenario
+async def test_a_guest_waits_for_room_in_the_queue_for_max_stall_at_most(tmp_path: Path) -> None:
+    """The link is alive, but so slow that a write would wait for ever: then the pair lets go."""
+    async with Pair(tmp_path, size=4 * MiB) as pair:
+        await pair.start_standby()
+        async with proxy_to(pair) as proxy:
+            await pair.start_primary("--queue", "64k", "--max-stall", f"{MAX_STALL}s", to=proxy.address)
+            await pair.primary.until(health="healthy")
+            proxy.rate = 256 * KiB
+            async with pair.primary.clients() as (guest,):
+                await guest.pwrite(0, bytes(MiB))
+                started = time.monotonic()
+                await guest.pwrite(MiB, bytes(MiB))
+                assert time.monotonic() - started < MAX_STALL + MARGIN
+            await pair.primary.until(state="offline")
+            proxy.heal()
+            await pair.primary.until(health="healthy")
+            assert await pair.standby.read_disks() == await pair.primary.read_disks()

@@ -39,7 +39,7 @@ from blockstep.block.permissions import READ, WRITE
 from blockstep.daemon.disks import DiskSpec, listen, work_status
 from blockstep.daemon.service import Service
 from blockstep.drivers.nbd import Nbd
-from blockstep.errors import BlockstepError, ConnectionLost, PeerRefused
+from blockstep.errors import BlockstepError, ConnectionLost, NodeNotFound, PeerRefused
 from blockstep.jobs.registry import JobRegistry
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
@@ -50,7 +50,8 @@ from blockstep.qmp.commands import replication as qmp
 from blockstep.qmp.errors import CommandRefused
 from blockstep.replication import coordinator as c
 from blockstep.replication.catch_up import CatchUp
-from blockstep.replication.link import GRANULARITY, Link
+from blockstep.replication.link import GRANULARITY, LOOKS, Link
+from blockstep.replication.resize import check_growth
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,9 @@ class Primary(Service):
         self._tasks: set[asyncio.Task[None]] = set()
         self._cleanup: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
+        self._resizing = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
+        self._looker: asyncio.TimerHandle | None = None
         self._sync_is_full = True
         #: Bytes that a disk's buffer on the standby may take before a checkpoint is due; 0: there is no limit.
         self._room = 0
@@ -131,6 +134,7 @@ class Primary(Service):
             raise
         self._act(self.coordinator.begin())
         self._schedule()
+        self._look()
 
     async def _open_disk(self, spec: DiskSpec) -> None:
         spec.make()
@@ -151,8 +155,9 @@ class Primary(Service):
         Exports are drained, a last checkpoint is taken if there is a standby, then it is let go, and the disks are
         flushed and closed.
         """
-        if self._timer:
-            self._timer.cancel()
+        for timer in (self._timer, self._looker):
+            if timer:
+                timer.cancel()
         if self._server:
             await self._server.stop()
         if self.coordinator.state in (c.State.REPLICATING, c.State.CHECKPOINTING):
@@ -314,6 +319,12 @@ class Primary(Service):
         if self.config.checkpoint_every:
             self._timer = asyncio.get_running_loop().call_later(self.config.checkpoint_every, self._due)
 
+    def _look(self) -> None:
+        seconds = self.config.max_stall / LOOKS
+        for disk in self.disks.values():
+            disk.link.look(seconds, self.config.max_stall)
+        self._looker = asyncio.get_running_loop().call_later(seconds, self._look)
+
     def _due(self) -> None:
         self._schedule()
         self._post(c.Due())
@@ -439,6 +450,44 @@ class Primary(Service):
         self._post(c.Stop())
         if self._cleanup:
             await self._cleanup
+
+    async def resize(self, disk: str, size: int) -> None:
+        """A disk grows: on the standby first, if there is one, then here; both or none.
+
+        If this side fails and the standby cannot be put back, the error says so; that is made good when it is
+        attached again.
+        """
+        if disk not in self.disks:
+            raise NodeNotFound(disk)
+        async with self._resizing:
+            one = self.disks[disk]
+            before = one.link.length
+            check_growth(before, size)
+            for node in (one.link, self.graph.find(f"{disk}-disk")):
+                node.check_operation("resize")
+            if self._control:
+                await self._resize_standby(disk, size)
+            try:
+                async with self.graph.drained(one.link):
+                    await one.link.truncate(size)
+            except OSError as error:
+                reason = f"disk '{disk}' of this side cannot grow: {error.strerror or error}"
+                try:
+                    if self._control:
+                        await self._resize_standby(disk, before)
+                except BlockstepError as also:
+                    reason += f"; {also}"
+                raise BlockstepError(reason) from error
+            for connection in (one.standby, one.sync):
+                if connection:
+                    connection.has_grown(size)
+
+    async def _resize_standby(self, disk: str, size: int) -> None:
+        try:
+            await self._ask("pair-resize", disk=disk, size=size)
+        except (OSError, BlockstepError, TimeoutError) as error:
+            why = getattr(error, "strerror", None) or str(error) or "no answer in time"
+            raise BlockstepError(f"disk '{disk}' of the standby cannot get {size} bytes: {why}") from error
 
     # --- how it is ---
 

@@ -44,11 +44,15 @@ from blockstep.block.node import Child, NodeOptions, NodeRef
 from blockstep.block.permissions import ALL, NONE, Permission, Role
 from blockstep.block.registry import register
 from blockstep.errors import ConnectionLost
-from blockstep.units import MiB
+from blockstep.units import KiB, MiB
 
-#: Requests on their way to the standby at a time, and their bytes.
+#: Requests on their way to the standby at a time, and their bytes: at the most, at first, and at the least.
 WINDOW: Final = 128
 WINDOW_BYTES: Final = 16 * MiB
+_FIRST_WINDOW: Final = MiB
+_LEAST_WINDOW: Final = 64 * KiB
+#: How often per deadline the owner calls `Link.look`.
+LOOKS: Final = 8
 #: What a request without data counts for in the queue.
 SMALL: Final = 4096
 Kind = Literal["pwrite", "write_zeroes", "discard", "barrier"]
@@ -120,6 +124,10 @@ class Link(Filter):
         self._marks = 0
         self._out: set[_Request] = set()
         self._in_flight_bytes = 0
+        self._window = WINDOW_BYTES
+        self._carried = 0
+        self._busy: deque[int] = deque(maxlen=LOOKS)
+        self._first_in_line: tuple[Completion[None] | None, float] = None, 0.0
         self._pumping = False
         self._flushing: set[Completion[None]] = set()
         self._waiting_for_room: deque[Completion[None]] = deque()
@@ -146,6 +154,8 @@ class Link(Filter):
         """Send writes to ``target`` from now on, after ``rest``: (offset, data) that it lacks. Nothing is in flight."""
         self.on = True
         self._torn = None
+        self._window = _FIRST_WINDOW if self.options.ack == "local" else WINDOW_BYTES
+        self._busy.clear()
         for offset, data in rest:
             end = offset + len(data)
             if data.count(0) == len(data):
@@ -214,6 +224,15 @@ class Link(Filter):
 
     async def discard(self, offset: int, length: int) -> None:
         await self._both("discard", offset, length, 0, lambda: self.file.discard(offset, length))
+
+    async def truncate(self, length: int) -> None:
+        """See `Driver`. Nothing may be in flight, and a standby that writes are sent to has that length already."""
+        before = self.length
+        await self.file.truncate(length)
+        for bitmap in filter(None, (self.since, self.closing, self._torn)):
+            bitmap.resize(length)
+        if length > before and not self.on:
+            self.since.set(before, length - before)
 
     async def flush(self) -> None:
         if not self.on:
@@ -303,7 +322,7 @@ class Link(Filter):
         queue, out, sent = self._queue, self._out, self._sent
         target = self.target.node
         try:
-            while queue and len(out) < WINDOW and self._in_flight_bytes < WINDOW_BYTES:
+            while queue and len(out) < WINDOW and self._in_flight_bytes < self._window:
                 request = queue[0]
                 if request.kind == "barrier":
                     if out:
@@ -330,6 +349,7 @@ class Link(Filter):
         self._sent.give_back(request.offset, request.end)
         weight = request.weight
         self._in_flight_bytes -= weight
+        self._carried += weight
         self.queued -= weight
         if request.done:
             request.done.set_result(None)
@@ -339,6 +359,34 @@ class Link(Filter):
             self._wake(self._waiting_for_end)
         if self._waiting_for_room:
             self._make_room()
+
+    def look(self, seconds: float, deadline: float) -> None:
+        """Called every ``seconds`` by the owner, `LOOKS` times per ``deadline`` of a request.
+
+        What is on its way at a time is kept to what the link carries in a quarter of the deadline: a slow link that is
+        full is not to be taken for a dead one. (With ``both`` a guest waits for each, so the deadline decides.) A
+        guest that has waited for room in the queue for as long as the deadline waits no more: the link lets go.
+        """
+        carried, self._carried = self._carried, 0
+        if not self.on:
+            return
+        if not self._queue:
+            self._busy.clear()
+        elif self.options.ack == "local":
+            self._busy.append(carried)
+            fitting = int(sum(self._busy) / len(self._busy) / seconds * deadline / 4)
+            if fitting > self._window:
+                self._window = min(2 * self._window, fitting, WINDOW_BYTES)
+            elif len(self._busy) >= LOOKS // 2:
+                self._window = max(_LEAST_WINDOW, fitting)
+        first = self._waiting_for_room[0] if self._waiting_for_room else None
+        if first is None or first is not self._first_in_line[0]:
+            self._first_in_line = first, 0.0
+            return
+        waited = self._first_in_line[1] + seconds
+        self._first_in_line = first, waited
+        if waited >= deadline:
+            self.fail(OSError(errno.ETIMEDOUT, f"the queue to it has been full for {waited:.1f} s"))
 
     @staticmethod
     def _wake(waiting: list[Completion[None]] | set[Completion[None]]) -> None:
