@@ -29,6 +29,10 @@ from blockstep.nbd.wire import Request, parse_status_query
 #: How much of a CACHE request is read at once, and at most.
 _CACHE_PIECE: Final = 1 << 20
 _CACHE_MOST: Final = 32 << 20
+#: Of block status: some 250 bytes for each extent, and so much work in threads that few may be at it together.
+_STATUS_COST: Final = 16 << 20
+#: Zeroes that storage may write at once rather than elsewhere.
+_ZEROES_COST: Final = 64 << 10
 
 _ERRORS: Final = {
     errno.EPERM: c.EPERM, errno.EROFS: c.EPERM, errno.EACCES: c.EPERM,
@@ -100,12 +104,24 @@ def _check_flags(session: Session, command: _Command, type: int, flags: int) -> 
         raise OSError(errno.EINVAL, "a write with extended headers needs the flag PAYLOAD_LEN")
 
 
+def cost(request: Request) -> int:
+    """How many bytes of memory the request may hold while it is in flight, or move if it ends at once."""
+    type, flags, _, _, length, payload = request
+    if type == c.CMD_BLOCK_STATUS and not flags & c.CMD_FLAG_REQ_ONE:
+        return _STATUS_COST
+    if type == c.CMD_READ or payload is not None:
+        return length
+    if type == c.CMD_CACHE:
+        return min(length, _CACHE_MOST)
+    return min(length, _ZEROES_COST) if type == c.CMD_WRITE_ZEROES else 0
+
+
 async def _read(session: Session, request: Request) -> Pieces:
     _, _, cookie, offset, length, _ = request
     if length > c.MAX_PAYLOAD:
         raise OSError(errno.EOVERFLOW, f"a read may have at most {c.MAX_PAYLOAD} bytes")
     if not length:
-        return [session.form.done(cookie, offset)]
+        return [session.form.nothing(cookie, offset)]
     data = await session.export.backend.pread(offset, length)
     return [session.form.read(cookie, offset, length), data]
 

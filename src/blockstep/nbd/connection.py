@@ -10,7 +10,8 @@ requests which end together are answered together.
 
 Bounds on what a client can make us hold (`Limits`): requests in flight, and bytes in flight plus bytes not yet
 sent. Beyond them the rest of the batch waits undone in the *backlog*, and nothing more is received until there is
-room again. The handshake has a deadline; after it a client may be silent for as long as it likes.
+room again. The backlog also takes what is left of a batch when it has cost a turn, so that others have theirs. The
+handshake has a deadline; after it a client may be silent for as long as it likes.
 
 The end: DISC and `finish` let what is in flight end, send its replies, then close. `abort` and a client that goes
 away drop the replies; the requests run to their end in the backend all the same, counted in `Export.in_flight`.
@@ -31,13 +32,15 @@ from blockstep.block.driver import Buffer
 from blockstep.nbd import constants as c
 from blockstep.nbd import forms
 from blockstep.nbd.buffers import Arena, Pool, ReceiveBuffer
-from blockstep.nbd.commands import Session, nbd_error, prepare
+from blockstep.nbd.commands import Session, cost, nbd_error, prepare
 from blockstep.nbd.export import Export, Exports
 from blockstep.nbd.handshake import Close, Go, Send, ServerHandshake, StartTls, TlsMode
 from blockstep.nbd.wire import Request, decode_extended_requests, decode_requests
 
 #: Replies of this many bytes are sent without waiting for the end of the batch.
 _SEND_EARLY: Final = 1 << 20
+#: What a connection's requests may cost (`commands.cost`) before others have their turn. Some 10 ms.
+_TURN: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +234,7 @@ class Connection:
         size, plain_write = backend.length, -1 if export.read_only else self._plain_write
         self._backlog = None
         self._running = True
-        room = self._room()
+        room, turn = self._room(), _TURN
         for request in requests:
             type, flags, cookie, offset, length, payload = request
             if type == 0 and not flags and offset + length <= size and 0 < length <= 33554432:
@@ -264,13 +267,16 @@ class Connection:
                 break
             else:
                 self._other(request)
-                room = self._room()
+                turn -= cost(request)
+                room = self._room() if turn > 0 else 0
             if room <= 0:
                 self._flush()
-                room = self._room()
+                room = self._room() if turn > 0 else 0
                 if room <= 0:
                     self._backlog = requests
                     self.channel.pause()
+                    if turn <= 0:
+                        self._plan_to_go_on()
                     break
         else:
             if not self._is_gone:
@@ -303,8 +309,7 @@ class Connection:
         except (Exception, asyncio.CancelledError) as error:
             self._fail(request, error)
         else:
-            size = request[4] if request[0] == c.CMD_READ or payload is not None else 0
-            self._wait(coroutine, waits_for, request, None if payload is None else self._buffer.arena, size)
+            self._wait(coroutine, waits_for, request, None if payload is None else self._buffer.arena, cost(request))
 
     def _wait(self, coroutine: Any, waits_for: Any, request: Request, arena: Arena | None, size: int) -> None:
         """A request did not end at once: let it go on as a strand."""
@@ -334,7 +339,11 @@ class Connection:
             return
         if not self._in_flight:
             self._go_on()
-        elif not self._flush_planned:
+        else:
+            self._plan_to_go_on()
+
+    def _plan_to_go_on(self) -> None:
+        if not self._flush_planned:
             self._flush_planned = True
             self._loop.call_soon(self._go_on)
 

@@ -21,7 +21,7 @@ from blockstep.nbd.export import Export
 Extents = list[tuple[int, int]]
 
 #: How many extents a reply has at most for each context.
-MAX_EXTENTS: Final = 1 << 16
+MAX_EXTENTS: Final = 1 << 14
 #: How many bytes storage is asked for at a time.
 _WINDOW: Final = 1 << 30
 #: Compact replies have 32-bit lengths; kept whole pages.

@@ -35,6 +35,8 @@ class Form(NamedTuple):
 
     #: ``done(cookie, offset)``: success, no more to say.
     done: Callable[[int, int], bytes]
+    #: ``nothing(cookie, offset)``: a successful read of no bytes. Structured replies to reads are never simple ones.
+    nothing: Callable[[int, int], bytes]
     #: ``read(cookie, offset, length)``: header of a whole successful read; ``length`` bytes follow.
     read: Callable[[int, int, int], bytes]
     #: ``error(cookie, offset, error, message)``: failure of any request, with one of the protocol's errors.
@@ -66,6 +68,10 @@ def _simple_error(cookie: int, offset: int, error: int, message: str) -> bytes:
 
 def _simple_chunk(cookie: int, offset: int, type: int, payload: bytes, last: bool) -> bytes:
     raise AssertionError("a simple reply has no chunks")
+
+
+def _structured_nothing(cookie: int, offset: int) -> bytes:
+    return _chunk(c.STRUCTURED_REPLY_MAGIC, 1, c.REPLY_TYPE_NONE, cookie, 0)
 
 
 def _structured_read(cookie: int, offset: int, length: int) -> bytes:
@@ -115,6 +121,6 @@ def status_payload(context: int, extents: Extents, extended: bool) -> bytes:
     return Struct(f">I{len(fields)}I").pack(context, *fields)
 
 
-SIMPLE: Final = Form(_simple_done, _simple_read, _simple_error, _simple_chunk, chunks=False)
-STRUCTURED: Final = Form(_simple_done, _structured_read, _structured_error, _structured_chunk)
-EXTENDED: Final = Form(_extended_done, _extended_read, _extended_error, _extended_chunk)
+SIMPLE: Final = Form(_simple_done, _simple_done, _simple_read, _simple_error, _simple_chunk, chunks=False)
+STRUCTURED: Final = Form(_simple_done, _structured_nothing, _structured_read, _structured_error, _structured_chunk)
+EXTENDED: Final = Form(_extended_done, _extended_done, _extended_read, _extended_error, _extended_chunk)

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Coroutine
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,24 @@ def test_fua_makes_write_and_trim_durable(form: dict[str, bool]) -> None:
     asyncio.run(main())
 
 
+def test_a_structured_reply_to_a_read_is_a_chunk_even_without_bytes() -> None:
+    async def main() -> None:
+        async with served() as (_, client):
+            await client.go(structured=True)
+            assert await client.ask(c.CMD_READ, 100, 0) == [(c.REPLY_TYPE_NONE, 0, b"")]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("type", [c.CMD_READ, c.CMD_WRITE, c.CMD_TRIM, c.CMD_CACHE, c.CMD_WRITE_ZEROES])
-def test_a_length_of_zero_is_a_success_without_an_operation(type: int) -> None:
+@form
+def test_a_length_of_zero_is_a_success_without_an_operation(form: dict[str, bool], type: int) -> None:
     async def main() -> None:
         storage = Storage()
         async with served(storage) as (_, client):
-            await client.go()
-            assert error_of(await client.ask(type, 100, 0)) == 0
+            await client.go(**form)
+            flags = c.CMD_FLAG_PAYLOAD_LEN if client.extended and type == c.CMD_WRITE else 0
+            assert error_of(await client.ask(type, 100, 0, flags)) == 0
             assert storage.calls == []
 
     asyncio.run(main())
@@ -388,6 +400,44 @@ def test_no_more_requests_are_in_flight_than_allowed() -> None:
             assert len(storage.calls) == 4
             storage.release()
             assert len(await client.replies(10)) == 10
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("type", "flags", "length"), [
+    (c.CMD_CACHE, 0, MIB), (c.CMD_WRITE_ZEROES, c.CMD_FLAG_NO_HOLE, 64 << 10), (c.CMD_BLOCK_STATUS, 0, MIB)])
+def test_a_flood_of_costly_requests_that_end_at_once_lets_others_have_their_turn(
+        type: int, flags: int, length: int) -> None:
+    async def main() -> None:
+        storage = Storage()
+        async with served(storage) as (_, client):
+            await client.go(contexts=[c.BASE_ALLOCATION])
+            count = 2000
+            await client.send(*(client.request(type, 0, length, flags, cookie=n) for n in range(count)))
+            done = [0]
+            while done[-1] < count:
+                await asyncio.sleep(0)
+                done.append(len(storage.calls))
+            steps = [after - before for before, after in pairwise(done)]
+            assert max(steps) <= 4 * (16 << 20) // (64 << 10)
+            assert len({reply[2] for reply in await client.replies(count)}) == count
+
+    asyncio.run(main())
+
+
+def test_answers_of_block_status_that_are_being_made_count_as_memory() -> None:
+    async def main() -> None:
+        storage = Storage()
+        async with served(storage, limits=Limits(memory=64 << 20)) as (_, client):
+            await client.go(contexts=[c.BASE_ALLOCATION])
+            storage.hold = True
+            await client.send(*(client.request(c.CMD_BLOCK_STATUS, 0, 512, cookie=n) for n in range(100)))
+            await until(lambda: storage.waiting)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert len(storage.waiting) == 4
+            storage.release()
+            assert len(await client.replies(100)) == 100
 
     asyncio.run(main())
 
