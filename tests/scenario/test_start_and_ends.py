@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from blockstep.block.driver import Driver
-from blockstep.block.permissions import READ, WRITE
+from blockstep.block.permissions import DATA, READ, WRITE
 from blockstep.drivers.replication import Stage
-from blockstep.errors import GraphError, OperationBlocked, OptionError, ReplicationError
+from blockstep.errors import GraphError, OperationBlocked, OptionError, PermissionConflict, ReplicationError
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
 from tests.scenario.standby import STAGES, Rig, Shape, StageName, initial, run
 
@@ -108,6 +108,53 @@ def test_options_that_do_not_fit_are_named(options: dict[str, Any], option: str)
             await rig.graph.open({"driver": "replication", "file": "disk", **options})
         assert option in str(wrong.value)
         assert list(rig.graph.nodes) == ["disk"]
+
+    run(scenario)
+
+
+# --- what holds while it runs ---
+
+
+def test_the_primary_may_write_whatever_the_guest_of_the_view_shares() -> None:
+    async def scenario() -> None:
+        rig = await Rig.open()
+        disk = rig.disks[0]
+        await rig.graph.detach_backend(disk.view)
+        disk.view = rig.graph.attach_backend(rig.graph.find("a"), "a: guest", READ | WRITE, READ)
+        await rig.enter("running")
+        assert disk.filter.file.shared & DATA == DATA
+        assert disk.secondary.data[4096:8192] == b"P" * 4096
+        await rig.close()
+
+    run(scenario)
+
+
+def test_what_saves_the_checkpoint_cannot_be_removed_even_when_no_primary_is_there() -> None:
+    async def scenario() -> None:
+        rig = await Rig.open()
+        disk = rig.disks[0]
+        await rig.enter("running")
+        assert isinstance(disk.filter.buffer, HiddenDiskBuffer)
+        cbw = disk.filter.buffer.cbw
+        await rig.graph.detach_backend(disk.primary)
+        with pytest.raises(OperationBlocked, match="'a-filter' keeps its checkpoint"):
+            await rig.graph.close(cbw)
+        view = await disk.read_view()
+        disk.primary = rig.graph.attach_backend(cbw, "a: late primary", READ | WRITE)
+        await disk.primary.pwrite(0, b"late")
+        assert await disk.read_view() == view
+        await rig.close()
+
+    run(scenario)
+
+
+def test_a_writer_that_would_pass_by_what_saves_the_checkpoint_is_refused() -> None:
+    async def scenario() -> None:
+        rig = await Rig.open()
+        await rig.enter("running")
+        with pytest.raises(PermissionConflict):
+            rig.graph.attach_backend(rig.disks[0].secondary, "somebody", READ | WRITE)
+        await rig.close()
 
     run(scenario)
 

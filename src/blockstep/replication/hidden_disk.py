@@ -111,6 +111,7 @@ class HiddenDiskBuffer:
              "cluster-size": CLUSTER_SIZE}, self.secondary)
         assert isinstance(node, CopyBeforeWrite)
         node.owned = True  # by this buffer: it stays when the primary's export goes
+        node.block_operations(f"'{self._filter.name}' keeps its checkpoint with it")
         self.cbw = node
         node.on_error = self._filter.fail
         self.view_lock = node.lock
