@@ -33,6 +33,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -161,8 +162,8 @@ class Story:
                     self.kill(host)
                     for left in (self.directory / host / "run/blockstep").iterdir():
                         left.unlink()  # what is in /run does not outlive a host
-                case ["exit", number]:
-                    code = int(number)
+                case ["exit", text]:
+                    code = int(text)
                 case ["gone", host]:
                     self._until(lambda: all(one.poll() is not None for one in self.programs[host]),
                                 f"{block.where}: {host} still runs")
@@ -200,7 +201,7 @@ class Story:
             process = subprocess.Popen(["bash", "-c", "exec " + command], cwd=self.directory / host / "srv",
                                        env=self._environment(host), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
         self.programs[host].append(process)
-        self._until(lambda: re.search(r"^nbds?(\+unix)?://.*\n", log.read_text(), re.M) or process.poll() is not None,
+        self._until(lambda: bool(re.search(r"^nbds?(\+unix)?://.*\n", log.read_text(), re.M)) or process.poll() is not None,
                     f"{block.where}: {command}: no URI")
         assert process.poll() is None, f"{block.where}: {command}\n{log.read_text()}"
         if command.split()[1] == "primary":
@@ -211,12 +212,12 @@ class Story:
         """Until all pairs of the host are well."""
         def healthy() -> bool:
             return subprocess.run(["blockstep", "status"], env=self._environment(host),
-                                  capture_output=True).returncode == 0  # fmt: skip
+                                  capture_output=True).returncode == 0
 
         self._until(healthy, f"{host} is not healthy")
 
     @staticmethod
-    def _until(condition, what: str) -> None:  # type: ignore[no-untyped-def]
+    def _until(condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + LIMIT
         while not condition():
             assert time.monotonic() < deadline, what
