@@ -114,7 +114,11 @@ class Side:
         """Wait until the status has all ``facts`` and meets the ``condition``. Raises NotInTime."""
         deadline = time.monotonic() + limit
         while True:
-            status = await self.status()
+            try:
+                status = await self.status()
+            except OSError as error:
+                raise BlockstepError(f"the {self.role} (exit code {self.process.poll()}): {error}\n"
+                                     f"{self.printed}") from error
             if all(status[name] == fact for name, fact in facts.items()) and (condition is None or condition(status)):
                 return status
             if time.monotonic() > deadline:
