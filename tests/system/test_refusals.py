@@ -45,7 +45,7 @@ async def test_a_second_primary_is_refused_and_disturbs_nobody(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("change", "error"), [
-    ("size", r"size of disk 'disk0': 2097152 is not valid; it should be 1048576 bytes"),
+    ("size", r"size of disk 'disk0': 524288 is not valid; it should be 1048576 bytes"),
     ("name", r"disks: 'other' is not valid; it should be those of this standby: disk0"),
     ("more", r"disks: 'disk0, disk1' is not valid"),
     ("pair", r"pair: 'elsewhere' is not valid; it should be 'test'"),
@@ -57,7 +57,7 @@ async def test_a_primary_that_does_not_fit_says_why(tmp_path: Path, change: str,
         paths = {name: tmp_path / f"{name}.image" for name in ("disk0", "disk1", "other")}
         for path in paths.values():
             with open(path, "wb") as file:
-                file.truncate(2 * MiB if change == "size" else MiB)
+                file.truncate(MiB // 2 if change == "size" else MiB)
         names = {"size": ["disk0"], "name": ["other"], "more": ["disk0", "disk1"], "pair": ["disk0"]}[change]
         primary = await other_primary(pair, tmp_path / "other", {name: str(paths[name]) for name in names},
                                       "elsewhere" if change == "pair" else "test")

@@ -37,7 +37,7 @@ from blockstep.block.permissions import READ, WRITE
 from blockstep.daemon.disks import DiskSpec, listen, work_status
 from blockstep.daemon.service import Service
 from blockstep.drivers.replication import Replication, Stage
-from blockstep.errors import BlockstepError, OptionError, ReplicationError
+from blockstep.errors import BlockstepError, NodeNotFound, OperationBlocked, OptionError, ReplicationError
 from blockstep.jobs.registry import JobRegistry
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
@@ -48,6 +48,7 @@ from blockstep.qmp.schema import Monitor, Registry
 from blockstep.qmp.server import Server as QmpServer
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
 from blockstep.replication.registry import ReplicationRegistry
+from blockstep.replication.resize import check_growth
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ class _Disk:
     view: Backend
     link: Backend | None = None
     errors: list[str] = field(default_factory=list)
+    #: Its length before it grew last: a primary whose disk could not follow may have it back.
+    former_length: int | None = None
 
     @property
     def buffer(self) -> HiddenDiskBuffer | None:
@@ -208,6 +211,7 @@ class Standby(Service):
         if self._link_server is None:
             raise BlockstepError("the standby is not ready")
         await self._cut_links()
+        await self._fit({disk.name: disk.size for disk in args.disks})
         if self._no_room:
             await self._give_up()
         self._has_committed = False
@@ -238,7 +242,7 @@ class Standby(Service):
         if set(mine) != set(theirs):
             raise OptionError("disks", ", ".join(sorted(theirs)), f"those of this standby: {', '.join(sorted(mine))}")
         for name, size in theirs.items():
-            if mine[name] != size:
+            if mine[name] > size and self.disks[name].former_length != size:
                 raise OptionError(f"size of disk '{name}'", size, f"{mine[name]} bytes, as the standby's is")
         self._wanted_instance = args.instance
 
@@ -273,6 +277,32 @@ class Standby(Service):
             disk.filter.error = None
             disk.errors.clear()
         self._tell()
+
+    async def resize_for_primary(self, disk: str, size: int, monitor: Monitor) -> None:
+        """A disk, its buffers and its view grow, or get back the length before they did; all or none."""
+        self._must_be_primary(monitor, "resize")
+        if disk not in self.disks:
+            raise OptionError("disk", disk, f"one of {', '.join(self.disks)}")
+        await self._resize(disk, size)
+
+    async def _fit(self, sizes: dict[str, int]) -> None:
+        """Follow what became of the primary's disks while it was away."""
+        for name, size in sizes.items():
+            try:
+                await self._resize(name, size)
+            except OSError as error:
+                raise OptionError(f"size of disk '{name}'", size, f"{self.disks[name].view.length} bytes, as the "
+                                  f"standby's is, which cannot grow: {error.strerror or error}") from error
+
+    async def _resize(self, name: str, size: int) -> None:
+        disk = self.disks[name]
+        before = disk.view.length
+        if size == before:
+            return
+        if size != disk.former_length:
+            check_growth(before, size)
+        await self.registry.resize(disk.filter, size)
+        disk.former_length = before if size > before else None
 
     def _must_be_primary(self, monitor: Monitor, step: str) -> None:
         if self._promoted_to or self._stopped or monitor is not self._primary:
@@ -321,6 +351,18 @@ class Standby(Service):
         self.emit(qmp.ReplicationFailover(pair=self.config.pair, stage="begun", to=to, epoch=self._epoch, reason=""))
         self._tell()
         return qmp.Promoted(epoch=self._epoch, seconds=seconds, exports=self.exports)
+
+    async def resize(self, disk: str, size: int) -> None:
+        """A promoted standby's disks can grow; before that it follows its primary."""
+        if disk not in self.disks:
+            raise NodeNotFound(disk)
+        top = self.graph.find(disk)
+        top.check_operation("resize")
+        if not self._promoted_to and not self._stopped:
+            raise OperationBlocked(disk, "resize", "this is a standby; a resize is asked of its primary")
+        check_growth(top.length, size)
+        async with self.graph.drained(top):
+            await top.truncate(size)
 
     async def stop_replication(self) -> None:
         """The view becomes what the primary wrote last, and no primary is taken any more."""

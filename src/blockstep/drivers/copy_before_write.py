@@ -112,6 +112,7 @@ class CopyBeforeWrite(Filter):
         await self.file.flush()
 
     async def truncate(self, length: int) -> None:
+        """See `Driver`. Nothing may be in flight: the bitmap of what is saved is replaced. What is new is not saved."""
         if length < self.length:
             await self._locked(length, self.length - length, None)
         await self.file.truncate(length)

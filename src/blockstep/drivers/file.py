@@ -191,10 +191,13 @@ class File(Driver):
     # --- control ---
 
     async def truncate(self, length: int) -> None:
+        """See `Driver`. A block device can only be given the length that it has got itself by other means."""
         if self._is_device:
-            self.length = length_of(self.fd)
-            if self.length != length:
-                raise not_supported("resize of a block device")
+            if length_of(self.fd) != length:
+                raise not_supported(f"resize of a block device of {length_of(self.fd)} bytes to {length} bytes")
+            if length > self.length:
+                await self.write_zeroes(self.length, length - self.length, MAY_UNMAP)
+            self.length = length
             return
         await in_thread(os.ftruncate, self.fd, length)
         self.length = length

@@ -125,6 +125,10 @@ class Nbd(Driver):
         """Cut the connections: all requests have failed when this returns, and all later ones fail."""
         self.session.yank()
 
+    def has_grown(self, length: int) -> None:
+        """Whoever owns the export says that it has ``length`` bytes by now; the connections stay as they are."""
+        self.length = length
+
     def _state(self, state: State, error: Exception | None) -> None:
         if state == "connected":
             self._read_info()

@@ -23,6 +23,7 @@ from blockstep.drivers.replication import Mode, Replication, Stage
 from blockstep.errors import ReplicationError
 from blockstep.jobs.registry import JobRegistry
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
+from blockstep.replication.resize import resize_together
 
 
 class ReplicationRegistry:
@@ -126,6 +127,24 @@ class ReplicationRegistry:
                 raise ReplicationError(filter.name, "stop", f"it is not running (stage {filter.stage.value})")
         for filter in running:
             await self._stop(filter, failover)
+
+    async def resize(self, filter: Replication, length: int) -> None:
+        """Give active, hidden and secondary disk of a filter another length, all or none; so its view has it at once.
+
+        What is new reads as zeroes. Goes past the blockers on the top node, which are there so that nobody else
+        does. Raises ReplicationError in a stage in which the disks are being merged or have been; OSError of a
+        disk that cannot get the length; then nothing changed.
+        """
+        async with self._turn:
+            if filter.mode != "secondary" or filter.stage not in (Stage.NONE, Stage.RUNNING):
+                raise ReplicationError(filter.name, "resize", f"not in mode {filter.mode}, stage {filter.stage.value}")
+            active = filter.file.node
+            hidden = active.children["backing"].node
+            secondary = hidden.children["backing"].node
+            base = filter.buffer.cbw if isinstance(filter.buffer, HiddenDiskBuffer) else secondary
+            disks = [active, hidden, base] if length > filter.length else [base, hidden, active]
+            async with self._graph.drained(filter, secondary):
+                await resize_together(disks, length)
 
     # --- one filter ---
 

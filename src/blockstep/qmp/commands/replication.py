@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Protocol
 
 from msgspec import Meta
 
+from blockstep.errors import OptionError
 from blockstep.qmp.schema import Arguments, Event, Monitor, Registry, Result
 
 commands = Registry()
@@ -103,6 +104,14 @@ class Promoted(Result):
     exports: list[str]
 
 
+class ResizeArguments(Arguments):
+    """Arguments of block_resize: ``node-name`` or ``device``, either of them the name of a disk."""
+
+    size: Annotated[int, Meta(ge=0, description="Bytes.")]
+    node_name: str | None = None
+    device: str | None = None
+
+
 class Pair(Protocol):
     """What these commands need of their context."""
 
@@ -110,6 +119,7 @@ class Pair(Protocol):
     async def checkpoint(self) -> Committed: ...
     async def fail_over(self, to: Literal["checkpoint", "latest"]) -> Promoted: ...
     async def stop_replication(self) -> None: ...
+    async def resize(self, disk: str, size: int) -> None: ...
 
 
 @commands.event("REPLICATION_STATE")
@@ -180,6 +190,19 @@ async def replication_stop(context: Pair, args: Arguments) -> None:
     await context.stop_replication()
 
 
+@commands.command("block_resize")
+async def block_resize(context: Pair, args: ResizeArguments) -> None:
+    """Let a disk grow while it is in use, on the primary; its standby grows first, or when it comes back.
+
+    When it answers, writes to the new part are served; a client that asks for the size sees the new one when it
+    connects again. On a standby it is refused, until that has been promoted and its buffers are merged.
+    """
+    disk = args.node_name if args.device is None else args.device
+    if disk is None or (args.node_name is not None and args.device is not None):
+        raise OptionError("node-name", args.node_name, "given, or device, and not both")
+    await context.resize(disk, args.size)
+
+
 # --- between the two ends ---
 
 
@@ -225,12 +248,20 @@ class CommitArguments(Arguments):
     epoch: int
 
 
+class PairResizeArguments(Arguments):
+    """Arguments of pair-resize. ``size``: in bytes."""
+
+    disk: str
+    size: int
+
+
 class Peer(Protocol):
     """What the primary's commands need of their context."""
 
     async def attach(self, args: AttachArguments, monitor: Monitor) -> Attached: ...
     async def start(self, monitor: Monitor) -> None: ...
     async def commit(self, epoch: int, monitor: Monitor) -> None: ...
+    async def resize_for_primary(self, disk: str, size: int, monitor: Monitor) -> None: ...
     def heard(self, monitor: Monitor) -> PairStatus: ...
 
 
@@ -250,6 +281,16 @@ async def pair_start(context: Peer, args: Arguments, monitor: Monitor) -> None:
 async def pair_checkpoint(context: Peer, args: CommitArguments, monitor: Monitor) -> None:
     """Commit a checkpoint: everything that belongs to it has been acknowledged. All disks, or none."""
     await context.commit(args.epoch, monitor)
+
+
+@peer_commands.command("pair-resize")
+async def pair_resize(context: Peer, args: PairResizeArguments, monitor: Monitor) -> None:
+    """Give a disk, its buffers and its view another length, all or none, before the primary's disk gets it.
+
+    Only more than now, or again what it was before the last growth, if the primary's disk could not follow. The
+    view has the new length at once; up to the next checkpoint its new part reads as zeroes.
+    """
+    await context.resize_for_primary(args.disk, args.size, monitor)
 
 
 @peer_commands.command("pair-query")
