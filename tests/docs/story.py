@@ -201,7 +201,8 @@ class Story:
             process = subprocess.Popen(["bash", "-c", "exec " + command], cwd=self.directory / host / "srv",
                                        env=self._environment(host), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
         self.programs[host].append(process)
-        self._until(lambda: bool(re.search(r"^nbds?(\+unix)?://.*\n", log.read_text(), re.M)) or process.poll() is not None,
+        serves = re.compile(r"^nbds?(\+unix)?://.*\n", re.M)
+        self._until(lambda: bool(serves.search(log.read_text())) or process.poll() is not None,
                     f"{block.where}: {command}: no URI")
         assert process.poll() is None, f"{block.where}: {command}\n{log.read_text()}"
         if command.split()[1] == "primary":
