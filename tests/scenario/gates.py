@@ -127,6 +127,12 @@ class GatedDisk(Driver):
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         return [Extent(length)]
 
+    async def truncate(self, length: int) -> None:
+        await self.gates.passes(self.name, "truncate", length, 0)
+        del self.data[length:]
+        self.data.extend(bytes(length - len(self.data)))
+        self.length = length
+
     async def _change(self, event: str, offset: int, data: Buffer) -> None:
         await self.gates.passes(self.name, event, offset, len(data))
         self.data[offset:offset + len(data)] = data

@@ -67,6 +67,10 @@ class GatedOverlay(Overlay):
         await self.gates.passes(self.name, "block_status", offset, length)
         return await super().block_status(offset, length)
 
+    async def truncate(self, length: int) -> None:
+        await self.gates.passes(self.name, "truncate", length, 0)
+        await super().truncate(length)
+
     async def prepare_empty(self) -> Prepared:
         await self.gates.passes(self.name, "make_empty", 0, 0)
         return await super().prepare_empty()

@@ -18,6 +18,8 @@ overwrite it precedes: after a crash of the machine the snapshot may be incomple
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Awaitable, Callable
 from typing import ClassVar, Literal
 
@@ -112,9 +114,23 @@ class CopyBeforeWrite(Filter):
         await self.file.flush()
 
     async def truncate(self, length: int) -> None:
-        """See `Driver`. Nothing may be in flight: the bitmap of what is saved is replaced. What is new is not saved."""
-        if length < self.length:
-            await self._locked(length, self.length - length, None)
+        """See `Driver`. Nothing may be in flight: the bitmap of what is saved is replaced.
+
+        The target must be so long already. What is new is not saved, except where the last cluster is: that counts
+        as saved as a whole.
+        """
+        before = self.length
+        if length > self.target.node.length:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: '{self.target.node.name}', which keeps old "
+                          f"content, has {self.target.node.length} bytes only")
+        if length < before:
+            await self._locked(length, before - length, None)
+        elif before & (self.done.granularity - 1) and self.done.any(before - 1, 1):
+            rest = min(-before & (self.done.granularity - 1), length - before)
+            try:
+                await self.target.write_zeroes(before, rest)
+            except OSError as error:
+                self._not_saved(error)
         await self.file.truncate(length)
         self.done.resize(length)
 

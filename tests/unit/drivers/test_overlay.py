@@ -269,6 +269,23 @@ def test_what_a_resize_adds_reads_as_zeroes_whatever_is_below(kind: str, tmp_pat
     asyncio.run(scenario())
 
 
+def test_zeroes_alone_on_a_page_of_the_map_outlive_a_resize(tmp_path: Path) -> None:
+    pages = 3
+    size = (pages * CLUSTER) << overlay_image.PAGE_SHIFT
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, b"b" * size, filename=str(tmp_path / "image"), create=True)
+        await node.write_zeroes(size // 2, CLUSTER)
+        await node.truncate(size + 1)
+        await graph.close(node)
+        node = await opened(graph, b"b" * size, filename=str(tmp_path / "image"))
+        assert bytes(await node.pread(size // 2, 2 * CLUSTER)) == bytes(CLUSTER) + b"b" * CLUSTER
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(("options", "named"), [
     ({"cluster-size": 1000, "size": 1}, "cluster-size"),
     ({"cluster-size": 256, "size": 1}, "cluster-size"),

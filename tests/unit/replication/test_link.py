@@ -448,3 +448,53 @@ class Trace:
         if pair.link.on:
             assert pair.remote.data == pair.local.data
             assert pair.link.queued == 0
+
+
+# --- resize ---
+
+
+def grow(pair: Pair, length: int) -> None:
+    """Both sides, the standby first."""
+    Request(pair.remote.truncate(length))
+    resized = Request(pair.link.truncate(length))
+    assert (resized.ended, resized.error) == (True, None)
+
+
+@pytest.mark.parametrize("length", [LENGTH + 1, 5 * GRANULARITY, 9 * GRANULARITY + 77])
+def test_writes_around_the_old_end_reach_both_sides_after_a_growth(length: int) -> None:
+    pair = Pair("both")
+    grow(pair, length)
+    assert pair.guest.length == length
+    for offset in (LENGTH - 100, length - 1):
+        assert pair.write(offset, b"x" * min(200, length - offset)).ended
+    assert pair.local.data == pair.remote.data
+    assert len(pair.local.data) == length
+    assert not pair.failures
+
+
+@pytest.mark.parametrize("length", [LENGTH + 1, 5 * GRANULARITY, 9 * GRANULARITY + 77])
+def test_what_was_to_be_copied_is_remembered_through_a_growth_and_what_is_new_with_it(length: int) -> None:
+    pair = Pair()
+    pair.link.switch_off()
+    pair.write(GRANULARITY + 5, b"x")
+    pair.write(LENGTH - 1, b"x")
+    resized = Request(pair.link.truncate(length))
+    assert resized.error is None
+    dirty = list(pair.link.since.dirty())
+    assert dirty == [(GRANULARITY, GRANULARITY), (4 * GRANULARITY, length - 4 * GRANULARITY)]
+    assert pair.link.behind == length - 3 * GRANULARITY
+
+
+def test_a_growth_while_the_link_is_on_leaves_nothing_to_copy() -> None:
+    pair = Pair()
+    grow(pair, 8 * GRANULARITY)
+    pair.link.switch_off()
+    assert pair.link.behind == 0
+
+
+def test_a_disk_that_cannot_grow_leaves_the_link_as_it_was() -> None:
+    pair = Pair()
+    pair.gates.fail("local", "truncate", errno.ENOSPC)
+    resized = Request(pair.link.truncate(8 * GRANULARITY))
+    assert isinstance(resized.error, OSError)
+    assert pair.link.length == pair.link.since.length == LENGTH

@@ -1,0 +1,168 @@
+"""A standby's disk grows: its view stays the last checkpoint, whatever lies around the old end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from blockstep.errors import OperationBlocked, OptionError, ReplicationError
+from blockstep.replication.hidden_disk import HiddenDiskBuffer
+from blockstep.replication.resize import check_growth
+from tests.scenario.standby import LENGTH, Disk, Request, Rig, Shape, run
+
+STEPS = ("primary", "view", "grow", "checkpoint")
+#: A step, where (counted back from the end), and how many bytes.
+Step = tuple[str, int, int]
+
+steps = st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, LENGTH), st.integers(1, 9000)), max_size=12)
+
+
+class Model:
+    """A disk as the primary has it, and as the view shows it."""
+
+    def __init__(self, content: bytes) -> None:
+        self.latest, self.view = bytearray(content), bytearray(content)
+
+    def grow(self, length: int) -> None:
+        for content in (self.latest, self.view):
+            content.extend(bytes(length - len(content)))
+
+
+async def play(rig: Rig, disk: Disk, model: Model, trace: list[Step]) -> None:
+    for number, (step, back, count) in enumerate(trace):
+        length = disk.view.length
+        offset = max(0, length - 1 - back)
+        data = bytes([number + 1]) * min(count, length - offset)
+        if step == "primary":
+            await disk.primary.pwrite(offset, data)
+            model.latest[offset:offset + len(data)] = data
+        elif step == "view":
+            await disk.view.pwrite(offset, data)
+            model.view[offset:offset + len(data)] = data
+        elif step == "grow":
+            await rig.registry.resize(disk.filter, length + count)
+            model.grow(length + count)
+        else:
+            await rig.registry.checkpoint_all()
+            model.view[:] = model.latest
+        assert await disk.read_view() == model.view
+        assert disk.secondary.data == model.latest
+
+
+@given(steps, st.booleans())
+@example([("view", 0, 1), ("grow", 0, 1), ("primary", 0, 4000), ("grow", 0, 9000), ("primary", 9000, 9000)], True)
+@example([("primary", 0, 1), ("grow", 0, 5000), ("primary", 5000, 5001), ("checkpoint", 0, 1)], False)
+def test_the_view_is_the_checkpoint_through_growths(trace: list[Step], failover: bool) -> None:
+    async def main() -> None:
+        rig = await Rig.open(shape=Shape(hidden_cluster=512))
+        [disk] = rig.disks
+        await rig.registry.start_all("secondary")
+        model = Model(bytes(disk.secondary.data))
+        await play(rig, disk, model, trace)
+        await rig.registry.stop_all(failover)
+        await rig.merged()
+        assert await disk.read_view() == (model.view if failover else model.latest)
+        await rig.close()
+
+    asyncio.run(main())
+
+
+def test_a_growth_before_the_start_and_overlays_in_files(tmp_path: Path) -> None:
+    async def main() -> None:
+        rig = await Rig.open(shape=Shape(directory=tmp_path))
+        [disk] = rig.disks
+        await rig.registry.resize(disk.filter, LENGTH + 5000)
+        model = Model(bytes(disk.secondary.data))
+        await rig.registry.start_all("secondary")
+        await play(rig, disk, model, [("primary", 0, 3), ("grow", 0, 12345), ("primary", 12500, 12500),
+                                      ("checkpoint", 0, 1), ("primary", 12500, 12500)])
+        await rig.close()
+
+    run(main)
+
+
+def test_requests_that_are_in_flight_end_before_the_growth_and_later_ones_come_after_it() -> None:
+    async def main() -> None:
+        rig = await Rig.open()
+        [disk] = rig.disks
+        await rig.registry.start_all("secondary")
+        rig.gates.close(disk.secondary.name)
+        writing = Request(disk.primary.pwrite(LENGTH - 10, b"p" * 10))
+        growing = asyncio.create_task(rig.registry.resize(disk.filter, 2 * LENGTH))
+        await asyncio.sleep(0)
+        reading = Request(disk.view.pread(LENGTH - 10, 10))
+        assert (writing.ended, reading.ended, disk.view.length) == (False, False, LENGTH)
+        rig.gates.open()
+        rig.gates.release_all()
+        await growing
+        assert writing.error is None
+        assert bytes(reading.value) != b"p" * 10, "the checkpoint"
+        assert disk.view.length == 2 * LENGTH
+        await rig.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("failing", ["a-active", "a-hidden", "a-secondary"])
+@pytest.mark.parametrize("length", [LENGTH + 5000, LENGTH + 1])
+def test_a_disk_that_cannot_grow_leaves_all_as_they_were(failing: str, length: int) -> None:
+    async def main() -> None:
+        rig = await Rig.open()
+        [disk] = rig.disks
+        await rig.registry.start_all("secondary")
+        model = Model(bytes(disk.secondary.data))
+        around = [("primary", 50, 40), ("view", 30, 20)]
+        await play(rig, disk, model, around)
+        rig.gates.fail(failing, "truncate", errno.ENOSPC)
+        with pytest.raises(OSError, match="injected into truncate"):
+            await rig.registry.resize(disk.filter, length)
+        buffer = disk.filter.buffer
+        assert isinstance(buffer, HiddenDiskBuffer)
+        assert {node.length for node in (buffer.active, buffer.hidden, buffer.secondary)} == {LENGTH}
+        assert buffer.cbw.done.length == LENGTH
+        await play(rig, disk, model, [*around, ("grow", 0, 777), *around])
+        await rig.close()
+
+    run(main)
+
+
+def test_a_growth_can_be_taken_back() -> None:
+    async def main() -> None:
+        rig = await Rig.open()
+        [disk] = rig.disks
+        await rig.registry.start_all("secondary")
+        model = Model(bytes(disk.secondary.data))
+        await play(rig, disk, model, [("primary", 50, 40), ("grow", 0, 12345)])
+        await rig.registry.resize(disk.filter, LENGTH)
+        del model.latest[LENGTH:], model.view[LENGTH:]
+        await play(rig, disk, model, [("primary", 3000, 3000), ("view", 10, 5), ("grow", 0, 5), ("checkpoint", 0, 1)])
+        await rig.close()
+
+    run(main)
+
+
+def test_others_cannot_resize_what_is_replicated() -> None:
+    async def main() -> None:
+        rig = await Rig.open()
+        [disk] = rig.disks
+        await rig.registry.start_all("secondary")
+        with pytest.raises(OperationBlocked, match="it is replicated by 'a-filter'"):
+            rig.graph.find("a").check_operation("resize")
+        await rig.registry.stop_all(failover=False)
+        rig.graph.find("a").check_operation("resize")
+        with pytest.raises(ReplicationError, match="resize"):
+            await rig.registry.resize(disk.filter, 2 * LENGTH)
+        await rig.close()
+
+    run(main)
+
+
+def test_shrinking_is_refused_with_the_reason() -> None:
+    check_growth(5, 5)
+    with pytest.raises(OptionError, match="at least 5 bytes, as the disk has now: it can only grow, because"):
+        check_growth(5, 4)
