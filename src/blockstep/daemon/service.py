@@ -15,6 +15,7 @@ import socket
 from pathlib import Path
 
 from blockstep import __version__
+from blockstep.aio.memory import keep_freed_memory
 from blockstep.qmp.commands import core
 from blockstep.qmp.schema import Event, Registry
 from blockstep.qmp.server import Server
@@ -59,6 +60,7 @@ class Service:
     run_state = "running"
 
     def __init__(self, name: str | None) -> None:
+        keep_freed_memory()
         self.name = name
         major, minor, micro = (int(part) for part in __version__.split("."))
         self.version = core.Version(
