@@ -626,6 +626,53 @@ def test_several_listeners_serve_the_same_exports(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_all_addresses_of_ipv6_are_open_to_ipv4_as_well() -> None:
+    async def main() -> None:
+        server = Server()
+        server.add(Export("disk", Storage()))
+        try:
+            ((_, port),) = await server.start_tcp("::", 0)
+        except OSError as error:
+            pytest.skip(f"no IPv6 here: {error}")
+        client = await connect(("127.0.0.1", port))
+        await client.go("disk")
+        client.sock.close()
+        await server.stop()
+
+    asyncio.run(main())
+
+
+def test_without_a_host_both_families_listen_on_one_port() -> None:
+    async def main() -> None:
+        server = Server()
+        server.add(Export("disk", Storage()))
+        addresses = await server.start_tcp(None, 0)
+        assert len({port for _, port in addresses}) == 1
+        client = await connect(("127.0.0.1", addresses[0][1]))
+        await client.go("disk")
+        client.sock.close()
+        await server.stop()
+
+    asyncio.run(main())
+
+
+def test_where_it_cannot_listen_is_named(tmp_path: Path) -> None:
+    async def main() -> None:
+        server = Server()
+        (tmp_path / "file").touch()
+        for path in (tmp_path / "file", tmp_path / "none" / "s", tmp_path / ("x" * 200)):
+            with pytest.raises(OSError, match=path.name):
+                await server.start_unix(path)
+        with pytest.raises(OSError, match=r"192\.0\.2\.1"):
+            await server.start_tcp("192.0.2.1", 0)
+        with pytest.raises(OSError, match=r"a\.\.b"):
+            await server.start_tcp("a..b", 0)
+        await server.stop()
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    asyncio.run(main())
+
+
 def test_a_stale_socket_file_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:
     async def main() -> None:
         path = tmp_path / "s"
