@@ -22,6 +22,10 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Final
+
+#: How much of a bad value its error shows.
+_LONGEST_SHOWN: Final = 200
 
 
 class BlockstepError(Exception):
@@ -32,7 +36,10 @@ class OptionError(BlockstepError):
     """An option, argument or configuration value is wrong. Nothing was changed."""
 
     def __init__(self, option: str, value: object, expected: str) -> None:
-        super().__init__(f"{option}: {value!r} is not valid; it should be {expected}")
+        shown = repr(value)
+        if len(shown) > _LONGEST_SHOWN:
+            shown = f"{shown[:_LONGEST_SHOWN]}... ({len(shown)} characters)"
+        super().__init__(f"{option}: {shown} is not valid; it should be {expected}")
         self.option, self.value, self.expected = option, value, expected
 
 

@@ -13,8 +13,8 @@ GiB: Final = 1 << 30
 TiB: Final = 1 << 40
 
 _SUFFIX: Final = {"": 1, "b": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB, "p": 1 << 50, "e": 1 << 60}
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([bkmgtpe]?)(?:i?b)?", re.IGNORECASE)
-_TIME: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|)", re.IGNORECASE)
+_SIZE: Final = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([bkmgtpe]?)(?:i?b)?", re.IGNORECASE)
+_TIME: Final = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*(ms|s|m|h|)", re.IGNORECASE)
 _SECONDS: Final = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final, TypeVar
 
 import typer
 
@@ -12,6 +14,11 @@ from blockstep.daemon.service import runtime_directory
 from blockstep.errors import OptionError
 from blockstep.nbd.uri import Address, InetAddress, UnixAddress, parse_address
 from blockstep.units import parse_size
+
+T = TypeVar("T", int, float)
+
+_PAIR: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LAST_PORT: Final = 65535
 
 Pair = Annotated[str, typer.Option("--pair", metavar="NAME", help="The pair's name; the same on both sides.")]
 Disks = Annotated[
@@ -27,6 +34,13 @@ Tls = Annotated[
     typer.Option("--tls", metavar="DIR", help="Require TLS between the two sides; DIR holds ca-cert.pem and the "
                  "side's certificate and key, named as QEMU names them."),
 ]
+
+
+def parse_pair(name: str) -> str:
+    """The name of a pair: sockets are named after it. Raises OptionError."""
+    if not _PAIR.fullmatch(name):
+        raise OptionError("--pair", name, "1 to 64 letters, digits, '-', '.' and '_', beginning with a letter or digit")
+    return name
 
 
 def parse_disks(texts: list[str]) -> tuple[DiskSpec, ...]:
@@ -49,16 +63,26 @@ def parse_disks(texts: list[str]) -> tuple[DiskSpec, ...]:
 
 def parse_served(socket: Path | None, listen: str | None, default: str) -> Address:
     """Where disks are served: ``--socket`` or ``--listen``, or a socket named ``default`` in the runtime directory."""
-    if socket and listen:
+    if socket is not None and listen is not None:
         raise OptionError("--listen", listen, "left out when --socket is given")
-    if listen:
+    if listen is not None:
         return parse_address(listen, "--listen")
     return UnixAddress(str((socket or runtime_directory() / default).absolute()))
 
 
 def parse_inet(text: str, option: str) -> InetAddress:
-    """``HOST[:PORT]``. Raises OptionError."""
+    """``HOST[:PORT]`` of a link, which has the port above it as well. Raises OptionError."""
     address = parse_address(text, option)
     if not isinstance(address, InetAddress):
         raise OptionError(option, text, "HOST:PORT or [IPV6]:PORT")
+    if address.port == _LAST_PORT:
+        raise OptionError(option, text, f"an address with a port below {_LAST_PORT}: the one above it is needed too")
     return address
+
+
+def parse_positive(text: str, option: str, parse: Callable[[str, str], T]) -> T:
+    """A size or a time that cannot be 0. Raises OptionError."""
+    value = parse(text, option)
+    if not value:
+        raise OptionError(option, text, "more than 0")
+    return value

@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from blockstep.cli.options import Disks, Listen, Pair, Qmp, Socket, Tls, parse_disks, parse_inet, parse_served
+from blockstep.cli.options import (
+    Disks,
+    Listen,
+    Pair,
+    Qmp,
+    Socket,
+    Tls,
+    parse_disks,
+    parse_inet,
+    parse_pair,
+    parse_positive,
+    parse_served,
+)
 from blockstep.daemon.service import runtime_directory
 from blockstep.units import parse_duration, parse_size
 
@@ -37,10 +49,11 @@ def primary(
     from blockstep.daemon.primary import Primary, PrimaryConfig, main
 
     config = PrimaryConfig(
-        pair=pair, disks=parse_disks(disk), standby=parse_inet(standby, "--standby"),
+        pair=parse_pair(pair), disks=parse_disks(disk), standby=parse_inet(standby, "--standby"),
         export=parse_served(socket, listen, f"{pair}.primary.nbd"),
         qmp=(qmp or runtime_directory() / f"{pair}.primary.qmp").absolute(), ack=ack,
-        queue=parse_size(queue, "--queue"), max_stall=parse_duration(max_stall, "--max-stall"),
+        queue=parse_positive(queue, "--queue", parse_size),
+        max_stall=parse_positive(max_stall, "--max-stall", parse_duration),
         checkpoint_every=parse_duration(checkpoint_every, "--checkpoint-every"),
         checkpoint_bytes=parse_size(checkpoint_bytes, "--checkpoint-bytes"), tls=tls)
 

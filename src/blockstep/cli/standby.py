@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from blockstep.cli.options import Disks, Listen, Pair, Qmp, Socket, Tls, parse_disks, parse_inet, parse_served
+from blockstep.cli.options import (
+    Disks,
+    Listen,
+    Pair,
+    Qmp,
+    Socket,
+    Tls,
+    parse_disks,
+    parse_inet,
+    parse_pair,
+    parse_positive,
+    parse_served,
+)
 from blockstep.daemon.service import runtime_directory
 from blockstep.units import parse_size
 
@@ -35,13 +47,14 @@ def standby(
     from blockstep.daemon.standby import Standby, StandbyConfig, main
 
     config = StandbyConfig(
-        pair=pair, disks=parse_disks(disk), link=parse_inet(link, "--link"),
+        pair=parse_pair(pair), disks=parse_disks(disk), link=parse_inet(link, "--link"),
         view=parse_served(socket, listen, f"{pair}.standby.nbd"),
         qmp=(qmp or runtime_directory() / f"{pair}.standby.qmp").absolute(),
-        buffer_memory=parse_size(buffer_memory, "--buffer-memory"), buffer_dir=buffer_dir, tls=tls)
+        buffer_memory=parse_positive(buffer_memory, "--buffer-memory", parse_size), buffer_dir=buffer_dir, tls=tls)
 
     def ready(program: Standby) -> None:
-        typer.echo(f"standby of pair '{pair}': waiting for its primary at {config.link}, control {config.qmp}")
+        link = program.status().link
+        typer.echo(f"standby of pair '{pair}': waiting for its primary at {link}, control {config.qmp}")
         for uri in program.exports:
             typer.echo(uri)
 

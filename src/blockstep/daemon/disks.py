@@ -10,7 +10,7 @@ from typing import Literal
 from blockstep.daemon.service import make_parent
 from blockstep.jobs.job import Job
 from blockstep.nbd.server import Server
-from blockstep.nbd.uri import Address, UnixAddress
+from blockstep.nbd.uri import Address, InetAddress, UnixAddress
 from blockstep.qmp.commands.replication import WorkStatus
 
 
@@ -29,13 +29,15 @@ class DiskSpec:
                 file.truncate(self.size)
 
 
-async def listen(server: Server, address: Address) -> None:
-    """Let an NBD server listen at an address. Raises OSError."""
+async def listen(server: Server, address: Address) -> Address:
+    """Let an NBD server listen at an address. Returns it with the port that port 0 became. Raises OSError."""
     if isinstance(address, UnixAddress):
         make_parent(Path(address.path))
         await server.start_unix(address.path)
     else:
-        await server.start_tcp(address.host or None, address.port)
+        (_, port), *_ = await server.start_tcp(address.host or None, address.port)
+        return InetAddress(address.host, port)
+    return address
 
 
 def work_status(kind: Literal["sync", "resync", "failover"], jobs: Sequence[Job]) -> WorkStatus:

@@ -49,12 +49,13 @@ async def main(config: ExportConfig, ready: Callable[[list[str]], None]) -> None
     server = Server(tls=config.tls, tls_context=tls, max_connections=config.max_connections)
     try:
         server.add(Export(config.name, backend))
+        address = config.address
         passed = [] if config.given else passed_sockets()
         for fd in passed:
             server.start_fd(fd)
         if not passed:
-            await listen(server, config.address)
-        ready([] if passed else [str(NbdUri(config.address, config.name, tls=config.tls == "required"))])
+            address = await listen(server, config.address)
+        ready([] if passed else [str(NbdUri(address, config.name, tls=config.tls == "required"))])
         await service.wait()
     finally:
         await server.stop()

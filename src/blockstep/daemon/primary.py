@@ -121,6 +121,7 @@ class Primary(Service):
     async def open(self) -> None:
         """Open the disks and serve them; the standby is looked for meanwhile. Raises OptionError or OSError."""
         try:
+            self._tls()  # certificates that are not there are the user's error now, not one of every attempt
             for spec in self.config.disks:
                 await self._open_disk(spec)
             tls = server_context(self.config.export_tls, verify_peer=True) if self.config.export_tls else None

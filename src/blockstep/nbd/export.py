@@ -163,5 +163,9 @@ class Exports:
 
 
 def _check_string(option: str, text: str) -> None:
-    if "\0" in text or len(text.encode("utf-8", "surrogatepass")) > c.MAX_STRING:
-        raise OptionError(option, text, f"a string of at most {c.MAX_STRING} bytes without NUL")
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        data = b"\0"
+    if b"\0" in data or len(data) > c.MAX_STRING:
+        raise OptionError(option, text, f"a string of at most {c.MAX_STRING} bytes of UTF-8 without NUL")

@@ -26,7 +26,7 @@ from blockstep.errors import OptionError
 from blockstep.nbd.constants import DEFAULT_PORT, MAX_STRING
 
 _URI: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?://([^/?#]*))?([^?#]*)(?:\?([^#]*))?(#.*)?", re.DOTALL)
-_AUTHORITY: Final = re.compile(r"(?:([^@\[\]]*)@)?(\[[^\[\]]*\]|[^:@\[\]]*)(?::([0-9]*))?")
+_AUTHORITY: Final = re.compile(r"(?:([^@\[\]]*)@)?(\[[^\[\]]*\]|[^:@\[\]]*)(?::([0-9]{0,9}))?")
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _SCHEMES: Final = ("nbd", "nbds", "nbd+unix", "nbds+unix")
 _BOOLEANS: Final = {"0": False, "false": False, "1": True, "true": True}

@@ -1,0 +1,61 @@
+"""What a user can give wrong gets one line that names it, and changes nothing; never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from blockstep import cli
+
+LONG = "9" * 5000
+STANDBY = ("standby", "--disk", "d={image}", "--qmp", "{tmp}/qmp", "--socket", "{tmp}/view")
+PRIMARY = ("primary", "--disk", "d={image}", "--qmp", "{tmp}/qmp", "--socket", "{tmp}/guest", "--standby")
+EXPORT = ("export", "{image}")
+
+
+@pytest.mark.parametrize(("arguments", "names", "says"), [
+    ((*EXPORT, "--listen", f"127.0.0.1:{LONG}"), "--listen", "HOST:PORT"),
+    ((*EXPORT, "--listen", ""), "--listen", "HOST:PORT"),
+    ((*EXPORT, "--listen", "a" * 70 + ":80"), "aaaa", "no host name"),
+    ((*EXPORT, "--listen", "a..b:80"), "a..b", "no host name"),
+    ((*EXPORT, "--socket", "{image}"), "{image}", "in use"),
+    ((*EXPORT, "--socket", "{tmp}/" + "x" * 200), "xxxx", "too long"),
+    ((*EXPORT, "--name", "\udcff"), "name", "UTF-8"),
+    ((*EXPORT, "--name", "n" * 5000), "name", "4096 bytes"),
+    ((*STANDBY, "--link", "127.0.0.1:65535"), "--link", "below 65535"),
+    ((*STANDBY, "--pair", "../else/where"), "--pair", "letters"),
+    ((*STANDBY, "--pair", ""), "--pair", "letters"),
+    ((*STANDBY, "--pair", "*"), "--pair", "letters"),
+    ((*STANDBY, "--disk", f"e={{tmp}}/new,size={LONG}"), "--disk size", "a size"),
+    ((*STANDBY, "--disk", f"e={{tmp}}/new,size={'9' * 400}.5"), "--disk size", "a size"),
+    ((*STANDBY, "--buffer-memory", "0"), "--buffer-memory", "more than 0"),
+    ((*PRIMARY, "127.0.0.1:65535"), "--standby", "below 65535"),
+    ((*PRIMARY, "127.0.0.1", "--max-stall", "0"), "--max-stall", "more than 0"),
+    ((*PRIMARY, "127.0.0.1", "--max-stall", LONG), "--max-stall", "a time"),
+    ((*PRIMARY, "127.0.0.1", "--queue", "0"), "--queue", "more than 0"),
+    ((*PRIMARY, "127.0.0.1", "--tls", "{tmp}/none"), "tls-certificates", "ca-cert.pem"),
+])
+def test_a_bad_value_is_one_line_that_names_it_and_changes_nothing(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        arguments: tuple[str, ...], names: str, says: str) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(b"data" * 128)
+
+    def filled(text: str) -> str:
+        return text.replace("{image}", str(image)).replace("{tmp}", str(tmp_path))
+
+    monkeypatch.setattr("os.umask", lambda mask: 0)
+    monkeypatch.setattr(sys, "argv", ["blockstep", *map(filled, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == cli.ERROR
+    assert said.startswith("blockstep: ")
+    assert said.count("\n") == 1
+    assert len(said) < 700
+    assert filled(names) in said
+    assert says in said
+    assert sorted(tmp_path.iterdir()) == [image]
+    assert image.read_bytes() == b"data" * 128
