@@ -22,7 +22,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -36,6 +35,7 @@ from blockstep.nbd.client import Client
 from blockstep.nbd.uri import UnixAddress
 from blockstep.qmp.client import Connection, connect, open_connection
 from blockstep.testing.numbered import NumberedWrites, make_image
+from blockstep.testing.processes import blockstep as blockstep_command
 from blockstep.units import MiB
 
 #: Seconds that a process may take to start, and anything that is waited for, unless told otherwise.
@@ -69,8 +69,8 @@ class Side:
         ``disks``: name -> path and what follows it (``,size=...``). Raises BlockstepError with what it printed if
         it ends before that.
         """
-        command = [sys.executable, "-m", "blockstep", role, "--socket", str(directory / f"{role}.nbd"),
-                   "--qmp", str(directory / f"{role}.qmp"), *options]
+        command = blockstep_command(role, "--socket", directory / f"{role}.nbd", "--qmp", directory / f"{role}.qmp",
+                                    *options)
         for name, path in disks.items():
             command += ["--disk", f"{name}={path}"]
         log = directory / f"{role}.log"
@@ -317,7 +317,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([found, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
-def _spawn(command: list[str], log: Path, options: dict[str, Any]) -> subprocess.Popen[bytes]:
+def _spawn(command: Sequence[str | Path], log: Path, options: dict[str, Any]) -> subprocess.Popen[bytes]:
     options = {"env": environment(), **options}
     with open(log, "ab") as output:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options)
