@@ -30,7 +30,8 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
+from weakref import WeakKeyDictionary
 
 Buffer = bytes | bytearray | memoryview
 
@@ -44,6 +45,19 @@ _JOIN: Final = 2048
 #: Under TLS small pieces are joined up to this many bytes: each call makes a record of its own.
 _TLS_JOIN: Final = 64 << 10
 _CLOSE_WITH_RESET: Final = struct.pack("ii", 1, 0)
+
+
+class _Batch:
+    """What all channels of a loop share: whether one of them is handing over what it received."""
+
+    __slots__ = ("active", "at_end")
+
+    #: By loop; a loop that is gone takes its entry along.
+    of: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, _Batch]] = WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self.active = False
+        self.at_end: list[Callable[[], None]] = []
 
 
 class Receiver(Protocol):
@@ -62,7 +76,7 @@ class Receiver(Protocol):
 class Channel:
     """A connected stream socket (TCP or unix), plain or TLS, driven by the running event loop."""
 
-    __slots__ = ("_closed", "_closing", "_is_reading", "_is_writing", "_loop", "_lost", "_queue", "_receiver",
+    __slots__ = ("_closed", "_closing", "_batch", "_is_reading", "_is_writing", "_loop", "_lost", "_queue", "_receiver",
                  "_sock", "_starting_tls", "_tls", "on_room", "unsent")
 
     def __init__(self, sock: socket.socket, receiver: Receiver) -> None:
@@ -74,6 +88,7 @@ class Channel:
         self._sock = sock
         self._receiver = receiver
         self._loop = asyncio.get_running_loop()
+        self._batch = _Batch.of.setdefault(self._loop, _Batch())
         self._queue: deque[Buffer] = deque()
         self._tls: ssl.SSLSocket | None = None
         self._starting_tls = False
@@ -117,7 +132,7 @@ class Channel:
         if self._tls is not None:
             self._readable_tls(self._tls)
             return
-        receiver, recv_into = self._receiver, self._sock.recv_into
+        receiver, recv_into, batch = self._receiver, self._sock.recv_into, self._batch
         for _ in range(_RECEIVES):
             try:
                 count = recv_into(receiver.get_buffer())
@@ -129,9 +144,30 @@ class Channel:
             if not count:
                 self._end(None)
                 return
-            receiver.received(count)
+            batch.active = True
+            try:
+                receiver.received(count)
+            finally:
+                batch.active = False
+                if batch.at_end:
+                    self._end_batch()
             if not self._is_reading:
                 return
+
+    def after_batch(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when what some channel of this loop has just received was dealt with, or else soon.
+
+        So what is sent because of it leaves in one piece, and without another turn of the loop.
+        """
+        if self._batch.active:
+            self._batch.at_end.append(callback)
+        else:
+            self._loop.call_soon(callback)
+
+    def _end_batch(self) -> None:
+        callbacks, self._batch.at_end = self._batch.at_end, []
+        for callback in callbacks:
+            callback()
 
     def _readable_tls(self, tls: ssl.SSLSocket) -> None:
         while self._is_reading:

@@ -5,9 +5,9 @@
       ▲                                                                             │
       └── completed in the reader's frame ◄── ReplyTable ◄── one recv ◄─────────────┘
 
-System calls are the cost of small requests, so they are shared: requests that are issued while a batch of replies
-is worked off leave together at its end, others at the end of the loop's turn, and at the latest when `CORK` bytes
-have gathered. A request costs an entry in the table of replies; there is no task and no timer per request.
+System calls are the cost of small requests, so they are shared: requests that are issued while a batch of anything
+that was received is worked off leave together at its end, others at the end of the loop's turn, and at the latest
+when `CORK` bytes have gathered; the first ones sooner, if the server has nothing to do meanwhile (`EARLY`). A request costs an entry in the table of replies; there is no task and no timer per request.
 
 **Deadline.** With ``timeout`` no request stays unanswered longer than that, give or take an eighth: one timer per
 connection looks at the oldest one eight times per ``timeout``. When it is too old the connection is cut: a server
@@ -53,6 +53,8 @@ from blockstep.nbd.wire import EXTENDED_REQUEST, REQUEST
 
 #: Bytes that gather in the cork before they are sent without waiting for more.
 CORK: Final = 256 << 10
+#: The same while the server has nothing to do: it works on the first requests of a batch while we issue the others.
+EARLY: Final = 12 << 10
 #: How often per ``timeout`` the oldest request is looked at.
 LOOKS: Final = 8
 #: Seconds that `Client.close` waits for a server that does not answer any more.
@@ -78,13 +80,14 @@ class Client:
         self._pending = self._table.pending
         self._contexts = frozenset(info.contexts.values())
         self._clock: Clock = clock or asyncio.get_running_loop()
-        self._call_soon = asyncio.get_running_loop().call_soon
+        self._after_batch = channel.after_batch
         self._timeout = timeout
         self._timer: Timer | None = None
         self._looks: deque[tuple[float, int]] = deque()
         self._cookie = 0
         self._cork: list[Buffer] = []
         self._corked = 0
+        self._cork_limit = EARLY
         self._in_batch = False
         self._refusing: ConnectionLost | None = None
         self._reason: ConnectionLost | None = None
@@ -180,11 +183,11 @@ class Client:
         self._pending[cookie] = done
         cork = self._cork
         if not cork and not self._in_batch:
-            self._call_soon(self._uncork)
+            self._after_batch(self._uncork)
         cork.append(self._pack(self._magic, self._write_flags | flags, 1, cookie, offset, length))
         cork.append(data)
         self._corked += length
-        if self._corked > CORK:
+        if self._corked > self._cork_limit:
             self._uncork()
         if self._timer is None and self._timeout is not None:
             self._start_looking()
@@ -273,7 +276,7 @@ class Client:
         cookie = self._cookie = self._cookie + 1
         self._pending[cookie] = entry
         if not self._cork and not self._in_batch:
-            self._call_soon(self._uncork)
+            self._after_batch(self._uncork)
         self._cork.append(self._pack(self._magic, flags, command, cookie, offset, length))
         if self._timer is None and self._timeout is not None:
             self._start_looking()
@@ -287,6 +290,7 @@ class Client:
         if cork:
             self._cork = []
             self._corked = 0
+            self._cork_limit = CORK
             self._channel.send(cork)
 
     # The deadline.
@@ -327,6 +331,8 @@ class Client:
             raise
         finally:
             self._in_batch = False
+        if not self._pending:
+            self._cork_limit = EARLY
         if self._cork:
             self._uncork()
         if self._table.shutting_down and self._refusing is None:

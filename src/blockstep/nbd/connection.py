@@ -39,6 +39,8 @@ from blockstep.nbd.wire import Request, decode_extended_requests, decode_request
 
 #: Replies of this many bytes are sent without waiting for the end of the batch.
 _SEND_EARLY: Final = 1 << 20
+#: After so many replies of a batch they are sent: the client goes on while the others are made.
+_FIRST: Final = 4
 #: What a connection's requests may cost (`commands.cost`) before others have their turn. Some 10 ms.
 _TURN: Final = 16 << 20
 
@@ -235,6 +237,7 @@ class Connection:
         self._backlog = None
         self._running = True
         room, turn = self._room(), _TURN
+        first = _FIRST
         for request in requests:
             type, flags, cookie, offset, length, payload = request
             if type == 0 and not flags and offset + length <= size and 0 < length <= 33554432:
@@ -256,6 +259,9 @@ class Connection:
                     waits_for = writing.send(None)
                 except StopIteration:
                     out.append(done(cookie, offset))
+                    if len(out) == first:
+                        first = 0
+                        self._flush()
                 except (Exception, asyncio.CancelledError) as error:
                     self._fail(request, error)
                 else:
