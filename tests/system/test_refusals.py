@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from blockstep.errors import BlockstepError
 from blockstep.nbd.client import Client
 from blockstep.nbd.uri import parse_address
-from blockstep.qmp.client import open_connection
+from blockstep.qmp.client import Connection, open_connection
 from blockstep.testing.pair import Pair, Side
 from blockstep.units import MiB
 from tests import certificates
@@ -42,6 +44,46 @@ async def test_a_second_primary_is_refused_and_disturbs_nobody(tmp_path: Path) -
             low, high = await pair.checkpoint()
         assert low <= await pair.proven(pair.standby) <= high
         assert (await pair.primary.status())["health"] == "healthy"
+
+
+@asynccontextmanager
+async def attached(pair: Pair, instance: str) -> AsyncIterator[tuple[Connection, dict[str, Any]]]:
+    """A primary that presents itself and does no more than it is told."""
+    host, _, port = pair.link.rpartition(":")
+    control = await open_connection((host, int(port) + 1))
+    try:
+        yield control, await control.execute("pair-attach", {
+            "pair": "test", "instance": instance, "disks": [{"name": "disk0", "size": MiB}]})
+    finally:
+        await control.close()
+
+
+@scenario
+async def test_a_second_primary_is_refused_during_the_first_sync_as_well(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start_standby()
+        async with attached(pair, "first") as (control, _):
+            with pytest.raises(BlockstepError, match="another primary"):
+                async with attached(pair, "second"):
+                    pass
+            await control.execute("pair-checkpoint", {"epoch": 1})
+
+
+@scenario
+async def test_a_primary_whose_disk_another_one_may_have_written_to_copies_everything(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        standby = await pair.start_standby()
+        async with attached(pair, "first") as (control, _):
+            await control.execute("pair-checkpoint", {"epoch": 1})
+        await standby.until(state="lost")
+        async with attached(pair, "first") as (_, answer):
+            assert (answer["instance"], answer["running"]) == ("first", True)
+        await standby.until(state="lost")
+        async with attached(pair, "second") as (_, answer):
+            assert answer["instance"] != "second"
+        await standby.until(state="lost")
+        async with attached(pair, "first") as (_, answer):
+            assert answer["instance"] != "first"
 
 
 @pytest.mark.parametrize(("change", "error"), [

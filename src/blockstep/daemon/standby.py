@@ -34,7 +34,7 @@ from typing import Any, Literal
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE
-from blockstep.daemon.disks import DiskSpec, listen, work_status
+from blockstep.daemon.disks import DiskSpec, serve, uris, work_status
 from blockstep.daemon.service import Service
 from blockstep.drivers.replication import Replication, Stage
 from blockstep.errors import BlockstepError, NodeNotFound, OperationBlocked, OptionError, ReplicationError
@@ -42,7 +42,7 @@ from blockstep.jobs.registry import JobRegistry
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
 from blockstep.nbd.tls import server_context
-from blockstep.nbd.uri import Address, InetAddress, NbdUri
+from blockstep.nbd.uri import Address, InetAddress
 from blockstep.qmp.commands import replication as qmp
 from blockstep.qmp.schema import Monitor, Registry
 from blockstep.qmp.server import Server as QmpServer
@@ -67,6 +67,10 @@ class StandbyConfig:
     buffer_dir: Path | None
     #: A directory with certificates: TLS is required of the primary, both sides are verified.
     tls: Path | None = None
+    #: Likewise for those who use the views.
+    view_tls: Path | None = None
+    #: The user said where to serve the views: sockets that systemd passes are not looked at.
+    view_given: bool = True
 
 
 @dataclass(slots=True)
@@ -97,7 +101,8 @@ class Standby(Service):
         self.registry = ReplicationRegistry(self.graph, self.jobs)
         self.disks: dict[str, _Disk] = {}
         self._clock = clock
-        self._view_server = NbdServer()
+        self._view_server: NbdServer | None = None
+        self._addresses: list[Address] = []
         self._link_server: NbdServer | None = None
         self._control: QmpServer | None = None
         self._primary: Monitor | None = None
@@ -125,11 +130,18 @@ class Standby(Service):
                 await self._open_disk(spec)
             tls = server_context(self.config.tls, verify_peer=True) if self.config.tls else None
             await self._listen_to_primary(tls)
-            await listen(self._view_server, self.config.view)
+            await self._serve_views()
             await self.serve_qmp(self.config.qmp, qmp.commands)
         except BaseException:
             await self.close()
             raise
+
+    async def _serve_views(self) -> None:
+        tls = server_context(self.config.view_tls, verify_peer=True) if self.config.view_tls else None
+        self._view_server = NbdServer(tls="required" if tls else "off", tls_context=tls)
+        for name, disk in self.disks.items():
+            self._view_server.add(Export(name, disk.view, description=f"pair {self.config.pair}, standby's view"))
+        self._addresses = await serve(self._view_server, self.config.view, self.config.view_given)
 
     async def _listen_to_primary(self, tls: ssl.SSLContext | None) -> None:
         """Take the link's port and the one above it. Port 0: any two neighbours that are free."""
@@ -170,7 +182,6 @@ class Standby(Service):
         disk = _Disk(spec, filter, self.graph.attach_backend(top, f"view of {name}", READ | WRITE))
         filter.on_error = lambda error: self._io_error(disk, error)
         self.disks[name] = disk
-        self._view_server.add(Export(name, disk.view, description=f"pair {self.config.pair}, standby's view"))
 
     async def close(self) -> None:
         """End everything, in good order: a standby that is stopped leaves its disks at the last checkpoint.
@@ -235,7 +246,7 @@ class Standby(Service):
     def _check_primary(self, args: qmp.AttachArguments, monitor: Monitor) -> None:
         if args.pair != self.config.pair:
             raise OptionError("pair", args.pair, f"'{self.config.pair}', as this standby was told")
-        if self._primary and self._primary is not monitor and args.instance != self._instance and self._instance:
+        if self._primary and self._primary is not monitor and args.instance != self._wanted_instance:
             raise BlockstepError(f"another primary, at {self._primary.peer}, is attached; stop it first")
         mine = {name: disk.view.length for name, disk in self.disks.items()}
         theirs = {disk.name: disk.size for disk in args.disks}
@@ -245,6 +256,9 @@ class Standby(Service):
             if mine[name] > size and self.disks[name].former_length != size:
                 raise OptionError(f"size of disk '{name}'", size, f"{mine[name]} bytes, as the standby's is")
         self._wanted_instance = args.instance
+        if args.instance != self._instance:
+            # From here on it may write to the disks: whoever committed before cannot tell what differs any more.
+            self._instance = ""
 
     def _answer(self, accepted: bool, reason: str) -> qmp.Attached:
         return qmp.Attached(accepted=accepted, reason=reason, instance=self._instance, epoch=self._epoch,
@@ -416,7 +430,7 @@ class Standby(Service):
     @property
     def exports(self) -> list[str]:
         """The NBD URIs of the views."""
-        return [str(NbdUri(self.config.view, name)) for name in self.disks]
+        return uris(self._addresses, self.disks, tls=self.config.view_tls is not None)
 
     def _health(self) -> tuple[qmp.Health, str]:
         state = self.state
