@@ -76,8 +76,22 @@ class Receiver(Protocol):
 class Channel:
     """A connected stream socket (TCP or unix), plain or TLS, driven by the running event loop."""
 
-    __slots__ = ("_closed", "_closing", "_batch", "_is_reading", "_is_writing", "_loop", "_lost", "_queue", "_receiver",
-                 "_sock", "_starting_tls", "_tls", "on_room", "unsent")
+    __slots__ = (
+        "_batch",
+        "_closed",
+        "_closing",
+        "_is_reading",
+        "_is_writing",
+        "_loop",
+        "_lost",
+        "_queue",
+        "_receiver",
+        "_sock",
+        "_starting_tls",
+        "_tls",
+        "on_room",
+        "unsent",
+    )
 
     def __init__(self, sock: socket.socket, receiver: Receiver) -> None:
         """Take over the connected ``sock`` and start reading."""

@@ -7,7 +7,8 @@
 
 System calls are the cost of small requests, so they are shared: requests that are issued while a batch of anything
 that was received is worked off leave together at its end, others at the end of the loop's turn, and at the latest
-when `CORK` bytes have gathered; the first ones sooner, if the server has nothing to do meanwhile (`EARLY`). A request costs an entry in the table of replies; there is no task and no timer per request.
+when `CORK` bytes have gathered; the first ones sooner, if the server has nothing to do meanwhile (`EARLY`). A
+request costs an entry in the table of replies; there is no task and no timer per request.
 
 **Deadline.** With ``timeout`` no request stays unanswered longer than that, give or take an eighth: one timer per
 connection looks at the oldest one eight times per ``timeout``. When it is too old the connection is cut: a server
