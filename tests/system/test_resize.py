@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ async def healthy(pair: Pair) -> Client:
 async def test_a_disk_grows_on_both_sides_while_its_guest_writes(tmp_path: Path) -> None:
     async with Pair(tmp_path) as pair:
         guest = await healthy(pair)
-        await pair.primary.execute("block_resize", **{"node-name": "disk0"}, size=ODD)
+        await pair.primary.execute("block_resize", device="disk0", size=ODD)
         assert await lengths(pair) == [ODD] * 6
         around = MiB - 1000
         await guest.pwrite(around, fill(1, 5000))  # over the old end, on a connection that was there before
@@ -97,7 +98,7 @@ async def test_the_command_line_lets_a_disk_grow(tmp_path: Path) -> None:
 ])
 @scenario
 async def test_what_cannot_be_is_refused_with_the_reason(
-    tmp_path: Path, arguments: dict[str, object], error: str
+    tmp_path: Path, arguments: dict[str, Any], error: str
 ) -> None:
     async with Pair(tmp_path) as pair:
         await healthy(pair)
@@ -141,7 +142,16 @@ async def test_a_primary_alone_grows_and_its_standby_when_it_comes(tmp_path: Pat
         assert await content(pair.standby, ODD - 5000, 5000) == fill(4, 5000)
 
 
-def limited(size: int) -> dict[str, object]:
+async def goes_on(pair: Pair) -> None:
+    """The pair replicates as before."""
+    async with pair.writing():
+        await pair.written(50)
+        low, high = await pair.checkpoint()
+    assert low <= await pair.proven(pair.standby) <= high
+    assert (await pair.primary.status())["health"] == "healthy"
+
+
+def limited(size: int) -> dict[str, Any]:
     """For a process whose files cannot grow beyond ``size`` bytes."""
     import resource
     import signal
@@ -162,11 +172,7 @@ async def test_when_the_standby_cannot_grow_neither_does(tmp_path: Path) -> None
         with pytest.raises(CommandRefused, match="disk 'disk0' of the standby cannot get"):
             await pair.primary.execute("block_resize", device="disk0", size=ODD)
         assert await lengths(pair) == [MiB] * 6
-        async with pair.writing():
-            await pair.written(50)
-            low, high = await pair.checkpoint()
-        assert low <= await pair.proven(pair.standby) <= high
-        assert (await pair.primary.status())["health"] == "healthy"
+        await goes_on(pair)
 
 
 @scenario
@@ -178,8 +184,4 @@ async def test_when_the_primary_cannot_grow_the_standby_is_put_back(tmp_path: Pa
         with pytest.raises(CommandRefused, match="disk 'disk0' of this side cannot grow"):
             await pair.primary.execute("block_resize", device="disk0", size=ODD)
         assert await lengths(pair) == [MiB] * 6
-        async with pair.writing():
-            await pair.written(50)
-            low, high = await pair.checkpoint()
-        assert low <= await pair.proven(pair.standby) <= high
-        assert (await pair.primary.status())["health"] == "healthy"
+        await goes_on(pair)

@@ -34,6 +34,11 @@ Tls = Annotated[
     typer.Option("--tls", metavar="DIR", help="Require TLS between the two sides; DIR holds ca-cert.pem and the "
                  "side's certificate and key, named as QEMU names them."),
 ]
+ExportTls = Annotated[
+    Path | None,
+    typer.Option("--export-tls", metavar="DIR", help="Require TLS of those who use the disks; DIR holds ca-cert.pem, "
+                 "server-cert.pem and server-key.pem. They need a certificate of the same CA."),
+]
 
 
 def parse_pair(name: str) -> str:

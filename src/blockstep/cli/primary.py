@@ -9,6 +9,7 @@ import typer
 
 from blockstep.cli.options import (
     Disks,
+    ExportTls,
     Listen,
     Pair,
     Qmp,
@@ -41,10 +42,12 @@ def primary(
                          "guest; then the pair lets go of it.")] = "2s",
     qmp: Qmp = None,
     tls: Tls = None,
+    export_tls: ExportTls = None,
 ) -> None:
     """Serve disks to a guest, forward their writes to a standby, and take checkpoints.
 
-    The disks are served where --socket or --listen say, or else on a socket in the runtime directory.
+    The disks are served where --socket or --listen say, or on the sockets that systemd passes, or else on a
+    socket in the runtime directory.
     """
     from blockstep.daemon.primary import Primary, PrimaryConfig, main
 
@@ -55,7 +58,8 @@ def primary(
         queue=parse_positive(queue, "--queue", parse_size),
         max_stall=parse_positive(max_stall, "--max-stall", parse_duration),
         checkpoint_every=parse_duration(checkpoint_every, "--checkpoint-every"),
-        checkpoint_bytes=parse_size(checkpoint_bytes, "--checkpoint-bytes"), tls=tls)
+        checkpoint_bytes=parse_size(checkpoint_bytes, "--checkpoint-bytes"), tls=tls,
+        export_tls=export_tls, export_given=socket is not None or listen is not None)
 
     def ready(program: Primary) -> None:
         typer.echo(f"primary of pair '{pair}': standby at {config.standby}, control {config.qmp}")

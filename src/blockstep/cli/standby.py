@@ -10,6 +10,7 @@ import typer
 
 from blockstep.cli.options import (
     Disks,
+    ExportTls,
     Listen,
     Pair,
     Qmp,
@@ -38,11 +39,12 @@ def standby(
                           "it they are full then.")] = None,
     qmp: Qmp = None,
     tls: Tls = None,
+    export_tls: ExportTls = None,
 ) -> None:
     """Keep a standby of a primary's disks.
 
-    The disks' views (at the last checkpoint) are served where --socket or --listen say, or else on a
-    socket in the runtime directory; they may be read and written.
+    The disks' views (at the last checkpoint) are served where --socket or --listen say, or on the sockets
+    that systemd passes, or else on a socket in the runtime directory; they may be read and written.
     """
     from blockstep.daemon.standby import Standby, StandbyConfig, main
 
@@ -50,7 +52,8 @@ def standby(
         pair=parse_pair(pair), disks=parse_disks(disk), link=parse_inet(link, "--link"),
         view=parse_served(socket, listen, f"{pair}.standby.nbd"),
         qmp=(qmp or runtime_directory() / f"{pair}.standby.qmp").absolute(),
-        buffer_memory=parse_positive(buffer_memory, "--buffer-memory", parse_size), buffer_dir=buffer_dir, tls=tls)
+        buffer_memory=parse_positive(buffer_memory, "--buffer-memory", parse_size), buffer_dir=buffer_dir, tls=tls,
+        view_tls=export_tls, view_given=socket is not None or listen is not None)
 
     def ready(program: Standby) -> None:
         link = program.status().link

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import socket
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from blockstep.daemon.service import make_parent
 from blockstep.jobs.job import Job
-from blockstep.nbd.server import Server
-from blockstep.nbd.uri import Address, InetAddress, UnixAddress
+from blockstep.nbd.server import Server, passed_sockets
+from blockstep.nbd.uri import Address, InetAddress, NbdUri, UnixAddress
 from blockstep.qmp.commands.replication import WorkStatus
 
 
@@ -38,6 +40,34 @@ async def listen(server: Server, address: Address) -> Address:
         (_, port), *_ = await server.start_tcp(address.host or None, address.port)
         return InetAddress(address.host, port)
     return address
+
+
+async def serve(server: Server, address: Address, given: bool) -> list[Address]:
+    """Let an NBD server listen for guests: at ``address`` if the user has given it, else on what systemd passes.
+
+    If systemd passes no sockets, at ``address`` as well. Returns where it listens. Raises OSError, or OptionError for
+    a passed descriptor that is no listening socket.
+    """
+    passed = [] if given else passed_sockets()
+    if not passed:
+        return [await listen(server, address)]
+    addresses = [_address_of(fd) for fd in passed]
+    for fd in passed:
+        server.start_fd(fd)
+    return [address for address in addresses if address is not None]
+
+
+def _address_of(fd: int) -> Address | None:
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        name = sock.getsockname()
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            return InetAddress(name[0], name[1])
+        return UnixAddress(name) if isinstance(name, str) and name else None  # abstract ones have no place in a URI
+
+
+def uris(addresses: Sequence[Address], names: Iterable[str], tls: bool) -> list[str]:
+    """The NBD URIs of exports at each address. ``tls``: they demand it."""
+    return [str(NbdUri(address, name, tls=tls)) for name in names for address in addresses]
 
 
 def work_status(kind: Literal["sync", "resync", "failover"], jobs: Sequence[Job]) -> WorkStatus:

@@ -9,12 +9,12 @@ from typing import Literal
 
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import NONE, READ, WRITE
-from blockstep.daemon.disks import listen
+from blockstep.daemon.disks import serve, uris
 from blockstep.daemon.service import Service
 from blockstep.nbd.export import Export
-from blockstep.nbd.server import Server, passed_sockets
+from blockstep.nbd.server import Server
 from blockstep.nbd.tls import server_context
-from blockstep.nbd.uri import Address, NbdUri
+from blockstep.nbd.uri import Address
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,8 @@ async def main(config: ExportConfig, ready: Callable[[list[str]], None]) -> None
     server = Server(tls=config.tls, tls_context=tls, max_connections=config.max_connections)
     try:
         server.add(Export(config.name, backend))
-        address = config.address
-        passed = [] if config.given else passed_sockets()
-        for fd in passed:
-            server.start_fd(fd)
-        if not passed:
-            address = await listen(server, config.address)
-        ready([] if passed else [str(NbdUri(address, config.name, tls=config.tls == "required"))])
+        addresses = await serve(server, config.address, config.given)
+        ready(uris(addresses, [config.name], tls=config.tls == "required"))
         await service.wait()
     finally:
         await server.stop()

@@ -36,7 +36,7 @@ from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.node import Role
 from blockstep.block.permissions import READ, WRITE
-from blockstep.daemon.disks import DiskSpec, listen, work_status
+from blockstep.daemon.disks import DiskSpec, serve, uris, work_status
 from blockstep.daemon.service import Service
 from blockstep.drivers.nbd import Nbd
 from blockstep.errors import BlockstepError, ConnectionLost, NodeNotFound, PeerRefused
@@ -44,7 +44,7 @@ from blockstep.jobs.registry import JobRegistry
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
 from blockstep.nbd.tls import client_context, server_context
-from blockstep.nbd.uri import Address, InetAddress, NbdUri
+from blockstep.nbd.uri import Address, InetAddress
 from blockstep.qmp.client import Connection, open_connection
 from blockstep.qmp.commands import replication as qmp
 from blockstep.qmp.errors import CommandRefused
@@ -72,8 +72,10 @@ class PrimaryConfig:
     checkpoint_bytes: int = 256 << 20
     #: A directory with certificates: the standby is spoken to with TLS only.
     tls: Path | None = None
-    #: Likewise for the guest's side.
+    #: A directory with certificates: guests must speak TLS, and have a certificate of the same CA.
     export_tls: Path | None = None
+    #: The user said where to serve: sockets that systemd passes are not looked at.
+    export_given: bool = True
 
 
 @dataclass(slots=True)
@@ -101,6 +103,7 @@ class Primary(Service):
         self._clock = clock
         self._instance = str(uuid.uuid4())
         self._server: NbdServer | None = None
+        self._addresses: list[Address] = []
         self._control: Connection | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._cleanup: asyncio.Task[None] | None = None
@@ -128,7 +131,7 @@ class Primary(Service):
             self._server = NbdServer(tls="required" if tls else "off", tls_context=tls)
             for name, disk in self.disks.items():
                 self._server.add(Export(name, disk.backend, description=f"pair {self.config.pair}, primary"))
-            await listen(self._server, self.config.export)
+            self._addresses = await serve(self._server, self.config.export, self.config.export_given)
             await self.serve_qmp(self.config.qmp, qmp.commands)
         except BaseException:
             await self.close()
@@ -522,7 +525,7 @@ class Primary(Service):
             checkpoint_bytes=self.config.checkpoint_bytes, checkpoint=checkpoint,
             disks=[self._disk_status(name, disk) for name, disk in self.disks.items()],
             work=work_status("sync" if self._sync_is_full else "resync", jobs) if jobs else None,
-            exports=[str(NbdUri(self.config.export, name)) for name in self.disks])
+            exports=uris(self._addresses, self.disks, tls=self.config.export_tls is not None))
 
     def _disk_status(self, name: str, disk: _Disk) -> qmp.DiskStatus:
         state = self.coordinator.state
