@@ -37,6 +37,8 @@ EVENT_BACKLOG: Final = 1 << 20
 _TURN: Final = 8
 #: Bytes of unsent output above which a monitor's requests wait.
 _HIGH_WATER: Final = 64 * 1024
+#: Seconds that a peer on the network has to negotiate: those that say nothing must not take all places.
+NEGOTIATION: Final = 10.0
 
 
 class Connection(asyncio.Protocol):
@@ -49,6 +51,7 @@ class Connection(asyncio.Protocol):
         self._queue: deque[Call | Reply] = deque()
         self._working = self._reading_paused = self._opened = self._finishing = self._eof = False
         self._out_of_band = 0
+        self._deadline: asyncio.TimerHandle | None = None
         self._may_write = asyncio.Event()
         self._may_write.set()
         self.gone = asyncio.Event()
@@ -68,6 +71,7 @@ class Connection(asyncio.Protocol):
         if sock is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self.peer = "{}:{}".format(*transport.get_extra_info("peername")[:2])
+            self._deadline = asyncio.get_running_loop().call_later(NEGOTIATION, self._must_have_negotiated)
         else:
             self.peer = f"unix:{self._listener.address}"
         if self._listener.closed:  # it was in its TLS handshake
@@ -82,6 +86,10 @@ class Connection(asyncio.Protocol):
         self._listener.monitors.add(self)
         transport.write(self._session.greeting)
 
+    def _must_have_negotiated(self) -> None:
+        if not self._opened:
+            self.abort()
+
     def data_received(self, data: bytes) -> None:
         if self._finishing:
             return
@@ -95,6 +103,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._finishing = True
+        if self._deadline is not None:
+            self._deadline.cancel()
         self._listener.monitors.discard(self)
         self._queue.clear()
         self._may_write.set()

@@ -369,6 +369,27 @@ def test_tcp_takes_a_free_port_and_says_which(tmp_path: Path, host: str) -> None
     served(tmp_path, scenario)
 
 
+def test_who_does_not_negotiate_takes_no_place_on_the_network_for_long(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitors, "NEGOTIATION", 0.05)
+
+    async def scenario(server: Server, context: Context, path: Path) -> None:
+        listener = await server.start_tcp("127.0.0.1", 0, max_monitors=2)
+        assert isinstance(listener.address, tuple)
+        good = await dial(listener.address)
+        await good.negotiate()
+        silent = await dial(listener.address)
+        assert "QMP" in await silent.line()
+        assert await silent.at_end()
+        another = await dial(listener.address)
+        await another.negotiate()
+        assert "return" in await good.ask({"execute": "query-name"})
+        for peer in (good, silent, another):
+            peer.close()
+
+    served(tmp_path, scenario)
+
+
 def test_an_unknown_command_in_the_allowed_ones_is_found_at_the_start(tmp_path: Path) -> None:
     async def scenario(server: Server, context: Context, path: Path) -> None:
         with pytest.raises(KeyError):
