@@ -192,7 +192,9 @@ class Story:
                                     env=self._environment(host), stdin=subprocess.DEVNULL, text=True,
                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             output = result.stdout
-            assert result.returncode == code, f"{block.where}: {command}: exit code {result.returncode}\n{output}"
+            if result.returncode != code:
+                raise AssertionError(f"{block.where}: {command}: exit code {result.returncode}\n"
+                                     f"{output}\n{self._logs()}")
         self._compare(block, command, [self.here(host, line) for line in expected], output)
 
     def _start(self, block: Block, host: str, command: str) -> str:
@@ -208,6 +210,13 @@ class Story:
         if command.split()[1] == "primary":
             self.wait_healthy(host)
         return log.read_text()
+
+    def _logs(self) -> str:
+        """What the programs have printed, and how those ended that did."""
+        ends = [f"{host}: process {one.pid} ended with {one.returncode}"
+                for host, programs in self.programs.items() for one in programs if one.poll() is not None]
+        logs = [f"--- {log.name}\n{log.read_text()}" for log in sorted(self.directory.glob("*.log"))]
+        return "\n".join([*ends, *logs])
 
     def wait_healthy(self, host: str) -> None:
         """Until all pairs of the host are well."""
