@@ -2,7 +2,7 @@
 
 A request is made in the event loop where it ends at once, and in a thread where it would wait:
 
-    read             page cache (RWF_NOWAIT), else a thread
+    read             page cache (RWF_NOWAIT), else a thread, together with others (`blockstep.aio.cold`)
     write            page cache; a thread while the kernel makes writers wait, and for FUA (RWF_DSYNC)
     flush            fdatasync in a thread
     zeroes, discard  fallocate in a thread; few zeroes that need no hole are written
@@ -30,6 +30,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
+from blockstep.aio.cold import ColdReads
 from blockstep.aio.pool import in_thread
 from blockstep.aio.posix import (
     INLINE,
@@ -90,6 +91,7 @@ class File(Driver):
         self._is_device = is_block_device(self.fd)
         self._lost: OSError | None = None
         self._lock = RangeLock()
+        self._cold = ColdReads()
         self._choose_calls()
 
     def _choose_calls(self) -> None:
@@ -108,7 +110,9 @@ class File(Driver):
                 return data
         if self._alignment > 1:
             return await in_thread(_read_direct, self.fd, length, offset, self._alignment)
-        return await in_thread(read_whole, self.fd, length, offset)
+        if length > INLINE:
+            return await in_thread(read_whole, self.fd, length, offset)
+        return await self._cold.read(self.fd, length, offset)
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         if not flags and len(data) <= INLINE and self._write(self.fd, data, offset) == len(data):
