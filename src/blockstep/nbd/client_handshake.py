@@ -47,6 +47,8 @@ T = TypeVar("T")
 MAX_REPLY: Final = 64 << 10
 #: The most replies to one option.
 MAX_REPLIES: Final = 10_000
+#: The most bytes in all replies to one option.
+MAX_ANSWER: Final = 16 << 20
 
 _GREETING: Final = struct.Struct(">QQ")
 _OPTION: Final = struct.Struct(">QII")
@@ -371,14 +373,16 @@ class _Haggler:
         """Send an option. Returns its replies but the final ACK, or raises _Refusal for a final error."""
         self._send(_OPTION.pack(c.OPTION_MAGIC, option, len(data)) + data)
         replies: list[tuple[int, bytes]] = []
+        total = 0
         while True:
             magic, answered, kind, length = _REPLY.unpack((yield _REPLY.size))
             if magic != c.OPTION_REPLY_MAGIC:
                 raise ProtocolError(f"an option reply begins with {magic:#x}")
             if answered != option:
                 raise ProtocolError(f"the server answers option {answered}; option {option} was sent")
-            if length > MAX_REPLY:
-                raise ProtocolError(f"an option reply of {length} bytes")
+            total += length
+            if length > MAX_REPLY or total > MAX_ANSWER:
+                raise ProtocolError(f"an option reply of {length} bytes, of {total} in all")
             payload = (yield length) if length else b""
             if kind & c.REP_FLAG_ERROR:
                 raise _Refusal(kind, payload)

@@ -32,7 +32,7 @@ import errno
 import os
 import struct
 import sys
-from bisect import insort
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Final
 
@@ -50,6 +50,8 @@ SHORT_BATCH: Final = 4 << 10
 MAX_STATUS: Final = 8 + (16 << 20)
 #: The longest error chunk: any that the protocol describes, with room for future fields.
 MAX_ERROR: Final = 8 << 10
+#: The most parts of a read, not touching each other, that have come: what is tiny and scattered is an attack.
+MAX_PARTS: Final = 1 << 16
 
 _HEAD: Final = struct.Struct(">IIQ")
 _LENGTH: Final = struct.Struct(">I")
@@ -118,7 +120,7 @@ class Read:
         self.data: bytearray | None = None
         self.error: BaseException | None = None
         self._covered = 0
-        self._parts: list[tuple[int, int]] = []
+        self._parts: list[tuple[int, ...]] = []
 
     def cover(self, offset: int, length: int, long_buffers: LongBuffers | None = None) -> bytearray:
         """A content chunk covers a range of the request. Returns the read's buffer.
@@ -129,17 +131,28 @@ class Read:
         if start < 0 or not length or start + length > self.length:
             raise ProtocolError(f"a chunk for {length} bytes at {offset} lies outside of the read of "
                                 f"{self.length} bytes at {self.offset}")
-        part = (start, start + length)
-        insort(self._parts, part)
-        position = self._parts.index(part)
-        if (position and self._parts[position - 1][1] > start) or (
-                position + 1 < len(self._parts) and self._parts[position + 1][0] < start + length):
-            raise ProtocolError(f"two chunks of one read overlap at {offset}")
+        self._join(start, start + length)
         self._covered += length
         if self.data is None:
             self.data = (long_buffers.take(length) if long_buffers is not None and length == self.length
                          else bytearray(self.length))
         return self.data
+
+    def _join(self, start: int, end: int) -> None:
+        """Add a range to the parts that have come; those that touch become one."""
+        parts = self._parts
+        first = last = bisect_left(parts, (start,))
+        if (first and parts[first - 1][1] > start) or (first < len(parts) and parts[first][0] < end):
+            raise ProtocolError(f"two chunks of one read overlap at {self.offset + start}")
+        if first and parts[first - 1][1] == start:
+            first -= 1
+            start = parts[first][0]
+        if last < len(parts) and parts[last][0] == end:
+            end = parts[last][1]
+            last += 1
+        parts[first:last] = [(start, end)]
+        if len(parts) > MAX_PARTS:
+            raise ProtocolError(f"a read in more than {MAX_PARTS} scattered parts")
 
     def check(self) -> None:
         """Raises ProtocolError unless all of the read has come."""

@@ -261,3 +261,9 @@ def test_the_bytes_of_the_first_options_are_those_of_the_document() -> None:
     handshake = ClientHandshake(lambda send: open_export(send, "d", extended=False, structured=False))
     assert handshake.receive(GREETING) == ANSWERED + option(
         c.OPT_GO, b"\0\0\0\1d" + struct.pack(">HHHH", 3, c.INFO_NAME, c.INFO_DESCRIPTION, c.INFO_BLOCK_SIZE))
+
+
+def test_many_long_replies_to_one_option_are_no_way_to_fill_our_memory() -> None:
+    flood = reply(c.OPT_GO, c.REP_INFO, struct.pack(">H", 99) + bytes(60_000)) * 1000
+    with pytest.raises(ProtocolError, match="in all"):
+        Server({c.OPT_GO: flood}).talk(ClientHandshake(lambda send: open_export(send, "")), 1 << 16)

@@ -296,3 +296,27 @@ def test_garbage_ends_every_request_once(form: str, stream: list[bytes], piece: 
         pass
     table.fail_all(lambda: ConnectionLost("test"))
     assert sorted(ended) == wanted
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("form", CHUNKED)
+def test_a_read_in_thousands_of_chunks_does_not_cost_their_square(form: str, order: int) -> None:
+    table, count = Table(form), 20_000
+    table.read(1, count)
+    for number in list(range(count))[::order]:
+        table.feed(data(form, 1, bytes([number % 251]), READ_AT + number, done=False))
+    read = table.pending[1]
+    assert isinstance(read, Read)
+    assert len(read._parts) == 1
+    table.feed(chunk(form, 1, c.REPLY_TYPE_NONE))
+    assert table.got[1] == bytes(number % 251 for number in range(count))
+
+
+@pytest.mark.parametrize("form", CHUNKED)
+def test_a_read_in_scattered_crumbs_is_no_way_to_fill_our_memory(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blockstep.nbd.reply_table.MAX_PARTS", 10)
+    table = Table(form)
+    table.read(1, 100)
+    with pytest.raises(ProtocolError, match="scattered"):
+        for number in range(0, 100, 2):
+            table.feed(data(form, 1, b"x", READ_AT + number, done=False))
