@@ -161,6 +161,8 @@ class Graph:
         #: Called with (event, data) for all that nodes report (`Node.report`), at once, in the strand that met it.
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self._numbers = itertools.count(1)
+        # Of each drained section: the nodes (by id) and the users that are held back.
+        self._drains: list[tuple[set[int], list[Backend]]] = []
 
     def report(self, event: str, data: dict[str, Any]) -> None:
         """Tell all listeners of an event."""
@@ -242,14 +244,25 @@ class Graph:
     # --- users ---
 
     def attach_backend(self, node: Driver, name: str, taken: Permission = READ, shared: Permission = ALL) -> Backend:
-        """Use ``node``. Raises PermissionConflict, or GraphError if it is read-only and WRITE is taken."""
+        """Use ``node``. Raises PermissionConflict, or GraphError if it is read-only and WRITE is taken.
+
+        While the node is drained the new user's requests wait as those of the others do.
+        """
         backend = Backend(name, node, taken, shared)
         with self.change() as change:
             change.attach_backend(backend)
+        for nodes, held in self._drains:
+            if id(node) in nodes:
+                backend.pause()
+                held.append(backend)
         return backend
 
     async def detach_backend(self, backend: Backend) -> None:
-        """Stop using a node: waits for what is in flight, and closes the node if it belonged to nobody else."""
+        """Stop using a node: waits for what is in flight, and closes the node if it belonged to nobody else.
+
+        Requests that a drain holds back fail with ESHUTDOWN: they would come when nobody counts them any more.
+        """
+        backend.forget_held()
         await backend.idle()
         node = backend.node
         node.parents.remove(backend.edge)
@@ -323,14 +336,17 @@ class Graph:
         issue by themselves.
         """
         above = list(_bottom_up(nodes))
-        backends = {id(e.parent): e.parent for node in above for e in node.parents if isinstance(e.parent, Backend)}
+        users = {id(e.parent): e.parent for node in above for e in node.parents if isinstance(e.parent, Backend)}
+        backends = list(users.values())
+        section = {id(node) for node in above}, backends
         held: list[Driver] = []
-        for backend in backends.values():
+        self._drains.append(section)
+        for backend in backends:
             backend.pause()
         for node in above:
             node.expedite(True)
         try:
-            for backend in backends.values():
+            for backend in list(backends):  # those that come meanwhile have nothing in flight
                 await backend.idle()
             for node in above:
                 held.append(node)
@@ -341,7 +357,8 @@ class Graph:
                 node.drain_end()
             for node in above:
                 node.expedite(False)
-            for backend in backends.values():
+            self._drains = [one for one in self._drains if one is not section]
+            for backend in backends:
                 backend.resume()
 
 

@@ -29,7 +29,7 @@ class Backend:
     driver met. While the node is drained they wait.
     """
 
-    __slots__ = ("_idle", "_paused", "_resumed", "_revoked", "edge", "in_flight", "name", "on_revoke")
+    __slots__ = ("_gone", "_idle", "_paused", "_resumed", "_revoked", "edge", "in_flight", "name", "on_revoke")
 
     def __init__(self, name: str, node: Driver, taken: Permission, shared: Permission) -> None:
         self.name = name
@@ -37,6 +37,7 @@ class Backend:
         #: Requests that have passed the border and not ended yet.
         self.in_flight = 0
         self._paused = 0
+        self._gone = False
         self._resumed: list[Completion[None]] = []
         self._idle: list[Completion[None]] = []
         self._revoked: str | None = None
@@ -179,12 +180,22 @@ class Backend:
         """Undo one `pause`; the last one lets the held requests go on, in their order."""
         self._paused -= 1
         if not self._paused:
-            waiting, self._resumed = self._resumed, []
-            for waiter in waiting:
-                waiter.set_result(None)
+            self._let_go_on()
+
+    def forget_held(self) -> None:
+        """The user goes: what is held back, or comes while it would be, fails with ESHUTDOWN."""
+        self._gone = True
+        self._let_go_on()
+
+    def _let_go_on(self) -> None:
+        waiting, self._resumed = self._resumed, []
+        for waiter in waiting:
+            waiter.set_result(None)
 
     async def _wait(self) -> None:
         while self._paused:
+            if self._gone:
+                raise OSError(errno.ESHUTDOWN, f"{os.strerror(errno.ESHUTDOWN)}: '{self.name}' has been detached")
             waiter: Completion[None] = Completion()
             self._resumed.append(waiter)
             await waiter
