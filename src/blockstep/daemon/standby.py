@@ -106,6 +106,7 @@ class Standby(Service):
         self._link_server: NbdServer | None = None
         self._control: QmpServer | None = None
         self._primary: Monitor | None = None
+        self._cutting = asyncio.Lock()
         self._heard_at = 0.0
         #: Whether the primary has committed a checkpoint since it was attached, that is: its (re)sync is over.
         self._has_committed = False
@@ -214,8 +215,7 @@ class Standby(Service):
     async def attach(self, args: qmp.AttachArguments, monitor: Monitor) -> qmp.Attached:
         """A primary presents itself. What another connection of the same primary still had is cut off."""
         if self._promoted_to or self._stopped:
-            what = "was promoted" if self._promoted_to else "was stopped"
-            return self._answer(False, f"standby '{self.config.pair}' {what}; it takes no primary any more")
+            return self._decline()
         self._check_primary(args, monitor)
         self._primary = monitor
         self._watcher = asyncio.get_running_loop().create_task(self._watch(monitor, args.silence))
@@ -225,6 +225,10 @@ class Standby(Service):
         await self._fit({disk.name: disk.size for disk in args.disks})
         if self._no_room:
             await self._give_up()
+        # While it waited the standby may have been promoted, or the primary may have come again: no way in then.
+        if self._promoted_to or self._stopped:
+            return self._decline()
+        self._must_be_primary(monitor, "attach")
         self._has_committed = False
         for name, disk in self.disks.items():
             node = self.graph.find(f"{name}-secondary")
@@ -234,6 +238,10 @@ class Standby(Service):
             self._link_server.add(Export(name, disk.link, description=f"pair {self.config.pair}, for the primary"))
         self._tell()
         return self._answer(True, "")
+
+    def _decline(self) -> qmp.Attached:
+        what = "was promoted" if self._promoted_to else "was stopped"
+        return self._answer(False, f"standby '{self.config.pair}' {what}; it takes no primary any more")
 
     async def _give_up(self) -> None:
         """The buffer has no room for what a resync changes: without the checkpoint none is needed."""
@@ -270,7 +278,8 @@ class Standby(Service):
         self._must_be_primary(monitor, "start")
         if not self._running:
             await self.registry.start_all("secondary")
-        self._instance = self._wanted_instance
+        if monitor is self._primary:
+            self._instance = self._wanted_instance
 
     async def commit(self, epoch: int, monitor: Monitor) -> None:
         """Move the views of all disks forward, or of none. The first one is the start."""
@@ -284,9 +293,11 @@ class Standby(Service):
             self._last_error = str(error)
             self._tell()
             raise
-        self._instance, self._epoch, self._committed_at = self._wanted_instance, epoch, self._clock()
+        if monitor is self._primary:  # else another has come meanwhile, whose disks these are not
+            self._instance, self._has_committed = self._wanted_instance, True
+        self._epoch, self._committed_at = epoch, self._clock()
         self._last_error = ""
-        self._has_committed, self._no_room = True, False
+        self._no_room = False
         for disk in self.disks.values():
             disk.filter.error = None
             disk.errors.clear()
@@ -395,11 +406,12 @@ class Standby(Service):
 
     async def _cut_links(self) -> None:
         """Take the primary's exports away, and wait for what had been begun."""
-        for name, disk in self.disks.items():
-            if disk.link and self._link_server:
-                await self._link_server.remove(name, "hard")
-                await self.graph.detach_backend(disk.link)
-                disk.link = None
+        async with self._cutting:  # who comes second waits for the same requests
+            for name, disk in self.disks.items():
+                if disk.link and self._link_server:
+                    await self._link_server.remove(name, "hard")
+                    await self.graph.detach_backend(disk.link)
+                    disk.link = None
 
     def _must_run(self, step: str) -> None:
         if not self._running:

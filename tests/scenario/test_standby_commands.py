@@ -1,0 +1,175 @@
+"""A standby's commands while others of them wait for requests that take their time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockstep.block.io import enter, leave
+from blockstep.daemon.disks import DiskSpec
+from blockstep.daemon.standby import Standby, StandbyConfig
+from blockstep.errors import ReplicationError
+from blockstep.nbd.uri import InetAddress, UnixAddress
+from blockstep.qmp.commands import replication as qmp
+
+SIZE = 1 << 20
+
+
+class Caller:
+    """A primary's control connection, as the standby sees it."""
+
+    peer = "primary"
+
+    def __init__(self) -> None:
+        self.gone = asyncio.Event()
+
+    def abort(self) -> None:
+        self.gone.set()
+
+
+def hello(instance: str = "P1") -> qmp.AttachArguments:
+    return qmp.AttachArguments(pair="p", instance=instance, disks=[qmp.AttachDisk(name="d", size=SIZE)], silence=0.0)
+
+
+async def turns() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def with_standby(tmp_path: Path, test: Callable[[Standby], Awaitable[None]]) -> None:
+    async def main() -> None:
+        standby = Standby(StandbyConfig(
+            pair="p", disks=(DiskSpec("d", tmp_path / "d.img", SIZE),), link=InetAddress("127.0.0.1", 0),
+            view=UnixAddress(str(tmp_path / "view.nbd")), qmp=tmp_path / "qmp", buffer_memory=SIZE, buffer_dir=None))
+        await standby.open()
+        try:
+            await test(standby)
+        finally:
+            await standby.close()
+
+    asyncio.run(main())
+
+
+async def replicating(standby: Standby, caller: Any) -> None:
+    assert (await standby.attach(hello(), caller)).accepted
+    await standby.commit(1, caller)
+
+
+def link_of(standby: Standby) -> Any:
+    return standby.disks["d"].link
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "latest"])
+def test_a_promotion_in_the_middle_of_an_attach_leaves_no_way_in_for_the_primary(tmp_path: Path, to: Any) -> None:
+    """attach cuts the old connection and waits for its write ► failover ► the write ends ► attach goes on."""
+
+    async def test(standby: Standby) -> None:
+        first: Any = Caller()
+        await replicating(standby, first)
+        old = link_of(standby)
+        await enter(old)  # a write of the old connection takes its time
+        again: Any = Caller()
+        attaching = asyncio.create_task(standby.attach(hello(), again))
+        await turns()
+        promoting = asyncio.create_task(standby.fail_over(to))
+        await turns()
+        leave(old)
+        await promoting
+        assert not (await attaching).accepted
+        assert link_of(standby) is None
+        assert standby._link_server is not None
+        assert len(standby._link_server.exports) == 0
+
+    with_standby(tmp_path, test)
+
+
+def test_two_attaches_at_a_time_leave_the_later_one(tmp_path: Path) -> None:
+    async def test(standby: Standby) -> None:
+        first: Any = Caller()
+        await replicating(standby, first)
+        old = link_of(standby)
+        await enter(old)
+        second: Any = Caller()
+        third: Any = Caller()
+        attaching = [asyncio.create_task(standby.attach(hello(), caller)) for caller in (second, third)]
+        await turns()
+        leave(old)
+        answers = await asyncio.gather(*attaching, return_exceptions=True)
+        assert isinstance(answers[0], ReplicationError)
+        assert isinstance(answers[1], qmp.Attached)
+        assert answers[1].accepted
+        assert standby._primary is third
+
+    with_standby(tmp_path, test)
+
+
+def test_a_new_connection_does_not_write_into_a_checkpoint_of_the_one_before(tmp_path: Path) -> None:
+    """checkpoint waits for a read of the view ► the primary gives up, comes back, writes ► the read ends."""
+
+    async def test(standby: Standby) -> None:
+        first: Any = Caller()
+        await replicating(standby, first)
+        view = standby.disks["d"].view
+        await link_of(standby).pwrite(0, b"1" * 4096)
+        await enter(view)
+        committing = asyncio.create_task(standby.commit(2, first))
+        await turns()
+        again: Any = Caller()
+        assert (await standby.attach(hello(), again)).accepted
+        writing = asyncio.create_task(link_of(standby).pwrite(4096, b"2" * 4096))
+        await turns()
+        leave(view)
+        await asyncio.gather(committing, writing)
+        assert await view.pread(0, 8192) == b"1" * 4096 + bytes(4096)
+
+    with_standby(tmp_path, test)
+
+
+def test_a_write_that_was_held_back_when_its_connection_was_cut_never_comes(tmp_path: Path) -> None:
+    """checkpoint ► a write waits at the border ► its connection is cut, and its range resynced ► the drain ends."""
+
+    async def test(standby: Standby) -> None:
+        first: Any = Caller()
+        await replicating(standby, first)
+        view = standby.disks["d"].view
+        await enter(view)
+        committing = asyncio.create_task(standby.commit(2, first))
+        await turns()
+        late = asyncio.create_task(link_of(standby).pwrite(0, b"old!"))
+        await turns()
+        again: Any = Caller()
+        assert (await standby.attach(hello(), again)).accepted
+        resync = asyncio.create_task(link_of(standby).pwrite(0, b"new!"))
+        await turns()
+        leave(view)
+        await asyncio.gather(committing, late, resync, return_exceptions=True)
+        assert isinstance(late.exception(), OSError)
+        assert await standby.graph.find("d-secondary").pread(0, 4) == b"new!"
+
+    with_standby(tmp_path, test)
+
+
+def test_a_checkpoint_that_ends_after_another_primary_came_does_not_make_that_one_known(tmp_path: Path) -> None:
+    async def test(standby: Standby) -> None:
+        first: Any = Caller()
+        await replicating(standby, first)
+        view = standby.disks["d"].view
+        await enter(view)
+        committing = asyncio.create_task(standby.commit(2, first))
+        await turns()
+        first.gone.set()
+        await turns()
+        other: Any = Caller()
+        assert (await standby.attach(hello("P2"), other)).accepted
+        leave(view)
+        await committing
+        other.gone.set()
+        await turns()
+        other = Caller()
+        assert (await standby.attach(hello("P2"), other)).instance != "P2"
+
+    with_standby(tmp_path, test)
