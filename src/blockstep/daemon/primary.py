@@ -249,7 +249,8 @@ class Primary(Service):
         self._control = control
         self._spawn(self._watch(control))
         self._room = answer["buffer-limit"] // 2
-        known = answer["running"] and answer["instance"] == self._instance
+        # Also when the standby has given its checkpoint up: what its disks hold is known all the same.
+        known = answer["instance"] == self._instance
         self._sync_is_full = not known
         self.coordinator.epoch = max(self.coordinator.epoch, answer["epoch"])
         return c.Attached(attempt, full=not known)
