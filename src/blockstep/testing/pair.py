@@ -34,7 +34,7 @@ from blockstep.errors import BlockstepError
 from blockstep.nbd.client import Client
 from blockstep.nbd.uri import UnixAddress
 from blockstep.qmp.client import Connection, connect, open_connection
-from blockstep.testing.numbered import NumberedWrites, make_image
+from blockstep.testing.numbered import NotAState, NumberedWrites, make_image
 from blockstep.testing.processes import blockstep as blockstep_command
 from blockstep.units import MiB
 
@@ -273,6 +273,13 @@ class Pair:
         low = self.writes.acknowledged
         await self.primary.execute("replication-checkpoint")
         return low, self.writes.sent
+
+    async def checkpoint_shows(self) -> None:
+        """Take a checkpoint, and find on the standby exactly what the disks were then. Raises NotAState."""
+        low, high = await self.checkpoint()
+        seen = await self.proven(self.standby)
+        if not low <= seen <= high:
+            raise NotAState(f"the standby has seen {seen} writes; it should be {low} to {high}")
 
     async def proven(self, side: Side) -> int:
         """After how many writes the disks of a side are what they are. Raises NotAState."""
