@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -53,8 +54,15 @@ def measure(row: Row, bench: Bench) -> Measured:
         return Measured("", errors={row.name: str(error) or type(error).__name__})
 
 
+def _end(number: int, _frame: object) -> None:
+    """An exception, so that all servers are ended and all directories removed on the way out."""
+    raise SystemExit(128 + number)
+
+
 def main() -> int:
     options = arguments()
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _end)
     rows = chosen(options.only)
     console = Console(width=None if sys.stdout.isatty() else 132)
     if options.list:

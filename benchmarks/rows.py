@@ -47,8 +47,8 @@ WRITE_1M = Workload("write", MiB, 4)
 
 
 def race(name: str, path: str, ours: str, rivals: tuple[str, ...], work: Workload, at_least: float, aim: float,
-         prime: Workload | None = None, cold: bool = False) -> Row:
-    return Row(name, f"{path}: {work}", Race(ours, rivals, work, prime, cold), {"ratio": Target(at_least, aim)})
+         prime: Workload | None = None, cold: bool = False, once: bool = False) -> Row:
+    return Row(name, f"{path}: {work}", Race(ours, rivals, work, prime, cold, once), {"ratio": Target(at_least, aim)})
 
 
 def plain(name: str, work: Workload, at_least: float, aim: float) -> Row:
@@ -56,7 +56,7 @@ def plain(name: str, work: Workload, at_least: float, aim: float) -> Row:
 
 
 def into_standby(name: str, work: Workload, at_least: float, aim: float) -> Row:
-    return race(name, "into a standby", "blockstep standby", ("QEMU standby",), work, at_least, aim)
+    return race(name, "into a standby", "blockstep standby", ("QEMU standby",), work, at_least, aim, once=True)
 
 
 def through_pair(name: str, work: Workload, at_least: float, aim: float) -> Row:

@@ -33,15 +33,16 @@ class Workload:
         return f"{size} {self.rw} depth {self.depth}"
 
 
-def fio(uri: str, work: Workload, size: int, seconds: float = 0, *more: str) -> float:
+def fio(uri: str, work: Workload, size: int, seconds: float = 0, *more: str, once: bool = False) -> float:
     """Requests per second of one run of fio's NBD engine over the first ``size`` bytes.
 
-    With ``seconds`` it runs so long, going round; without, until it has done ``size`` bytes once.
+    With ``seconds`` it runs so long, going round; ``once``: or until each block has had its turn, if that comes
+    first. Without ``seconds``, until it has done ``size`` bytes once.
     """
     words = ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", f"--rw={work.rw}", f"--bs={work.block}",
              f"--iodepth={work.depth}", f"--size={size}", "--output-format=json", *more]
     if seconds:
-        words += ["--time_based", f"--runtime={seconds}"]
+        words += [f"--runtime={seconds}"] if once else ["--time_based", f"--runtime={seconds}"]
     printed = run(*words, timeout=seconds + 300).stdout
     job = json.loads(printed[printed.index("{"):])["jobs"][0]
     if job["error"]:
@@ -111,7 +112,9 @@ class WriteLog:
 
     def __enter__(self) -> WriteLog:
         self._thread.start()
-        self._first.wait(30)
+        if not self._first.wait(30):
+            self._stop.set()
+            raise TimeoutError("a hundred writes were not done within 30 s")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -56,7 +56,7 @@ def racing(monkeypatch: pytest.MonkeyPatch, speeds: dict[str, list[float]]) -> l
             yield servers.Endpoint(Path(name))
         return start
 
-    def fio(uri: str, *_: object) -> float:
+    def fio(uri: str, *_: object, **__: object) -> float:
         name = uri.rpartition("=")[2]
         ran.append(name)
         return speeds[name].pop(0)
