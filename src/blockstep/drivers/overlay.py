@@ -182,6 +182,9 @@ class Overlay(Driver):
                     return data
             return await self._read_held(offset, length)
         if first == last or bits.find(1, first, last + 1) < 0:
+            backing = self.backing
+            if self._zero is None and backing is not None and offset + length <= backing.node.length:
+                return await backing.pread(offset, length)
             return await self._read_below(offset, length)
         pieces = []
         for run, held in self._map.extents(offset, length):

@@ -163,7 +163,16 @@ class Quorum(Driver):
 
     async def pread(self, offset: int, length: int) -> Buffer:
         if not self._votes:
-            return await self._read_first(offset, length)
+            if self._missed:
+                return await self._read_first(offset, length, self._edges, [])
+            edge = self._edges[0]  # the path of a view's read, spelled out
+            try:
+                return await edge.pread(offset, length)
+            except OSError as error:
+                self._bad("read", edge, offset, length, error)
+                first = error
+            return await self._read_first(offset, length, [other for other in self._edges if other is not edge],
+                                          [first])
         if len(self._edges) == 1:
             return await self._read_only_child(offset, length)
         end = offset + length
@@ -179,9 +188,10 @@ class Quorum(Driver):
         except OSError as error:
             raise self._failure("read", offset, length, [error]) from None
 
-    async def _read_first(self, offset: int, length: int) -> Buffer:
-        errors: list[BaseException] = []
-        for edge in self._edges:
+    async def _read_first(self, offset: int, length: int, edges: Sequence[Child],
+                          errors: list[BaseException]) -> Buffer:
+        """What the first of ``edges`` has that can; ``errors`` are those of the children asked before."""
+        for edge in edges:
             if self._missed and self._is_stale(edge, offset, length):
                 errors.append(_io_error(f"'{edge.node.name}' has missed a write there"))
                 continue
