@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import heapq
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import blockstep.drivers  # noqa: F401  (they register themselves)
 from blockstep.block.graph import Graph
+from blockstep.drivers.blkdebug import Blkdebug
 from blockstep.jobs.job import Job
 
 
@@ -86,6 +88,33 @@ async def reach(job: Job, *states: str) -> None:
     while job.status not in states:
         assert job.status != "null", job.error
         await asyncio.sleep(0)
+
+
+#: The states in which a job with a ready state can be cancelled before it ends; for `cancelled`.
+CANCELLABLE = ("running", "paused", "ready", "standby", "pending")
+
+
+async def cancelled(job: Job, when: str, target: Blkdebug) -> None:
+    """Launch a job that writes to ``target``, cancel it in the state ``when``, and see that it ends with ECANCELED."""
+    if when in ("running", "paused"):
+        target.suspend("write", "held")
+        await job.launch()
+        await target.suspended("held")
+    else:
+        await job.launch()
+        await reach(job, "ready")
+    if when in ("paused", "standby"):
+        job.pause()
+    elif when == "pending":
+        job.complete()
+        await reach(job, "pending")
+    job.cancel(force=True)
+    await settle(20)
+    if when in ("running", "paused"):
+        target.resume("held")
+    error = await job.wait()
+    assert isinstance(error, OSError)
+    assert error.errno == errno.ECANCELED
 
 
 def picture(graph: Graph) -> dict[str, Any]:

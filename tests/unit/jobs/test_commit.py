@@ -18,7 +18,7 @@ from blockstep.block.permissions import ALL, READ, WRITE, WRITE_UNCHANGED
 from blockstep.errors import GraphError, OperationBlocked, OptionError, PermissionConflict
 from blockstep.jobs.commit import CommitJob
 from blockstep.units import KiB, MiB
-from tests.unit.jobs.support import HandClock, Listener, picture, reach, settle
+from tests.unit.jobs.support import CANCELLABLE, HandClock, Listener, cancelled, picture, reach
 
 SIZE = 1 * MiB
 PATTERN = random.Random(2).randbytes(SIZE)
@@ -154,33 +154,13 @@ def test_a_read_only_base_is_opened_for_the_merge_and_locked_again_unless_it_bec
     asyncio.run(main(False))
 
 
-@pytest.mark.parametrize("when", ["running", "paused", "ready", "standby", "pending"])
+@pytest.mark.parametrize("when", CANCELLABLE)
 def test_cancelled_in_any_state_the_graph_is_what_it_was_and_so_is_the_view(when: str) -> None:
     async def main() -> None:
         c = await Chain().open()
         before, was = await c.view(), picture(c.graph)
         job = CommitJob("merge", c.graph, c.top, c.base, auto_finalize=False)
-        if when in ("running", "paused"):
-            c.base.suspend("write", "held")
-        await job.launch()
-        if when in ("running", "paused"):
-            await c.base.suspended("held")
-            if when == "paused":
-                job.pause()
-        else:
-            await reach(job, "ready")
-        if when == "standby":
-            job.pause()
-        elif when == "pending":
-            job.complete()
-            await reach(job, "pending")
-        job.cancel(force=True)
-        await settle(20)
-        if when in ("running", "paused"):
-            c.base.resume("held")
-        error = await job.wait()
-        assert isinstance(error, OSError)
-        assert error.errno == errno.ECANCELED
+        await cancelled(job, when, c.base)
         assert picture(c.graph) == was
         assert await c.view() == before
         assert c.guest.in_flight == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import random
 from typing import Any
 
@@ -18,7 +17,7 @@ from blockstep.errors import OperationBlocked, OptionError, PermissionConflict
 from blockstep.jobs.mirror import MirrorJob
 from blockstep.units import KiB, MiB
 from tests.disks import Ram, faulty
-from tests.unit.jobs.support import HandClock, Listener, picture, reach, settle
+from tests.unit.jobs.support import CANCELLABLE, HandClock, Listener, cancelled, picture, reach, settle
 
 PATTERN = random.Random(4).randbytes(512 * KiB)
 MODES = ["background", "write-blocking"]
@@ -275,33 +274,13 @@ def test_only_the_top_layer_is_copied_with_sync_top_and_only_the_new_with_none()
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("when", ["running", "paused", "ready", "standby", "pending"])
+@pytest.mark.parametrize("when", CANCELLABLE)
 def test_cancelled_in_any_state_the_graph_is_what_it_was(mode: Any, when: str) -> None:
     async def main() -> None:
         p = await Pair().open()
         was = picture(p.graph)
         job = p.job(copy_mode=mode, auto_finalize=False, pivot=True)
-        if when in ("running", "paused"):
-            p.target.suspend("write", "held")
-            await job.launch()
-            await p.target.suspended("held")
-            if when == "paused":
-                job.pause()
-        else:
-            await job.launch()
-            await reach(job, "ready")
-            if when == "standby":
-                job.pause()
-            elif when == "pending":
-                job.complete()
-                await reach(job, "pending")
-        job.cancel(force=True)
-        await settle(20)
-        if when in ("running", "paused"):
-            p.target.resume("held")
-        error = await job.wait()
-        assert isinstance(error, OSError)
-        assert error.errno == errno.ECANCELED
+        await cancelled(job, when, p.target)
         assert picture(p.graph) == was
         assert p.guest.in_flight == 0
 
