@@ -326,3 +326,26 @@ def test_a_cancelled_task_ends_only_when_its_thread_has() -> None:
         assert done == ["work"]
 
     asyncio.run(scenario())
+
+
+def test_a_device_follows_its_own_growth_and_shows_zeroes_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockstep.drivers.file.is_block_device", lambda fd: True)
+    path = tmp_path / "device"
+    path.write_bytes(b"d" * 10_000)
+
+    async def main() -> None:
+        graph = Graph()
+        node = await graph.open({"driver": "file", "filename": str(path), "discard": "unmap"})
+        with pytest.raises(OSError, match="resize of a block device of 10000 bytes to 20000 bytes"):
+            await node.truncate(20_000)
+        assert node.length == 10_000
+        with open(path, "ab") as file:
+            file.write(b"what lay there before" * 1000)
+        await node.truncate(31_000)
+        assert node.length == 31_000
+        assert bytes(await node.pread(0, 31_000)) == b"d" * 10_000 + bytes(21_000)
+        await graph.close(node)
+
+    asyncio.run(main())
