@@ -128,7 +128,7 @@ async def test_sockets_that_systemd_passes_are_served(tmp_path: Path, image: Pat
             await process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @scenario
 async def test_a_signal_finishes_what_is_in_flight(tmp_path: Path, image: Path, number: signal.Signals) -> None:
     path = tmp_path / "sock"

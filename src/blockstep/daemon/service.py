@@ -1,7 +1,7 @@
 """What the programs share: where their sockets are, the control socket, readiness and a clean stop.
 
 A program is a coroutine that starts everything and then waits in `Service.wait` until it is told to stop: by
-SIGTERM or SIGINT, or by the command ``quit``. Under systemd it says READY=1 when it serves and STOPPING=1 when it
+SIGTERM, SIGINT or SIGHUP, or by the command ``quit``. Under systemd it says READY=1 when it serves and STOPPING=1 when it
 begins to stop (sd_notify's protocol: a datagram to $NOTIFY_SOCKET).
 """
 
@@ -87,14 +87,17 @@ class Service:
     async def wait(self) -> None:
         """Say that everything is served, and wait for the end."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # A terminal that is closed is no reason to leave disks unmerged; nohup's wish is respected.
+        stop = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                if signal.getsignal(number) != signal.SIG_IGN]
+        for number in stop:
             loop.add_signal_handler(number, self.request_quit)
         notify("READY=1")
         try:
             await self._quit.wait()
         finally:
             notify("STOPPING=1")
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stop:
                 loop.remove_signal_handler(number)
 
     async def stop_qmp(self) -> None:
