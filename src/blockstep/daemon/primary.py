@@ -249,6 +249,8 @@ class Primary(Service):
         self._control = control
         self._spawn(self._watch(control))
         self._room = answer["buffer-limit"] // 2
+        for disk in self.disks.values():
+            disk.link.queue = min(self.config.queue, self._room // 2) if self._room else self.config.queue
         # Also when the standby has given its checkpoint up: what its disks hold is known all the same.
         known = answer["instance"] == self._instance
         self._sync_is_full = not known
@@ -335,12 +337,23 @@ class Primary(Service):
         self._post(c.Due())
 
     def _written(self) -> None:
-        """A link has more than its `alarm`: a checkpoint is due, or that was another disk's share."""
+        """A link has more than its `alarm`: a checkpoint is due, or that was another disk's share.
+
+        A disk's buffer on the standby that is three quarters full gets nothing more until the checkpoint: what is in
+        the queue then, a quarter at the most, has to fit as well.
+        """
         links = [disk.link for disk in self.disks.values()]
         by_bytes = self.config.checkpoint_bytes and sum(link.written for link in links) > self.config.checkpoint_bytes
-        if by_bytes or (self._room and any(link.written > self._room for link in links)):
+        by_room = self._room and any(link.written > self._room for link in links)
+        if by_room and self.coordinator.state in (c.State.REPLICATING, c.State.CHECKPOINTING):
+            for link in links:
+                link.alarm = self._room * 3 // 2
+                if link.written > link.alarm:
+                    link.stall()
+        elif by_bytes:
             for link in links:
                 link.alarm = 0
+        if by_bytes or by_room:
             asyncio.get_running_loop().call_soon(self._post, c.Due())
 
     def _alarm(self) -> int:

@@ -111,6 +111,8 @@ class Link(Filter):
         self.written = 0
         #: Bytes that wait for the standby's acknowledgement.
         self.queued = 0
+        #: Bytes that may wait for the standby before guests wait; at most what the option says.
+        self.queue = self.options.queue
         #: Called once when the link lets go.
         self.on_fail: Callable[[OSError], None] = lambda error: None
         #: Called when more than `alarm` bytes were written since the last mark (0: never).
@@ -125,6 +127,7 @@ class Link(Filter):
         self._out: set[_Request] = set()
         self._in_flight_bytes = 0
         self._window = WINDOW_BYTES
+        self._stalled = False
         self._carried = 0
         self._busy: deque[int] = deque(maxlen=LOOKS)
         self._first_in_line: tuple[Completion[None] | None, float] = None, 0.0
@@ -156,6 +159,7 @@ class Link(Filter):
         self._torn = None
         self._window = _FIRST_WINDOW if self.options.ack == "local" else WINDOW_BYTES
         self._busy.clear()
+        self._stalled = False
         for offset, data in rest:
             end = offset + len(data)
             if data.count(0) == len(data):
@@ -189,7 +193,7 @@ class Link(Filter):
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         length = len(data)
-        if self.queued > self.options.queue:
+        if self.queued > self.queue:
             await self._room()
         end = offset + length
         token = self._lock.try_take(offset, end) or await self._lock.take(offset, end)
@@ -261,7 +265,7 @@ class Link(Filter):
     async def _both(
         self, kind: Kind, offset: int, length: int, flags: int, local: Callable[[], Awaitable[None]]
     ) -> None:
-        if self.queued > self.options.queue:
+        if self.queued > self.queue:
             await self._room()
         token = await self._lock.take(offset, offset + length)
         try:
@@ -297,13 +301,13 @@ class Link(Filter):
     # --- the queue ---
 
     async def _room(self) -> None:
-        while self.on and self.queued > self.options.queue:
+        while self.on and self.queued > self.queue:
             waiter: Completion[None] = Completion()
             self._waiting_for_room.append(waiter)
             await waiter
 
     def _make_room(self) -> None:
-        while self._waiting_for_room and not (self.on and self.queued > self.options.queue):
+        while self._waiting_for_room and not (self.on and self.queued > self.queue):
             self._waiting_for_room.popleft().set_result(None)
 
     def _put(self, request: _Request) -> None:
@@ -360,6 +364,17 @@ class Link(Filter):
         if self._waiting_for_room:
             self._make_room()
 
+    def stall(self) -> None:
+        """Send nothing more until the next `settle`: the standby has no room for more than what is queued."""
+        if self.on and self._held is None:
+            self._stalled, self._window = True, 0
+
+    def _go_on(self) -> None:
+        if self._stalled and self.on:
+            self._stalled = False
+            self._window = _FIRST_WINDOW if self.options.ack == "local" else WINDOW_BYTES
+            self._pump()
+
     def look(self, seconds: float, deadline: float) -> None:
         """Called every ``seconds`` by the owner, `LOOKS` times per ``deadline`` of a request.
 
@@ -370,7 +385,7 @@ class Link(Filter):
         carried, self._carried = self._carried, 0
         if not self.on:
             return
-        if not self._queue:
+        if not self._queue or self._stalled:
             self._busy.clear()
         elif self.options.ack == "local":
             self._busy.append(carried)
@@ -410,6 +425,7 @@ class Link(Filter):
 
     async def settle(self) -> None:
         """Wait until the standby has acknowledged what came before the mark. Raises ConnectionLost if it cannot."""
+        self._go_on()
         while self.on and (self._queue or self._out):
             waiter: Completion[None] = Completion()
             self._waiting_for_end.append(waiter)
