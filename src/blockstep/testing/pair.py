@@ -29,7 +29,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-import blockstep
 from blockstep.errors import BlockstepError
 from blockstep.nbd.client import Client
 from blockstep.nbd.uri import UnixAddress
@@ -320,7 +319,7 @@ class Pair:
 
 def environment() -> dict[str, str]:
     """For a process that is to run the blockstep that runs here, whether that is installed or not."""
-    found = str(Path(blockstep.__file__).parents[1])
+    found = str(Path(__file__).parents[2])
     return {**os.environ, "PYTHONPATH": os.pathsep.join([found, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
