@@ -1,8 +1,8 @@
 """What the programs share: where their sockets are, the control socket, readiness and a clean stop.
 
 A program is a coroutine that starts everything and then waits in `Service.wait` until it is told to stop: by
-SIGTERM, SIGINT or SIGHUP, or by the command ``quit``. Under systemd it says READY=1 when it serves and STOPPING=1 when it
-begins to stop (sd_notify's protocol: a datagram to $NOTIFY_SOCKET).
+SIGTERM, SIGINT or SIGHUP, or by the command ``quit``. Under systemd it says READY=1 when it serves and STOPPING=1
+when it begins to stop (sd_notify's protocol: a datagram to $NOTIFY_SOCKET).
 """
 
 from __future__ import annotations
