@@ -106,6 +106,8 @@ class Primary(Service):
         self._addresses: list[Address] = []
         self._control: Connection | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        #: The one that carries out what the coordinator awaits (attach, sync, checkpoint).
+        self._action: asyncio.Task[None] | None = None
         self._cleanup: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
         self._resizing = asyncio.Lock()
@@ -210,21 +212,23 @@ class Primary(Service):
             except Exception as error:  # a bug: the pair lets go and says so, and the guest goes on
                 asyncio.get_running_loop().call_exception_handler({"message": "blockstep: a bug", "exception": error})
                 event = c.Failed(f"internal error: {error!r}", attempt)
+            if self._action is asyncio.current_task():
+                self._action = None
             self._post(event)
 
-        self._spawn(run())
+        self._action = self._spawn(run())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # --- attach ---
 
     async def _attach(self, attempt: int, delay: float) -> c.Event:
         await asyncio.sleep(delay)
-        if self._cleanup:
-            await self._cleanup
+        await _ended(self._cleanup)
         host, port = self.config.standby.host, self.config.standby.port
         control = await open_connection((host, port + 1), timeout=max(self.config.max_stall, 1.0), ssl=self._tls())
         try:
@@ -365,8 +369,7 @@ class Primary(Service):
         links = [disk.link for disk in self.disks.values()]
         asking, self._asking_next = self._asking_next, []
         self._asking += asking
-        if self._settling:
-            await self._settling
+        await _ended(self._settling)
         started = self._clock()
         for link in links:
             link.mark()
@@ -423,17 +426,22 @@ class Primary(Service):
         self._asking += self._asking_next
         self._asking_next = []
         self._answer(None, reason)
+        action, self._action = self._action, None
+        if action:
+            action.cancel()
+        for job in self.jobs.list():
+            job.end(force=True)  # now: a sync that is about to end must not switch its link on
         before = self._cleanup
-        self._cleanup = asyncio.get_running_loop().create_task(self._clear_up(control, before))
+        self._cleanup = asyncio.get_running_loop().create_task(self._clear_up(control, action, before))
 
-    async def _clear_up(self, control: Connection | None, before: asyncio.Task[None] | None) -> None:
-        if before:
-            await before
+    async def _clear_up(self, control: Connection | None, action: asyncio.Task[None] | None,
+                        before: asyncio.Task[None] | None) -> None:
+        await _ended(before)
+        await _ended(action)
         if control:
             await control.close()
         await self.jobs.cancel_all()
-        if self._settling:
-            await self._settling
+        await _ended(self._settling)
         self._drop_bitmaps()
         await self._detach()
 
@@ -552,6 +560,12 @@ class Primary(Service):
         self.emit(qmp.ReplicationState(
             pair=self.config.pair, role="primary", state=self.coordinator.state.value, health=health, reason=reason,
             epoch=self.coordinator.epoch))
+
+
+async def _ended(task: asyncio.Task[None] | None) -> None:
+    """Wait for a task's end, however it ends; who is cancelled here does not cancel the task."""
+    if task:
+        await asyncio.wait([task])
 
 
 async def main(config: PrimaryConfig, ready: Callable[[Primary], None]) -> None:

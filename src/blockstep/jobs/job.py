@@ -137,6 +137,7 @@ class Job:
             self.transaction.jobs.remove(self)
             self.is_over = True
             self.status = JobStatus.NULL
+            self._concluded.set()
             raise
         self._is_set_up = True
 
