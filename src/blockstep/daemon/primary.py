@@ -379,20 +379,25 @@ class Primary(Service):
                 await link.settle()
             await self._ask("pair-checkpoint", epoch=epoch)
         except CommandRefused as error:
+            self._release(links)
             self._answer(None, str(error))
             return c.NotCommitted(attempt, str(error))
         except BaseException as error:
+            # Nothing is released: the standby may take the checkpoint yet, and these writes are not part of it.
             self._answer(None, str(error))
             raise
-        finally:
-            for link in links:
-                if link.on:
-                    link.release()
+        self._release(links)
         self._pause, self._committed_at = self._clock() - started, self._clock()
         self._answer(qmp.Committed(epoch=epoch, pause=self._pause), "")
         self.emit(qmp.ReplicationCheckpoint(pair=self.config.pair, epoch=epoch, pause=self._pause))
         self._settling = asyncio.get_running_loop().create_task(self._settle())
         return c.Committed(attempt, epoch)
+
+    @staticmethod
+    def _release(links: list[Link]) -> None:
+        for link in links:
+            if link.on:
+                link.release()
 
     async def _settle(self) -> None:
         """Make the checkpoint's data durable on the standby; from then on a resync need not copy it again."""
