@@ -214,7 +214,7 @@ class Standby(Service):
 
     async def attach(self, args: qmp.AttachArguments, monitor: Monitor) -> qmp.Attached:
         """A primary presents itself. What another connection of the same primary still had is cut off."""
-        if self._promoted_to or self._stopped:
+        if self._declines():
             return self._decline()
         self._check_primary(args, monitor)
         self._primary = monitor
@@ -226,7 +226,7 @@ class Standby(Service):
         if self._no_room:
             await self._give_up()
         # While it waited the standby may have been promoted, or the primary may have come again: no way in then.
-        if self._promoted_to or self._stopped:
+        if self._declines():
             return self._decline()
         self._must_be_primary(monitor, "attach")
         self._has_committed = False
@@ -238,6 +238,9 @@ class Standby(Service):
             self._link_server.add(Export(name, disk.link, description=f"pair {self.config.pair}, for the primary"))
         self._tell()
         return self._answer(True, "")
+
+    def _declines(self) -> bool:
+        return bool(self._promoted_to) or self._stopped
 
     def _decline(self) -> qmp.Attached:
         what = "was promoted" if self._promoted_to else "was stopped"
