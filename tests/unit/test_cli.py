@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 
 from blockstep import cli
+from blockstep.cli.control import find_socket, find_sockets
+from blockstep.errors import OptionError
 
 LONG = "9" * 5000
 STANDBY = ("standby", "--disk", "d={image}", "--qmp", "{tmp}/qmp", "--socket", "{tmp}/view")
@@ -59,3 +62,33 @@ def test_a_bad_value_is_one_line_that_names_it_and_changes_nothing(
     assert says in said
     assert sorted(tmp_path.iterdir()) == [image]
     assert image.read_bytes() == b"data" * 128
+
+
+def test_the_socket_of_a_program_that_was_killed_is_looked_at_only_if_there_is_no_other(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    dead, alive = tmp_path / "web.primary.qmp", tmp_path / "web.standby.qmp"
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(dead))
+    assert find_socket("web", None, None) == dead
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(alive))
+        listening.listen()
+        assert find_sockets("web", None, None) == [alive]
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(tmp_path / "db.primary.qmp"))
+            other.listen()
+            with pytest.raises(OptionError, match=r"PAIR.*db\.primary, web\.standby"):
+                find_socket(None, None, None)
+
+
+def test_both_sides_of_a_pair_in_one_place_are_told_apart_by_their_sockets(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    with socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as two:
+        for number, sock in enumerate((one, two)):
+            sock.bind(str(tmp_path / f"web.{('primary', 'standby')[number]}.qmp"))
+            sock.listen()
+        with pytest.raises(OptionError, match="--qmp"):
+            find_socket("web", None, None)
+        assert find_socket("web", "standby", None).name == "web.standby.qmp"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -22,7 +24,8 @@ Json = Annotated[bool, typer.Option("--json", help="The answer as JSON, for prog
 
 
 def find_sockets(pair: str | None, role: str | None, qmp: Path | None) -> list[Path]:
-    """The control sockets that are meant. Raises OptionError if there is none."""
+    """The control sockets that are meant; of dead programs only if there are no others. Raises OptionError if there
+    is none."""
     if qmp:
         return [qmp]
     directory = runtime_directory()
@@ -31,7 +34,17 @@ def find_sockets(pair: str | None, role: str | None, qmp: Path | None) -> list[P
         what = f"pair '{pair}'" if pair else "pair"
         raise OptionError("--qmp", None, f"given: no {role or 'program'} of a {what} has its control socket "
                           f"in {directory}; is it running?")
-    return found
+    return [path for path in found if not _is_left_behind(path)] or found
+
+
+def _is_left_behind(path: Path) -> bool:
+    """Whether this is the socket of a program that was killed."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            return probe.connect_ex(str(path)) == errno.ECONNREFUSED
+        except OSError:  # a path that no socket can have
+            return False
 
 
 def find_socket(pair: str | None, role: str | None, qmp: Path | None) -> Path:
@@ -39,7 +52,7 @@ def find_socket(pair: str | None, role: str | None, qmp: Path | None) -> Path:
     found = find_sockets(pair, role, qmp)
     if len(found) > 1:
         names = ", ".join(path.name.removesuffix(QMP_SUFFIX) for path in found)
-        raise OptionError("PAIR", pair, f"given, or --qmp: several run here ({names})")
+        raise OptionError("--qmp" if pair else "PAIR", None, f"given: several run here ({names})")
     return found[0]
 
 
