@@ -70,7 +70,9 @@ class Connection(asyncio.Protocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            self.peer = "{}:{}".format(*transport.get_extra_info("peername")[:2])
+            host, port = transport.get_extra_info("peername")[:2]
+            host = host.removeprefix("::ffff:")  # IPv4, on a socket for both
+            self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             self._deadline = asyncio.get_running_loop().call_later(NEGOTIATION, self._must_have_negotiated)
         else:
             self.peer = f"unix:{self._listener.address}"

@@ -363,7 +363,7 @@ def test_tcp_takes_a_free_port_and_says_which(tmp_path: Path, host: str) -> None
         assert listener.address[0] == host
         peer = await dial(listener.address)
         await peer.negotiate()
-        assert server.monitors[0].peer.startswith(host)
+        assert server.monitors[0].peer.startswith(f"[{host}]:" if ":" in host else f"{host}:")
         peer.close()
 
     served(tmp_path, scenario)
