@@ -148,3 +148,41 @@ def test_sending_to_a_peer_that_is_gone_ends_the_channel_from_the_loop() -> None
         assert isinstance(owner.ends[0], BrokenPipeError)
 
     asyncio.run(main())
+
+
+def test_a_poll_receives_without_a_turn_of_the_loop_and_gives_up_in_time() -> None:
+    async def main() -> None:
+        left, _, right, other = pair()
+        assert not right.poll(0.0)
+        left.send([b"answer"])
+        assert right.poll(TIMEOUT)
+        assert other.got == b"answer"
+        right.pause()
+        left.send([b"more"])
+        assert not right.poll(TIMEOUT), "a paused channel does not wait"
+        left.abort()
+        right.abort()
+
+    asyncio.run(main())
+
+
+def test_what_a_batch_gives_rise_to_is_called_at_its_end_and_not_in_its_middle() -> None:
+    async def main() -> None:
+        left, _, right, other = pair()
+        order: list[str] = []
+
+        def received(count: int) -> None:
+            right.after_batch(lambda: order.append("after"))
+            order.append("received")
+
+        other.received = received  # type: ignore[method-assign]
+        left.send([b"x"])
+        await until(lambda: order)
+        assert order == ["received", "after"]
+        left.after_batch(lambda: order.append("soon"))
+        assert order[-1] != "soon"
+        await until(lambda: order[-1] == "soon")
+        left.abort()
+        right.abort()
+
+    asyncio.run(main())
