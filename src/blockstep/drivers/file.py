@@ -130,6 +130,8 @@ class File(Driver):
             if durable and error.errno not in _OWN_FAULT:
                 self._lost = error
             raise
+        if durable and self._lost:  # meanwhile: one of several syncs is told, and it may have been about these pages
+            raise self._lost
 
     async def _pwrite_direct(self, offset: int, data: Buffer, sync: int) -> None:
         start = offset & -self._alignment
@@ -153,6 +155,8 @@ class File(Driver):
         except OSError as error:
             self._lost = error
             raise
+        if self._lost:  # as above
+            raise self._lost
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         unmap = flags & MAY_UNMAP and self.options.discard == "unmap"

@@ -183,6 +183,35 @@ def test_after_a_failed_flush_nothing_is_called_durable_until_it_is_opened_anew(
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("second", ["flush", "write with FUA"])
+def test_a_sync_in_flight_beside_one_that_failed_fails_too(
+        image: Path, monkeypatch: pytest.MonkeyPatch, second: str) -> None:
+    """The kernel tells one of the two that pages were lost, and the other that all is well."""
+    told = threading.Event()
+    turns = itertools.count()
+
+    def sync(*_: Any) -> None:
+        if next(turns) == 0:
+            raise OSError(errno.EIO, "the device lost a page")
+        assert told.wait(20)
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+        monkeypatch.setattr(os, "fdatasync", sync)
+        monkeypatch.setattr("blockstep.drivers.file.write_whole", sync)
+        first = asyncio.create_task(node.flush())
+        beside = asyncio.create_task(node.flush() if second == "flush" else node.pwrite(0, b"x", FUA))
+        with pytest.raises(OSError, match="lost a page"):
+            await first
+        told.set()
+        with pytest.raises(OSError, match="lost a page"):
+            await beside
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
 def test_without_flush_nothing_is_synced(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         graph = Graph()
