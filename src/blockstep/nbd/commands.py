@@ -45,10 +45,12 @@ _ERRORS: Final = {
 }
 
 
-def nbd_error(error: BaseException, command: int) -> int:
-    """The protocol's error for what a request met. ENOTSUP is for WRITE_ZEROES only; elsewhere it is EINVAL."""
+def nbd_error(error: BaseException, request: Request) -> int:
+    """The protocol's error for what a request met. ENOTSUP is for fast zeroes only; elsewhere it is EINVAL."""
     code = _ERRORS.get(error.errno or 0, c.EIO) if isinstance(error, OSError) else c.EIO
-    return c.EINVAL if code == c.ENOTSUP and command != c.CMD_WRITE_ZEROES else code
+    if code == c.ENOTSUP and not (request[0] == c.CMD_WRITE_ZEROES and request[1] & c.CMD_FLAG_FAST_ZERO):
+        return c.EINVAL
+    return code
 
 
 class Session(NamedTuple):

@@ -333,7 +333,7 @@ class Connection:
             # A bug below us: the client sees EIO, and whoever runs the loop sees the traceback.
             self._loop.call_exception_handler({"message": f"NBD command {type} failed", "exception": error})
         message = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        self._out.append(self._form.error(cookie, offset, nbd_error(error, type), message))
+        self._out.append(self._form.error(cookie, offset, nbd_error(error, request), message))
 
     def _ended(self, size: int) -> None:
         """A request that had waited has put its reply into ``_out``."""

@@ -235,6 +235,8 @@ def test_fast_zeroes_that_are_not_fast_are_not_supported() -> None:
         async with served(storage) as (_, client):
             await client.go()
             assert error_of(await client.ask(c.CMD_WRITE_ZEROES, 0, 1, c.CMD_FLAG_FAST_ZERO)) == c.ENOTSUP
+            for type in (c.CMD_WRITE_ZEROES, c.CMD_TRIM):  # the protocol has it for nothing else
+                assert error_of(await client.ask(type, 0, 1)) == c.EINVAL
 
     asyncio.run(main())
 
