@@ -200,7 +200,7 @@ class Rig:
         errors = [await job.wait() for job in self.jobs.list()]
         for disk in self.disks:
             if isinstance(disk.filter.buffer, HiddenDiskBuffer) and disk.filter.stage is Stage.FAILOVER:
-                await disk.filter.buffer._waiter
+                await disk.filter.buffer.merged()
         return errors
 
     async def close(self) -> None:

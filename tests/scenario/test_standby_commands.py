@@ -13,8 +13,10 @@ from blockstep.block.io import enter, leave
 from blockstep.daemon.disks import DiskSpec
 from blockstep.daemon.standby import Standby, StandbyConfig
 from blockstep.errors import ReplicationError
+from blockstep.jobs.commit import CommitJob
 from blockstep.nbd.uri import InetAddress, UnixAddress
 from blockstep.qmp.commands import replication as qmp
+from blockstep.replication.hidden_disk import HiddenDiskBuffer
 
 SIZE = 1 << 20
 
@@ -31,8 +33,9 @@ class Caller:
         self.gone.set()
 
 
-def hello(instance: str = "P1") -> qmp.AttachArguments:
-    return qmp.AttachArguments(pair="p", instance=instance, disks=[qmp.AttachDisk(name="d", size=SIZE)], silence=0.0)
+def hello(instance: str = "P1", names: str = "d") -> qmp.AttachArguments:
+    return qmp.AttachArguments(pair="p", instance=instance, silence=0.0,
+                               disks=[qmp.AttachDisk(name=name, size=SIZE) for name in names])
 
 
 async def turns() -> None:
@@ -40,11 +43,12 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-def with_standby(tmp_path: Path, test: Callable[[Standby], Awaitable[None]]) -> None:
+def with_standby(tmp_path: Path, test: Callable[[Standby], Awaitable[None]], names: str = "d") -> None:
     async def main() -> None:
         standby = Standby(StandbyConfig(
-            pair="p", disks=(DiskSpec("d", tmp_path / "d.img", SIZE),), link=InetAddress("127.0.0.1", 0),
-            view=UnixAddress(str(tmp_path / "view.nbd")), qmp=tmp_path / "qmp", buffer_memory=SIZE, buffer_dir=None))
+            pair="p", disks=tuple(DiskSpec(name, tmp_path / f"{name}.img", SIZE) for name in names),
+            link=InetAddress("127.0.0.1", 0), view=UnixAddress(str(tmp_path / "view.nbd")), qmp=tmp_path / "qmp",
+            buffer_memory=SIZE, buffer_dir=None))
         await standby.open()
         try:
             await test(standby)
@@ -54,8 +58,8 @@ def with_standby(tmp_path: Path, test: Callable[[Standby], Awaitable[None]]) -> 
     asyncio.run(main())
 
 
-async def replicating(standby: Standby, caller: Any) -> None:
-    assert (await standby.attach(hello(), caller)).accepted
+async def replicating(standby: Standby, caller: Any, names: str = "d") -> None:
+    assert (await standby.attach(hello("P1", names), caller)).accepted
     await standby.commit(1, caller)
 
 
@@ -173,3 +177,43 @@ def test_a_checkpoint_that_ends_after_another_primary_came_does_not_make_that_on
         assert (await standby.attach(hello("P2"), other)).instance != "P2"
 
     with_standby(tmp_path, test)
+
+
+def test_a_failover_of_which_a_part_failed_lets_no_primary_in_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first disk is promoted, the second cannot be: the first must not be written to any more."""
+    original = HiddenDiskBuffer.fail_over
+
+    async def fail_over(self: HiddenDiskBuffer) -> None:
+        if self.secondary.name == "e-secondary":
+            raise ReplicationError("e", "failover", "injected")
+        await original(self)
+
+    async def test(standby: Standby) -> None:
+        primary: Any = Caller()
+        await replicating(standby, primary, "de")
+        with monkeypatch.context() as patch:
+            patch.setattr(HiddenDiskBuffer, "fail_over", fail_over)
+            with pytest.raises(ReplicationError, match="injected"):
+                await standby.fail_over("checkpoint")
+        assert not (await standby.attach(hello("P1", "de"), primary)).accepted
+        await standby.registry.stop_all(True)
+
+    with_standby(tmp_path, test, "de")
+
+
+def test_a_standby_that_cannot_put_its_disks_back_to_the_checkpoint_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(self: CommitJob) -> None:
+        raise OSError(5, "the disk is bad")
+
+    async def test(standby: Standby) -> None:
+        primary: Any = Caller()
+        await replicating(standby, primary)
+        await link_of(standby).pwrite(0, b"since")
+        monkeypatch.setattr(CommitJob, "run", fails)
+
+    with pytest.raises(ReplicationError, match="the disk is bad"):
+        with_standby(tmp_path, test)

@@ -188,7 +188,8 @@ class Standby(Service):
         """End everything, in good order: a standby that is stopped leaves its disks at the last checkpoint.
 
         Exports are drained; what the primary wrote since the checkpoint is undone by the same merge as after a
-        failover, which is waited for; then the disks are flushed and closed.
+        failover, which is waited for; then the disks are flushed and closed. Raises ReplicationError, when all is
+        closed, if the merge failed: a disk is torn.
         """
         for server in (self._control, self._link_server, self._view_server):
             if server:
@@ -196,10 +197,14 @@ class Standby(Service):
         for disk in self.disks.values():
             if disk.link:
                 await self.graph.detach_backend(disk.link)
+        buffers = [buffer for disk in self.disks.values() if (buffer := disk.buffer)]
         if self._running:
             await self.registry.stop_all(failover=True)
         for job in self.jobs.list():
             await job.wait()
+        for buffer in buffers:
+            await buffer.merged()
+        torn = [disk.filter for disk in self.disks.values() if disk.filter.stage is Stage.FAILOVER_FAILED]
         for disk in self.disks.values():
             if disk.filter.stage is not Stage.NONE:
                 await disk.view.flush()
@@ -209,6 +214,8 @@ class Standby(Service):
             if node and node.owned and not node.parents:
                 await self.graph.close(node)
         await self.stop_qmp()
+        for filter in torn:
+            raise ReplicationError(filter.name, "stop", f"the disk is not at a checkpoint: {filter.error}")
 
     # --- the primary's commands ---
 
@@ -373,7 +380,8 @@ class Standby(Service):
         try:
             await self.registry.stop_all(failover=to == "checkpoint")
         except BaseException:
-            self._promoted_to = ""
+            if self._running:  # else a part of it is promoted, and no primary may write to that
+                self._promoted_to = ""
             raise
         seconds = self._clock() - started
         self.emit(qmp.ReplicationFailover(pair=self.config.pair, stage="begun", to=to, epoch=self._epoch, reason=""))

@@ -54,6 +54,7 @@ class HiddenDiskBuffer:
         self._filter = filter
         self._undo: list[Callable[[], Any]] = []
         self._commit: Job | None = None
+        self._waiter: asyncio.Task[None] | None = None
         self.view_lock = RangeLock()
         self.view_alignment = 65536
 
@@ -221,11 +222,16 @@ class HiddenDiskBuffer:
     def _finish(self) -> None:
         self._filter.buffer = None
 
+    async def merged(self) -> None:
+        """Wait until the merge after a failover has ended, one way or the other, and all is put back."""
+        if self._waiter:
+            await asyncio.wait([self._waiter])
+
     async def close(self) -> None:
         """See `DiskBuffer`."""
         if self._commit:
             self._commit.end(force=True)
-            await self._waiter
+            await self.merged()
         elif self._filter.stage is Stage.RUNNING:
             await self.drop()
 
