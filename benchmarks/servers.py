@@ -221,7 +221,7 @@ def blockstep_standby(directory: Path, size: int, sparse: bool = False) -> Itera
     host, port = "127.0.0.1", free_ports(2)
     view, qmp = directory / "view.sock", directory / "standby.qmp"
     command = blockstep("standby", "--disk", f"disk={disk}", "--link", f"{host}:{port}", "--socket", view,
-                        "--qmp", qmp, "--buffer-memory", "4G")
+                        "--qmp", qmp, "--state", directory / "promoted", "--buffer-memory", "4G")
     with started(command, (host, port + 1), view, qmp) as process:
         control = Control(qmp)
         try:

@@ -40,7 +40,7 @@ from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
 #: Directories of a host; in the test each host has its own.
-PLACES: Final = ("/srv", "/etc/blockstep", "/run/blockstep")
+PLACES: Final = ("/srv", "/etc/blockstep", "/run/blockstep", "/var/lib/blockstep")
 HOSTS: Final = ("hosta", "hostb")
 LIMIT: Final = 20.0
 
@@ -149,7 +149,8 @@ class Story:
 
     def _environment(self, host: str) -> dict[str, str]:
         return {**os.environ, "PATH": f"{self.directory / 'bin'}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "100",
-                "PYTHONPATH": str(ROOT / "src"), "RUNTIME_DIRECTORY": f"{self.directory / host}/run/blockstep"}
+                "PYTHONPATH": str(ROOT / "src"), "RUNTIME_DIRECTORY": f"{self.directory / host}/run/blockstep",
+                "STATE_DIRECTORY": f"{self.directory / host}/var/lib/blockstep"}
 
     # --- running ---
 

@@ -27,6 +27,7 @@ def with_pair(tmp_path: Path, test: Callable[[Primary, Standby], Awaitable[None]
         standby = Standby(StandbyConfig(
             pair="p", disks=tuple(DiskSpec(name, tmp_path / f"{name}.standby", SIZE) for name in "ab"),
             link=InetAddress("127.0.0.1", 0), view=UnixAddress(str(tmp_path / "view")), qmp=tmp_path / "s.qmp",
+            state=tmp_path / "promoted",
             buffer_memory=SIZE, buffer_dir=None))
         await standby.open()
         primary = Primary(PrimaryConfig(

@@ -48,6 +48,7 @@ def with_standby(tmp_path: Path, test: Callable[[Standby], Awaitable[None]], nam
         standby = Standby(StandbyConfig(
             pair="p", disks=tuple(DiskSpec(name, tmp_path / f"{name}.img", SIZE) for name in names),
             link=InetAddress("127.0.0.1", 0), view=UnixAddress(str(tmp_path / "view.nbd")), qmp=tmp_path / "qmp",
+            state=tmp_path / "promoted",
             buffer_memory=SIZE, buffer_dir=None))
         await standby.open()
         try:

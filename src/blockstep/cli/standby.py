@@ -22,6 +22,7 @@ from blockstep.cli.options import (
     parse_positive,
     parse_served,
 )
+from blockstep.daemon.promotion import STATE_SUFFIX, state_directory
 from blockstep.daemon.service import runtime_directory
 from blockstep.units import parse_size
 
@@ -38,6 +39,8 @@ def standby(
     buffer_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the buffers go beyond that. Without "
                           "it they are full then.")] = None,
     qmp: Qmp = None,
+    state: Annotated[Path | None, typer.Option("--state", metavar="FILE", help="Where a promotion is written down, so "
+                     "that a promoted standby never becomes one again by a restart.")] = None,
     tls: Tls = None,
     export_tls: ExportTls = None,
 ) -> None:
@@ -52,6 +55,7 @@ def standby(
         pair=parse_pair(pair), disks=parse_disks(disk), link=parse_inet(link, "--link"),
         view=parse_served(socket, listen, f"{pair}.standby.nbd"),
         qmp=(qmp or runtime_directory() / f"{pair}.standby.qmp").absolute(),
+        state=(state or state_directory() / f"{pair}{STATE_SUFFIX}").absolute(),
         buffer_memory=parse_positive(buffer_memory, "--buffer-memory", parse_size), buffer_dir=buffer_dir, tls=tls,
         view_tls=export_tls, view_given=socket is not None or listen is not None)
 

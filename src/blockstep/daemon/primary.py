@@ -29,7 +29,7 @@ import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.graph import Graph
@@ -52,6 +52,10 @@ from blockstep.replication import coordinator as c
 from blockstep.replication.catch_up import CatchUp
 from blockstep.replication.link import GRANULARITY, LOOKS, Link
 from blockstep.replication.resize import check_growth
+
+
+#: Seconds for which a guest's lone write looks out for the standby's acknowledgement before the process sleeps.
+BUSY_POLL: Final = 100e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +243,8 @@ class Primary(Service):
                 await control.close()
                 return c.Refused(answer["reason"])
             for name, disk in self.disks.items():
-                disk.standby = await self._open_nbd(f"{name}-standby", name, self.config.max_stall)
+                disk.standby = await self._open_nbd(
+                    f"{name}-standby", name, self.config.max_stall, BUSY_POLL if self.config.ack == "both" else 0.0)
                 disk.sync = await self._open_nbd(f"{name}-sync", name, 0.0)
                 with self.graph.change() as change:
                     change.attach(disk.link, "target", Role.TARGET, disk.standby)
@@ -261,10 +266,11 @@ class Primary(Service):
         self.coordinator.epoch = max(self.coordinator.epoch, answer["epoch"])
         return c.Attached(attempt, full=not known)
 
-    async def _open_nbd(self, name: str, export: str, timeout: float) -> Nbd:
+    async def _open_nbd(self, name: str, export: str, timeout: float, busy_poll: float = 0.0) -> Nbd:
         tls = {"tls-creds": str(self.config.tls)} if self.config.tls else {}
         node = await self.graph.open({
             "driver": "nbd", "node-name": name, "export": export, "timeout": timeout, "discard": "unmap",
+            "busy-poll": busy_poll,
             "server": {"type": "inet", "host": self.config.standby.host, "port": self.config.standby.port}, **tls})
         assert isinstance(node, Nbd)
         return node

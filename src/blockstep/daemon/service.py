@@ -68,6 +68,12 @@ class Service:
         )
         self.qmp: Server | None = None
         self._quit = asyncio.Event()
+        # From the beginning: what is half open when the signal comes is closed in good order as well. A terminal
+        # that is closed is no reason to leave disks unmerged; nohup's wish is respected.
+        self._signals = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                         if signal.getsignal(number) != signal.SIG_IGN]
+        for number in self._signals:
+            asyncio.get_running_loop().add_signal_handler(number, self.request_quit)
 
     def request_quit(self) -> None:
         """Begin a clean stop."""
@@ -86,18 +92,13 @@ class Service:
 
     async def wait(self) -> None:
         """Say that everything is served, and wait for the end."""
-        loop = asyncio.get_running_loop()
-        # A terminal that is closed is no reason to leave disks unmerged; nohup's wish is respected.
-        stop = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-                if signal.getsignal(number) != signal.SIG_IGN]
-        for number in stop:
-            loop.add_signal_handler(number, self.request_quit)
         notify("READY=1")
         try:
             await self._quit.wait()
         finally:
             notify("STOPPING=1")
-            for number in stop:
+            loop = asyncio.get_running_loop()
+            for number in self._signals:
                 loop.remove_signal_handler(number)
 
     async def stop_qmp(self) -> None:

@@ -31,9 +31,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from blockstep.aio.pool import in_thread
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE
+from blockstep.daemon import promotion
 from blockstep.daemon.disks import DiskSpec, serve, uris, work_status
 from blockstep.daemon.service import Service
 from blockstep.drivers.replication import Replication, Stage
@@ -62,6 +64,8 @@ class StandbyConfig:
     #: Where a guest finds the views.
     view: Address
     qmp: Path
+    #: Where a promotion is written down; see `blockstep.daemon.promotion`.
+    state: Path
     #: Bytes that the buffers of one disk may hold in memory, and where they spill to (None: then they are full).
     buffer_memory: int
     buffer_dir: Path | None
@@ -126,6 +130,7 @@ class Standby(Service):
 
     async def open(self) -> None:
         """Open the disks, serve the views, wait for a primary. Raises OptionError or OSError; then all is closed."""
+        promotion.check(self.config.state, self.config.pair)
         try:
             for spec in self.config.disks:
                 await self._open_disk(spec)
@@ -376,12 +381,14 @@ class Standby(Service):
         started = self._clock()
         self._must_run("failover")
         self._promoted_to = to
-        await self._revoke()
         try:
+            await in_thread(promotion.write, self.config.state, self.config.pair, self._epoch, to)
+            await self._revoke()
             await self.registry.stop_all(failover=to == "checkpoint")
         except BaseException:
             if self._running:  # else a part of it is promoted, and no primary may write to that
                 self._promoted_to = ""
+                promotion.take_back(self.config.state)
             raise
         seconds = self._clock() - started
         self.emit(qmp.ReplicationFailover(pair=self.config.pair, stage="begun", to=to, epoch=self._epoch, reason=""))

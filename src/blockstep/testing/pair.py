@@ -70,6 +70,8 @@ class Side:
         """
         command = blockstep_command(role, "--socket", directory / f"{role}.nbd", "--qmp", directory / f"{role}.qmp",
                                     *options)
+        if role == "standby":
+            command += ["--state", str(directory / "standby.promoted")]
         for name, path in disks.items():
             command += ["--disk", f"{name}={path}"]
         log = directory / f"{role}.log"
