@@ -53,7 +53,6 @@ from blockstep.replication.catch_up import CatchUp
 from blockstep.replication.link import GRANULARITY, LOOKS, Link
 from blockstep.replication.resize import check_growth
 
-
 #: Seconds for which a guest's lone write looks out for the standby's acknowledgement before the process sleeps.
 BUSY_POLL: Final = 100e-6
 

@@ -112,8 +112,8 @@ class Client:
     @classmethod
     async def connect(cls, address: Address | socket.socket, export: str = "", *, tls: ClientTls | None = None,
                       contexts: Iterable[str] = (c.BASE_ALLOCATION,), handshake_timeout: float = 10.0,
-                      timeout: float | None = None, busy_poll: float = 0.0, structured: bool = True, extended: bool = True,
-                      on_lost: Callable[[ConnectionLost], object] | None = None,
+                      timeout: float | None = None, busy_poll: float = 0.0, structured: bool = True,
+                      extended: bool = True, on_lost: Callable[[ConnectionLost], object] | None = None,
                       clock: Clock | None = None) -> Client:
         """Connect to ``export`` at ``address``, or over a socket that is connected.
 

@@ -186,3 +186,23 @@ def test_what_a_batch_gives_rise_to_is_called_at_its_end_and_not_in_its_middle()
         right.abort()
 
     asyncio.run(main())
+
+
+def test_a_channel_looks_out_for_the_next_request_and_tires_of_a_silent_peer() -> None:
+    async def main() -> None:
+        left, _, right, other = pair()
+        right.busy_poll = 1e-6
+        for looks_to_skip in (1, 0, 3):
+            left.send([b"x"])
+            before = len(other.got)
+            await until(lambda before=before: len(other.got) > before)  # type: ignore[misc]
+            assert right._looks_to_skip == looks_to_skip
+        right.busy_poll = TIMEOUT
+        right._looks_to_skip = 0
+        left.send([b"y"])
+        assert right._look_out(), "something is there"
+        assert right._misses == 0
+        left.abort()
+        right.abort()
+
+    asyncio.run(main())
