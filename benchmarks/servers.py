@@ -198,13 +198,13 @@ class Control:
 
 
 class StandIn:
-    """What a standby takes for its primary: it attaches, starts, and commits, and leaves the writes to fio."""
+    """What a standby takes for its primary: it attaches and commits, and leaves the writes to fio."""
 
     def __init__(self, address: Address, size: int) -> None:
         self.qmp = QMP(address)
         self.epoch = 0
         self.qmp.execute("pair-attach", pair="default", instance="bench", disks=[{"name": "disk", "size": size}])
-        self.qmp.execute("pair-start")
+        self.checkpoint()
 
     def checkpoint(self) -> None:
         self.epoch += 1

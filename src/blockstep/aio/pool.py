@@ -8,8 +8,10 @@ ends at once (`blockstep.aio.posix.Cached`) and come here with the rest.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import get_native_id
 from typing import Final, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -19,6 +21,9 @@ T = TypeVar("T")
 THREADS: Final = 16
 
 _pool: Final = ThreadPoolExecutor(THREADS, "blockstep-io")
+#: Freeing a gigabyte takes a core for tens of milliseconds: it is done by one thread, when nobody else wants the core.
+_releasing: Final = ThreadPoolExecutor(
+    1, "blockstep-release", lambda: os.setpriority(os.PRIO_PROCESS, get_native_id(), 19))
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -42,9 +47,9 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
 
 
 def in_background(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Run ``function(*args)`` in a thread soon, and do not wait: for releasing what nobody uses any more.
+    """Run ``function(*args)`` in a thread of low priority soon, without waiting: to release what nobody uses any more.
 
     The thread is woken in the loop's next turn, not now, so that it does not take the processor from the caller.
     Whatever is still to be released when the loop ends goes with the process.
     """
-    asyncio.get_running_loop().call_soon(lambda: _pool.submit(function, *args, **kwargs))
+    asyncio.get_running_loop().call_soon(lambda: _releasing.submit(function, *args, **kwargs))

@@ -288,14 +288,6 @@ class Standby(Service):
                             running=self._running, port=self.link_port,
                             buffer_limit=0 if self.config.buffer_dir else self.config.buffer_memory)
 
-    async def start(self, monitor: Monitor) -> None:
-        """The disks hold what the primary's hold: replicate from here on. The first `commit` does it as well."""
-        self._must_be_primary(monitor, "start")
-        if not self._running:
-            await self.registry.start_all("secondary")
-        if monitor is self._primary:
-            self._instance = self._wanted_instance
-
     async def commit(self, epoch: int, monitor: Monitor) -> None:
         """Move the views of all disks forward, or of none. The first one is the start."""
         self._must_be_primary(monitor, "checkpoint")

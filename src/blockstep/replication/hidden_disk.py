@@ -145,9 +145,11 @@ class HiddenDiskBuffer:
         for disk, what in ((self.active, "active"), (self.hidden, "hidden")):
             try:
                 prepared.append(await disk.prepare_empty())
-            except OSError as error:
+            except BaseException as error:
                 for one in prepared:
                     one.abort()
+                if not isinstance(error, OSError):
+                    raise
                 raise ReplicationError(
                     self._filter.name, "checkpoint", f"cannot empty the {what} disk '{disk.name}': {error}"
                 ) from error

@@ -322,9 +322,9 @@ class Link(Filter):
         """Send as much as the window takes. A request that overlaps one on its way waits, and all behind it."""
         if self._pumping:
             return
-        self._pumping = True
         queue, out, sent = self._queue, self._out, self._sent
         target = self.target.node
+        self._pumping = True
         try:
             while queue and len(out) < WINDOW and self._in_flight_bytes < self._window:
                 request = queue[0]

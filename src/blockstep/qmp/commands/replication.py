@@ -259,7 +259,6 @@ class Peer(Protocol):
     """What the primary's commands need of their context."""
 
     async def attach(self, args: AttachArguments, monitor: Monitor) -> Attached: ...
-    async def start(self, monitor: Monitor) -> None: ...
     async def commit(self, epoch: int, monitor: Monitor) -> None: ...
     async def resize_for_primary(self, disk: str, size: int, monitor: Monitor) -> None: ...
     def heard(self, monitor: Monitor) -> PairStatus: ...
@@ -271,15 +270,12 @@ async def pair_attach(context: Peer, args: AttachArguments, monitor: Monitor) ->
     return await context.attach(args, monitor)
 
 
-@peer_commands.command("pair-start")
-async def pair_start(context: Peer, args: Arguments, monitor: Monitor) -> None:
-    """The disks hold what the primary's hold: start to replicate."""
-    await context.start(monitor)
-
-
 @peer_commands.command("pair-checkpoint")
 async def pair_checkpoint(context: Peer, args: CommitArguments, monitor: Monitor) -> None:
-    """Commit a checkpoint: everything that belongs to it has been acknowledged. All disks, or none."""
+    """Commit a checkpoint: everything that belongs to it has been acknowledged. All disks, or none.
+
+    The first one starts the replication: from then on the views stay at their checkpoint.
+    """
     await context.commit(args.epoch, monitor)
 
 
