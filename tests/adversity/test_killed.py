@@ -133,6 +133,9 @@ async def test_a_standby_that_is_killed_during_the_merge_starts_again_and_can_be
         link = pair.link
         await pair.primary.until(lambda status: status["state"] in ("offline", "fenced"))
         pair.primary.kill()
+        with pytest.raises(BlockstepError, match="was promoted"):
+            await pair.start_standby(link=link)
+        (tmp_path / "standby.promoted").unlink()  # an operator who says that the disk may be overwritten
         await pair.start_standby(link=link)
         assert (await pair.standby.status())["state"] == "waiting"
         await pair.start_primary()

@@ -132,12 +132,15 @@ SUBJECTS = [
     same_file("quorum-votes", driver="quorum", children=[DISK, OTHER], vote_threshold=2),
     same_file("quorum-one", driver="quorum", children=[DISK], vote_threshold=1),
     Subject("blklog", over_file(driver="blklog", file=DISK, log=OTHER)),
-    Subject("copy-before-write", over_file(driver="copy-before-write", file=DISK, target=OTHER)),
+    # The target is so long that the disk can grow: see the driver's truncate.
+    Subject("copy-before-write", over_file(driver="copy-before-write", file=DISK,
+                                           target={"driver": "memory", "size": 64 << 20})),
     over_nbd(),
 ]
 
 #: Drivers without a subject of their own, and why.
 LEFT_OUT = {
+    "link": "its promises are about two disks; see tests/unit/replication/test_link.py",
     "null": "keeps nothing",
     "replication": "answers only while it replicates; see tests/unit/replication",
 }
