@@ -63,6 +63,29 @@ class _Batch:
         self.at_end: list[Callable[[], None]] = []
 
 
+class Patience:
+    """How often to look out for what may not come in time: after n misses in a row, one time in 2^n."""
+
+    __slots__ = ("_misses", "_most", "_skip")
+
+    def __init__(self, most: int) -> None:
+        """``most``: the misses that count, at the most."""
+        self._most = most
+        self._misses = self._skip = 0
+
+    def allows(self) -> bool:
+        """Whether to look out this time."""
+        if self._skip:
+            self._skip -= 1
+            return False
+        return True
+
+    def learn(self, came: bool) -> None:
+        """What looking out has brought."""
+        self._misses = 0 if came else min(self._misses + 1, self._most)
+        self._skip = (1 << self._misses) - 1
+
+
 class Receiver(Protocol):
     """The owner of a channel."""
 
@@ -79,9 +102,8 @@ class Receiver(Protocol):
 class Channel:
     """A connected stream socket (TCP or unix), plain or TLS, driven by the running event loop."""
 
-    __slots__ = ("_batch", "_closed", "_closing", "_is_reading", "_is_writing", "_looks_to_skip", "_loop",
-                 "_lost", "_misses", "_queue", "_receiver", "_sock", "_starting_tls", "_tls", "busy_poll",
-                 "on_room", "unsent")
+    __slots__ = ("_batch", "_closed", "_closing", "_is_reading", "_is_writing", "_loop", "_lost", "_patience",
+                 "_queue", "_receiver", "_sock", "_starting_tls", "_tls", "busy_poll", "on_room", "unsent")
 
     def __init__(self, sock: socket.socket, receiver: Receiver) -> None:
         """Take over the connected ``sock`` and start reading."""
@@ -105,7 +127,7 @@ class Channel:
         #: asleep and being woken takes longer than a peer needs for its next request, this halves the delay of one
         #: request at a time, and burns the processor meanwhile.
         self.busy_poll = 0.0
-        self._misses = self._looks_to_skip = 0
+        self._patience = Patience(_MOST_MISSES)
         #: Bytes that wait for room in the kernel's buffer.
         self.unsent = 0
         #: Called from the loop each time after some of them were sent.
@@ -169,8 +191,7 @@ class Channel:
 
     def _look_out(self) -> bool:
         """Stay awake for a moment, for a peer that was just answered; less and less often if it never comes in time."""
-        if self._looks_to_skip:
-            self._looks_to_skip -= 1
+        if not self._patience.allows():
             return False
         peek, end = self._sock.recv, perf_counter() + self.busy_poll
         while perf_counter() < end:
@@ -180,10 +201,9 @@ class Channel:
                 continue
             except OSError:
                 pass  # the next receive will meet it as well
-            self._misses = 0
+            self._patience.learn(True)
             return True
-        self._misses = min(self._misses + 1, _MOST_MISSES)
-        self._looks_to_skip = (1 << self._misses) - 1
+        self._patience.learn(False)
         return False
 
     def poll(self, seconds: float) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from blockstep.aio.inline import Completion
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Buffer, Driver, Extent
 from blockstep.block.node import Child
-from blockstep.block.permissions import ALL, NONE, READ, RESIZE, WRITE, WRITE_UNCHANGED, Permission, Role
+from blockstep.block.permissions import RESIZE, WRITE, WRITE_UNCHANGED, Permission, Role
 from blockstep.block.status import status_through
 
 
@@ -250,6 +250,3 @@ def leave(*backends: Backend) -> None:
 
 def _outside(offset: int, length: int, size: int, code: int = errno.EINVAL) -> OSError:
     return OSError(code, f"{os.strerror(code)}: {length} bytes at {offset} are not inside {size} bytes")
-
-
-__all__ = ["ALL", "NONE", "READ", "RESIZE", "WRITE", "Backend", "enter", "leave"]

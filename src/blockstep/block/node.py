@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import msgspec
 
+from blockstep.aio.inline import submit
 from blockstep.block.permissions import (
     ALL,
     NONE,
-    READ,
     WRITE,
     WRITE_UNCHANGED,
     Permission,
@@ -64,7 +64,7 @@ class Child:
 
     __slots__ = (
         "_taken", "block_status", "discard", "flush", "may_change", "may_write", "name", "node", "parent", "pread",
-        "pwrite", "role", "shared", "truncate", "write_zeroes",
+        "pwrite", "role", "shared", "submit_write", "truncate", "write_zeroes",
     )
 
     def __init__(self, parent: Parent, name: str, role: Role, node: Driver,
@@ -97,10 +97,12 @@ class Child:
         self.block_status = node.block_status
         self.truncate = node.truncate
         if node.watchers:
+            self.submit_write = node.watched_submit_write
             self.pwrite = node.watched_pwrite
             self.write_zeroes = node.watched_write_zeroes
             self.discard = node.watched_discard
         else:
+            self.submit_write = node.submit_write
             self.pwrite = node.pwrite
             self.write_zeroes = node.write_zeroes
             self.discard = node.discard
@@ -173,11 +175,6 @@ class Node:
             shared &= edge.shared
         return taken, shared
 
-    @property
-    def writable(self) -> bool:
-        """Whether writes may reach it."""
-        return not self.read_only
-
     def below(self) -> Iterator[Driver]:
         """All nodes below this one, each once, a parent before its children."""
         seen: set[int] = set()
@@ -225,6 +222,11 @@ class Node:
         for edge in self.parents:
             edge.bind(edge.node)
 
+    def watched_submit_write(
+        self, offset: int, data: Any, flags: int, done: Callable[[BaseException | None], None]
+    ) -> None:
+        submit(self.watched_pwrite(offset, data, flags), done)
+
     async def watched_pwrite(self, offset: int, data: Any, flags: int = 0) -> None:
         try:
             await self.pwrite(offset, data, flags)
@@ -263,9 +265,3 @@ class Node:
 
     def drain_end(self) -> None:
         """Go on after `drain_begin`."""
-
-
-__all__ = [
-    "ALL", "NONE", "READ", "WRITE", "CacheOptions", "Child", "Node", "NodeOptions", "NodeRef", "Parent", "Permission",
-    "Role", "Watcher",
-]

@@ -34,8 +34,7 @@ from typing import Any, Final, Literal
 from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
-from blockstep.block.node import Role
-from blockstep.block.permissions import READ, WRITE
+from blockstep.block.permissions import READ, WRITE, Role
 from blockstep.daemon.disks import DiskSpec, serve, uris, work_status
 from blockstep.daemon.service import Service
 from blockstep.drivers.nbd import Nbd

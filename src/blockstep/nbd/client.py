@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable
 from struct import Struct
 from typing import Final
 
-from blockstep.aio.channel import Buffer, Channel
+from blockstep.aio.channel import Buffer, Channel, Patience
 from blockstep.aio.clock import Clock, Timer
 from blockstep.aio.inline import Completion, start
 from blockstep.aio.rangelock import RangeLock
@@ -94,7 +94,7 @@ class Client:
         self._in_batch = False
         self._busy_poll = busy_poll
         self._is_polling = False
-        self._misses = self._polls_to_skip = 0
+        self._patience = Patience(_MOST_MISSES)
         self._refusing: ConnectionLost | None = None
         self._reason: ConnectionLost | None = None
         self._saying_goodbye = False
@@ -304,14 +304,10 @@ class Client:
 
     def _poll(self) -> None:
         """Look out for the one answer that somebody waits for; less and less often if it is never there in time."""
-        if self._polls_to_skip:
-            self._polls_to_skip -= 1
-            return
-        self._is_polling = True
-        came = self._channel.poll(self._busy_poll)
-        self._is_polling = False
-        self._misses = 0 if came else min(self._misses + 1, _MOST_MISSES)
-        self._polls_to_skip = (1 << self._misses) - 1
+        if self._patience.allows():
+            self._is_polling = True
+            self._patience.learn(self._channel.poll(self._busy_poll))
+            self._is_polling = False
 
     # The deadline.
 

@@ -323,7 +323,7 @@ class Link(Filter):
         if self._pumping:
             return
         queue, out, sent = self._queue, self._out, self._sent
-        target = self.target.node
+        target = self.target
         self._pumping = True
         try:
             while queue and len(out) < WINDOW and self._in_flight_bytes < self._window:
@@ -341,10 +341,9 @@ class Link(Filter):
                 if request.data is not None:
                     target.submit_write(request.offset, request.data, request.flags, request)
                 elif request.kind == "write_zeroes":
-                    submit(self.target.write_zeroes(request.offset, request.end - request.offset, request.flags),
-                           request)
+                    submit(target.write_zeroes(request.offset, request.end - request.offset, request.flags), request)
                 else:
-                    submit(self.target.discard(request.offset, request.end - request.offset), request)
+                    submit(target.discard(request.offset, request.end - request.offset), request)
         finally:
             self._pumping = False
 

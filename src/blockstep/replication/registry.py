@@ -27,7 +27,7 @@ from blockstep.replication.resize import resize_together
 
 
 class ReplicationRegistry:
-    """The four operations of CONTRACT's filter, over all filters of ``graph``."""
+    """The four operations, over all filters of ``graph``."""
 
     def __init__(self, graph: Graph, jobs: JobRegistry) -> None:
         self._graph = graph

@@ -196,12 +196,12 @@ def test_a_channel_looks_out_for_the_next_request_and_tires_of_a_silent_peer() -
             left.send([b"x"])
             before = len(other.got)
             await until(lambda before=before: len(other.got) > before)  # type: ignore[misc]
-            assert right._looks_to_skip == looks_to_skip
+            assert right._patience._skip == looks_to_skip
         right.busy_poll = TIMEOUT
-        right._looks_to_skip = 0
+        right._patience._skip = 0
         left.send([b"y"])
         assert right._look_out(), "something is there"
-        assert right._misses == 0
+        assert right._patience._misses == 0
         left.abort()
         right.abort()
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import blockstep.drivers  # noqa: F401
+from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.driver import Driver, Prepared
 from blockstep.block.graph import Change, Graph
 from blockstep.block.io import Backend
@@ -549,3 +550,23 @@ def test_what_a_node_reports_reaches_all_listeners() -> None:
     asyncio.run(main())
 
 
+
+
+def test_a_write_that_is_submitted_is_seen_by_those_who_watch_the_node() -> None:
+    async def main() -> None:
+        graph = Graph()
+        node = await graph.open({"driver": "null", "size": 1 << 20})
+        backend = graph.attach_backend(node, "user", READ | WRITE)
+        bitmap = DirtyBitmap(node, "b", 1 << 20, 65536)
+        ends: list[BaseException | None] = []
+        backend.edge.submit_write(70000, b"x", 0, ends.append)
+        assert ends == [None]
+        assert list(bitmap.dirty()) == [(65536, 65536)]
+        bitmap.remove()
+        bitmap.clear()
+        backend.edge.submit_write(0, b"x", 0, ends.append)
+        assert ends == [None, None]
+        assert list(bitmap.dirty()) == []
+        await graph.detach_backend(backend)
+
+    asyncio.run(main())
