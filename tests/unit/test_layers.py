@@ -1,8 +1,8 @@
 """Imports point downward only. The table is the architecture; this test holds the code to it.
 
-    cli ── daemon ──► qmp ──► replication ──► jobs ──► block ◄── drivers
-                       │                                 ▲           │
-                       └──► nbd.server ──────────────────┘           └──► nbd.client
+    cli ── daemon ──► qmp ──► inventory ──► replication ──► jobs ──► block ◄── drivers
+                                  │                                    ▲           │
+                                  └──► nbd.server ─────────────────────┘           └──► nbd.client
     everything ──► errors, units, aio, metrics
 """
 
@@ -29,10 +29,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jobs": BASE | {"block", "drivers"},
     "drivers": BASE | {"block", "nbd"},
     "replication": BASE | {"block", "drivers", "jobs", "nbd"},
-    "qmp": BASE | {"block", "drivers", "jobs", "nbd", "replication"},
-    "daemon": BASE | {"block", "drivers", "jobs", "nbd", "replication", "qmp"},
-    "testing": BASE | {"block", "drivers", "jobs", "nbd", "replication", "qmp", "daemon"},
-    "cli": BASE | {"block", "drivers", "jobs", "nbd", "replication", "qmp", "daemon", "testing"},
+    "inventory": BASE | {"block", "drivers", "jobs", "nbd", "replication"},
+    "qmp": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory"},
+    "daemon": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp"},
+    "testing": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp", "daemon"},
+    "cli": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp", "daemon", "testing"},
 }
 
 #: The package itself and `python -m blockstep` are the doors: they may show everything.

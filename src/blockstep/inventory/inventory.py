@@ -1,0 +1,29 @@
+"""All that a storage daemon holds, in one place, so that commands have one thing to work on.
+
+Nothing here is global: a process can hold two inventories, and a test does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from blockstep.block.graph import Graph
+from blockstep.jobs.registry import JobRegistry
+from blockstep.replication.registry import ReplicationRegistry
+
+
+class Inventory:
+    """Nodes, jobs, replication filters. Make it in a running event loop."""
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self.jobs = JobRegistry(on_event=self.report)
+        self.replication = ReplicationRegistry(self.graph, self.jobs)
+        #: Gets QEMU's name of each event and its data: what nodes, jobs and exports report.
+        self.on_event: Callable[[str, Mapping[str, Any]], None] = lambda name, data: None
+        self.graph.listeners.append(self.report)
+
+    def report(self, name: str, data: Mapping[str, Any]) -> None:
+        """Tell of an event."""
+        self.on_event(name, data)
