@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from blockstep.daemon.service import Service
 from blockstep.inventory.inventory import Inventory
 from blockstep.qmp.commands import core
@@ -19,3 +22,9 @@ class StorageDaemon(Service):
     def __init__(self, name: str | None = None) -> None:
         super().__init__(name)
         self.inventory = Inventory()
+        self.inventory.on_event = self.announce
+
+    def announce(self, name: str, data: Mapping[str, Any]) -> None:
+        """Tell all monitors of an event: QEMU's name and its data."""
+        if self.qmp:
+            self.qmp.announce(name, data)

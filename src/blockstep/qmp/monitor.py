@@ -182,7 +182,7 @@ class Connection(asyncio.Protocol):
             return call.succeeded(await call.command.run(self._server.context, call.args, self))
         except Exception as error:
             if not is_expected(error):
-                self._server.report(error, call.command.name)
+                self._server.report(error, f"command '{call.command.name}' failed with an error that none may have")
             return call.failed(error)
 
     def _answer(self, reply: Reply) -> None:

@@ -48,8 +48,8 @@ class Result(msgspec.Struct, rename="kebab", kw_only=True):
     """Base of results. Optional members have the type ``T | UnsetType`` and the default UNSET."""
 
 
-class Event(msgspec.Struct, rename="kebab", kw_only=True):
-    """Base of events. Declare one with `Registry.event`."""
+class Event(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, kw_only=True):
+    """Base of events. Declare one with `Registry.event`. Members that may be absent are as those of a `Result`."""
 
     kind: ClassVar[EventKind]
 

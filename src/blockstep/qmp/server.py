@@ -40,6 +40,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from blockstep.qmp import wire
 from blockstep.qmp.events import Throttle
 from blockstep.qmp.monitor import Connection
@@ -158,8 +160,26 @@ class Server:
         elif self._timer is None:
             self._arm()
 
+    def announce(self, name: str, data: Mapping[str, Any]) -> None:
+        """Send an event that the core reports: its name and data as on the wire.
+
+        It is sent as the `Event` that the registry declares under ``name``. One that is not declared, or whose data
+        does not fit the declaration, is a bug: it is reported as one, and sent as it is, at once.
+        """
+        try:
+            kind = self.registry.events[name]
+            event = msgspec.convert(data, kind.type)
+        except (KeyError, msgspec.ValidationError) as error:
+            self.report(error, f"event '{name}' is not as it was declared")
+            self._send(name, data)
+        else:
+            self.emit(event)
+
     def _broadcast(self, event: Event) -> None:
-        line = wire.encode_event(event.kind.name, event, self._clock())
+        self._send(event.kind.name, event)
+
+    def _send(self, name: str, data: Any) -> None:
+        line = wire.encode_event(name, data, self._clock())
         for monitor in self.monitors:
             monitor.send_event(line)
 
@@ -211,10 +231,10 @@ class Server:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def report(self, error: BaseException, command: str) -> None:
-        """A command raised what no command may raise."""
-        asyncio.get_running_loop().call_exception_handler(
-            {"message": f"QMP command '{command}' failed with an error that is a bug", "exception": error})
+    def report(self, error: BaseException, what: str) -> None:
+        """Something happened that may not: a bug, for the exception handler of the event loop."""
+        report = {"message": f"QMP: {what}; this is a bug", "exception": error}
+        asyncio.get_running_loop().call_exception_handler(report)
 
 
 def _bind_unix(path: str) -> socket.socket:

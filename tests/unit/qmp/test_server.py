@@ -326,6 +326,43 @@ def test_quit_is_answered_before_it_happens(tmp_path: Path) -> None:
     served(tmp_path, scenario)
 
 
+# -- events that the core reports
+
+
+def test_what_the_core_reports_is_sent_as_the_event_that_is_declared(tmp_path: Path) -> None:
+    async def scenario(server: Server, context: Context, path: Path) -> None:
+        peer = await dial(path)
+        await peer.negotiate()
+        server.announce("TICK", {"count": 1})
+        server.announce("PROGRESS", {"device": "d", "offset": 1})
+        server.announce("PROGRESS", {"device": "d", "offset": 2})  # held back
+        server.announce("TICK", {"count": 2, "text": "x"})
+        seen = [await peer.line() for _ in range(3)]
+        assert [(each["event"], each["data"]) for each in seen] == [
+            ("TICK", {"count": 1, "text": ""}), ("PROGRESS", {"device": "d", "offset": 1}),
+            ("TICK", {"count": 2, "text": "x"})]
+
+    served(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(("name", "data"), [
+    ("TOCK", {"count": 1}), ("TICK", {}), ("TICK", {"count": "1"}), ("TICK", {"count": 1, "more": 2})])
+def test_an_event_that_is_not_as_declared_is_reported_as_a_bug_and_sent(
+        tmp_path: Path, name: str, data: dict[str, Any]) -> None:
+    async def scenario(server: Server, context: Context, path: Path) -> None:
+        bugs: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, report: bugs.append(report["message"]))
+        peer = await dial(path)
+        await peer.negotiate()
+        server.announce(name, data)
+        event = await peer.line()
+        assert (event["event"], event.get("data", {})) == (name, data)
+        assert len(bugs) == 1
+        assert f"event '{name}'" in bugs[0]
+
+    served(tmp_path, scenario)
+
+
 # -- sockets
 
 
