@@ -1,14 +1,21 @@
-"""``blockstep daemon``: an inventory of disks, and monitors that change it; what qemu-storage-daemon is for QEMU."""
+"""``blockstep daemon``: an inventory of disks, and monitors that change it; what qemu-storage-daemon is for QEMU.
+
+    monitors (QMP) ──► commands of all AREAS ──► inventory: objects, nodes, jobs, exports
+         ▲                                            │
+         └──────────────── events ◄───────────────────┘
+
+The end, in this order, so that nobody is told "written" of what is not: exports finish what clients have sent and
+close; jobs are cancelled; what the users of the disks wrote is flushed, and all nodes are closed; the monitors go
+last, so that they hear of it.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from blockstep.daemon.service import Service
 from blockstep.inventory.inventory import Inventory
 from blockstep.qmp.commands import core
 from blockstep.qmp.schema import Registry
+from blockstep.qmp.server import Server
 
 #: The areas of commands that the daemon offers.
 AREAS: tuple[Registry, ...] = (
@@ -17,14 +24,19 @@ AREAS: tuple[Registry, ...] = (
 
 
 class StorageDaemon(Service):
-    """The program, as the context of its commands. Make it in a running event loop."""
+    """The program, as the context of its commands. Make it in a running event loop.
+
+    Monitors are added to `qmp` (a server of all areas); `close` ends everything.
+    """
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__(name)
         self.inventory = Inventory()
-        self.inventory.on_event = self.announce
+        self.qmp: Server = Server(Registry.of(*AREAS), self, version=self.version)
+        self.inventory.on_event = self.qmp.announce
 
-    def announce(self, name: str, data: Mapping[str, Any]) -> None:
-        """Tell all monitors of an event: QEMU's name and its data."""
-        if self.qmp:
-            self.qmp.announce(name, data)
+    async def close(self) -> list[OSError]:
+        """A clean stop; see the module. Returns what could not be flushed: one error for each node."""
+        lost = await self.inventory.close()
+        await self.stop_qmp()
+        return lost

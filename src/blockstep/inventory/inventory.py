@@ -27,3 +27,22 @@ class Inventory:
     def report(self, name: str, data: Mapping[str, Any]) -> None:
         """Tell of an event."""
         self.on_event(name, data)
+
+    async def close(self) -> list[OSError]:
+        """End everything in good order: cancel the jobs, make durable what was written, close all nodes.
+
+        Users of the nodes other than jobs are gone before. Returns an error for each disk that could not be
+        flushed; nothing is kept open for it.
+        """
+        await self.jobs.cancel_all()
+        lost: list[OSError] = []
+        for node in [node for node in self.graph.nodes.values() if not node.parents and not node.read_only]:
+            try:
+                await node.flush()
+            except OSError as error:
+                lost.append(OSError(error.errno, f"node '{node.name}': {error.strerror or error}"))
+        for node in self.graph.nodes.values():
+            node.owned = False
+        for node in list(self.graph.nodes.values()):
+            await self.graph.close_unused(node)
+        return lost
