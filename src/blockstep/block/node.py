@@ -12,7 +12,7 @@ Only `blockstep.block.graph` changes edges.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 import msgspec
 
@@ -31,8 +31,11 @@ from blockstep.errors import OperationBlocked
 if TYPE_CHECKING:
     from blockstep.block.driver import Driver
 
+#: The options of a node, not looked at yet (`blockstep.block.registry.parse_options` does). They are those of some
+#: driver: ``extra`` says so to whoever describes options.
+AnyOptions = Annotated[dict[str, Any], msgspec.Meta(extra={"options": "driver"})]
 #: A child in options: the name of a node that exists, or the options of a new one.
-NodeRef = str | dict[str, Any]
+NodeRef = str | AnyOptions
 
 
 class CacheOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True):
@@ -140,6 +143,8 @@ class Node:
         self.bitmaps: dict[str, Any] = {}
         #: Where `report` sends events; set by the graph that opened the node.
         self.on_event: Callable[[str, dict[str, Any]], None] | None = None
+        #: What options refer to by id (`Graph.objects`); set by the graph that opened the node.
+        self.objects: dict[str, Any] = {}
         #: operation -> reasons of those who block it; "*" blocks all
         self.blockers: dict[str, list[str]] = {}
         #: Whether it was added by name: such a node stays when its last parent goes.

@@ -6,6 +6,8 @@ A driver registers itself when its module is imported; `blockstep.drivers` impor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
+from operator import or_
 from typing import Any, TypeVar
 
 import msgspec
@@ -28,6 +30,11 @@ def register(driver: D) -> D:
 def driver_names() -> list[str]:
     """The names of all drivers, sorted."""
     return sorted(_drivers)
+
+
+def options_type() -> Any:
+    """The options of any driver: a union of structs, told apart by ``driver``."""
+    return reduce(or_, (_drivers[name].Options for name in driver_names()))
 
 
 def find_driver(name: object) -> type[Driver]:

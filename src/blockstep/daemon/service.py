@@ -16,7 +16,7 @@ from pathlib import Path
 
 from blockstep import __version__
 from blockstep.aio.memory import keep_freed_memory
-from blockstep.qmp.commands import core
+from blockstep.qmp.commands import core, introspection
 from blockstep.qmp.schema import Event, Registry
 from blockstep.qmp.server import Server
 
@@ -82,7 +82,7 @@ class Service:
     async def serve_qmp(self, path: Path, *areas: Registry) -> None:
         """Open the control socket with the commands of ``areas`` and those that every program has."""
         make_parent(path)
-        self.qmp = Server(Registry.of(core.commands, *areas), self, version=self.version)
+        self.qmp = Server(Registry.of(core.commands, introspection.commands, *areas), self, version=self.version)
         await self.qmp.start_unix(path)
 
     def emit(self, event: Event) -> None:

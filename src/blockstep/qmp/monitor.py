@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from blockstep.qmp import wire
 from blockstep.qmp.errors import is_expected
-from blockstep.qmp.schema import Command
+from blockstep.qmp.schema import Command, EventKind
 from blockstep.qmp.session import Call, Reply, Session
 
 if TYPE_CHECKING:
@@ -60,6 +60,10 @@ class Connection(asyncio.Protocol):
     @property
     def commands(self) -> Mapping[str, Command]:
         return self._listener.commands
+
+    @property
+    def events(self) -> Mapping[str, EventKind]:
+        return self._server.registry.events
 
     # -- the transport's side
 

@@ -62,6 +62,10 @@ class Monitor(Protocol):
         """What this monitor may execute."""
 
     @property
+    def events(self) -> Mapping[str, EventKind]:
+        """What this monitor may be sent."""
+
+    @property
     def peer(self) -> str:
         """Where it connects from, for people."""
 
@@ -96,10 +100,15 @@ class Argument:
 
 
 class Command:
-    """A command's declaration. ``oob``: may be executed out of band, that is, at once and beside others."""
+    """A command's declaration.
 
-    def __init__(self, name: str, run: Callable[..., Awaitable[Any]], oob: bool = False) -> None:
-        self.name, self.oob = name, oob
+    ``oob``: may be executed out of band, that is, at once and beside others. ``features``: words of QEMU's for what
+    clients should know before they use it (``deprecated``); what begins with ``x-`` is ``unstable`` anyway.
+    """
+
+    def __init__(self, name: str, run: Callable[..., Awaitable[Any]], oob: bool = False,
+                 features: Iterable[str] = ()) -> None:
+        self.name, self.oob, self.features = name, oob, tuple(features)
         self.doc = inspect.getdoc(run) or ""
         self._run = run
         parameters = list(inspect.signature(run).parameters)
@@ -168,11 +177,11 @@ class Registry:
                 whole._add(whole.events, event)
         return whole
 
-    def command(self, name: str, *, oob: bool = False) -> Callable[[_C], _C]:
-        """Declare the decorated ``async def f(context, args)`` as command ``name``."""
+    def command(self, name: str, *, oob: bool = False, features: Iterable[str] = ()) -> Callable[[_C], _C]:
+        """Declare the decorated ``async def f(context, args)`` as command ``name``; see `Command`."""
 
         def declare(run: _C) -> _C:
-            self._add(self.commands, Command(name, run, oob))
+            self._add(self.commands, Command(name, run, oob, features))
             return run
 
         return declare
