@@ -56,8 +56,10 @@ class Export:
 
     def __init__(self, name: str, backend: Storage, *, read_only: bool = False, description: str = "",
                  multi_conn: bool = True, rotational: bool = False,
-                 bitmaps: Mapping[str, BitmapExtents] | None = None) -> None:
+                 bitmaps: Mapping[str, BitmapExtents] | None = None, allocation_depth: bool = True) -> None:
         """``read_only`` holds as well if the backend is so. ``bitmaps`` are shown as dirty bitmaps, by name.
+
+        ``allocation_depth``: offer qemu:allocation-depth.
 
         Raises OptionError if name or description is no string of the protocol (4096 bytes of UTF-8, no NUL).
         """
@@ -68,6 +70,7 @@ class Export:
         self.description = description
         self.multi_conn = multi_conn
         self.rotational = rotational
+        self.allocation_depth = allocation_depth
         self.bitmaps: dict[str, BitmapExtents] = dict(bitmaps or {})
         self.connections: set[Connection] = set()
         #: Requests of clients that the backend has not ended yet; those of clients that are gone count as well.
@@ -106,7 +109,8 @@ class Export:
 
     def context_names(self) -> list[str]:
         """The metadata contexts that a client can select."""
-        return [c.BASE_ALLOCATION, c.QEMU_ALLOCATION_DEPTH, *(c.QEMU_DIRTY_BITMAP + name for name in self.bitmaps)]
+        depth = [c.QEMU_ALLOCATION_DEPTH] if self.allocation_depth else []
+        return [c.BASE_ALLOCATION, *depth, *(c.QEMU_DIRTY_BITMAP + name for name in self.bitmaps)]
 
     async def wait_idle(self) -> None:
         """Wait until no request of any client, present or gone, is in flight in the backend."""
