@@ -30,10 +30,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "drivers": BASE | {"block", "nbd"},
     "replication": BASE | {"block", "drivers", "jobs", "nbd"},
     "inventory": BASE | {"block", "drivers", "jobs", "nbd", "replication"},
+    "picture": BASE | {"block"},
     "qmp": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory"},
     "daemon": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp"},
     "testing": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp", "daemon"},
-    "cli": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp", "daemon", "testing"},
+    "cli": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp", "daemon", "picture",
+            "testing"},
 }
 
 #: The package itself and `python -m blockstep` are the doors: they may show everything.

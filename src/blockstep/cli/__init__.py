@@ -10,7 +10,7 @@ import sys
 import typer
 
 from blockstep import __version__
-from blockstep.cli import checkpoint, demo, events, export, failover, primary, resize, standby, status, stop
+from blockstep.cli import checkpoint, demo, events, export, failover, graph, primary, resize, standby, status, stop
 from blockstep.errors import BlockstepError
 
 ERROR = 3
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (export, standby, primary, status, checkpoint, failover, resize, stop, events, demo):
+for command in (export, standby, primary, status, checkpoint, failover, resize, stop, events, graph, demo):
     command.add_to(app)
 
 
