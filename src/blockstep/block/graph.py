@@ -160,6 +160,8 @@ class Graph:
         self.nodes: dict[str, Driver] = {}
         #: Called with (event, data) for all that nodes report (`Node.report`), at once, in the strand that met it.
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
+        #: What the options of nodes refer to by id: throttle groups, TLS credentials.
+        self.objects: dict[str, Any] = {}
         self._numbers = itertools.count(1)
         # Of each drained section: the nodes (by id) and the users that are held back.
         self._drains: list[tuple[set[int], list[Backend]]] = []
@@ -194,6 +196,7 @@ class Graph:
             raise OptionError("node-name", name, "letters, digits, '-', '.' and '_', beginning with a letter")
         node = driver(name, checked)
         node.on_event = self.report
+        node.objects = self.objects
         self.nodes[name] = node  # the name is taken from here on, whatever is opened meanwhile
         try:
             for child_name, role, ref in child_references(driver, checked):

@@ -13,13 +13,18 @@ from __future__ import annotations
 
 from blockstep.daemon.service import Service
 from blockstep.inventory.inventory import Inventory
-from blockstep.qmp.commands import core, introspection
+from blockstep.qmp.commands import (
+    core,
+    introspection,
+    objects,
+)
 from blockstep.qmp.schema import Registry
 from blockstep.qmp.server import Server
 
 #: The areas of commands that the daemon offers.
 AREAS: tuple[Registry, ...] = (
     core.commands,
+    objects.commands,
     introspection.commands,
 )
 

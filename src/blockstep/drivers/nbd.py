@@ -31,7 +31,7 @@ from blockstep.nbd import constants as c
 from blockstep.nbd.client import Client
 from blockstep.nbd.dial import ClientTls
 from blockstep.nbd.session import Session, State
-from blockstep.nbd.tls import client_context
+from blockstep.nbd.tls import TlsCredentials, client_context
 from blockstep.nbd.uri import Address, InetAddress, NbdUri, UnixAddress, parse_uri
 
 
@@ -57,7 +57,8 @@ class FdServer(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_fie
 class NbdOptions(NodeOptions, tag="nbd"):
     """See the module for ``server``, ``host``, ``port``, ``path`` and ``uri``; times are seconds.
 
-    ``export``: its name. ``tls-creds``: a directory as `blockstep.nbd.tls` describes it; TLS is required then.
+    ``export``: its name. ``tls-creds``: the id of an object of type tls-creds-x509, or a directory as
+    `blockstep.nbd.tls` describes it; TLS is required then.
     ``tls-hostname``: whom the server's certificate must name, if not the host. ``open-timeout``: how long to try
     at the start; 0: once. ``reconnect-delay``: how long requests wait for a lost connection; then they fail, and
     dialling goes on. ``timeout``: how long a request may stay unanswered before the connection is cut; 0: for ever.
@@ -102,7 +103,7 @@ class Nbd(Driver):
             raise OptionError("connections", options.connections, "1 to 16")
         uri = parse_uri(options.uri) if options.uri is not None else None
         address = _address(options, uri)
-        tls = _tls(options, uri)
+        tls = _tls(options, uri, self.objects.get(options.tls_creds or ""))
         export = options.export if options.export is not None else uri.export if uri is not None else ""
         self._context = options.x_dirty_bitmap or c.BASE_ALLOCATION
         self.session = Session(
@@ -241,7 +242,12 @@ class _Duplicate:
         return socket.socket(fileno=os.dup(self._fd))
 
 
-def _tls(options: NbdOptions, uri: NbdUri | None) -> ClientTls | None:
+def _tls(options: NbdOptions, uri: NbdUri | None, credentials: object) -> ClientTls | None:
+    if isinstance(credentials, TlsCredentials):
+        if credentials.endpoint != "client":
+            raise OptionError("tls-creds", options.tls_creds, "the id of credentials with endpoint=client")
+        hostname = options.tls_hostname or (uri.tls_hostname if uri is not None else None)
+        return ClientTls(credentials.context(), hostname, True)
     directory, hostname, required, verify = options.tls_creds, options.tls_hostname, True, True
     if uri is not None and (uri.tls or uri.tls_certificates is not None):
         if uri.tls_type not in (None, "x509") or uri.tls_psk_file is not None or uri.username is not None:

@@ -16,9 +16,9 @@ the rate of ``X-max``: that much fits into the bucket; with a length of more tha
 to ``X-max`` per second meanwhile.
 
 Waiting requests (reads and writes apart, unless they share a limit) go in the order in which they came, over all
-nodes of a *group*. A group is named by ``throttle-group`` and shared by all nodes that name it; its limits are those
-of whoever names it first. Without a name a node is alone. A drain lets everything pass at once, what waits and what
-comes, until it ends.
+nodes of a *group*. A group is named by ``throttle-group`` and shared by all nodes of the graph that name it; its
+limits are those of the object of that id, or of the node that names it first. Without a name a node is alone. A drain
+lets everything pass at once, what waits and what comes, until it ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import msgspec
 
 from blockstep.aio.inline import Completion
 from blockstep.block.driver import Buffer, Filter
-from blockstep.block.node import NodeOptions, NodeRef
+from blockstep.block.node import Node, NodeOptions, NodeRef
 from blockstep.block.permissions import Role
 from blockstep.block.registry import register
 from blockstep.errors import OptionError
@@ -125,6 +125,7 @@ class ThrottleGroup:
 
     def __init__(self, name: str, limits: Limits, clock: Clock | None = None) -> None:
         self.name = name
+        #: Who needs it: nodes, and the object if there is one.
         self.members = 0
         self._clock: Clock = clock or asyncio.get_running_loop()
         self._leaked_at = self._clock.time()
@@ -210,10 +211,6 @@ class ThrottleGroup:
             lane.timer = self._clock.call_later(self._delay(lane.waiting[0][0]), self._serve, lane)
 
 
-#: The groups that nodes share, by name.
-groups: Final[dict[str, ThrottleGroup]] = {}
-
-
 class ThrottleOptions(NodeOptions, tag="throttle"):
     """``file``: the child. ``limits``, or ``throttle-group`` of a group that exists, or both to make a group."""
 
@@ -234,12 +231,10 @@ class Throttle(Filter):
     group: ThrottleGroup
 
     async def open(self) -> None:
-        self.group = join_group(self.options.throttle_group, self.options.limits, self.name)
+        self.group = join_group(self.options.throttle_group, self.options.limits, self)
 
     async def close(self) -> None:
-        self.group.members -= 1
-        if not self.group.members and groups.get(self.group.name) is self.group:
-            del groups[self.group.name]
+        leave_group(self.group, self)
 
     async def pread(self, offset: int, length: int) -> Buffer:
         await self.group.pass_through(READS, length)
@@ -261,7 +256,7 @@ class Throttle(Filter):
         self.group.expedite(on)
 
 
-def join_group(name: str | None, limits: Limits | None, node: str) -> ThrottleGroup:
+def join_group(name: str | None, limits: Limits | None, node: Node) -> ThrottleGroup:
     """The group of that name, made with ``limits`` if there is none; without a name a group for ``node`` alone.
 
     Raises OptionError: no limits for a new group, or limits for one that has others.
@@ -269,17 +264,26 @@ def join_group(name: str | None, limits: Limits | None, node: str) -> ThrottleGr
     if name is None:
         if limits is None:
             raise OptionError("limits", None, "given, when there is no throttle-group")
-        group = ThrottleGroup(f"#{node}", limits)
-    elif name in groups:
-        group = groups[name]
+        group = ThrottleGroup(f"#{node.name}", limits)
+    elif isinstance(found := node.objects.get(name), ThrottleGroup):
+        group = found
         if limits is not None and limits != group.limits:
             raise OptionError("limits", limits, f"left out: throttle group '{name}' exists and has other limits")
+    elif found is not None:
+        raise OptionError("throttle-group", name, "the id of a throttle group")
     elif limits is None:
         raise OptionError("throttle-group", name, "a group that exists; or limits must be given, to make it")
     else:
-        group = groups[name] = ThrottleGroup(name, limits)
+        group = node.objects[name] = ThrottleGroup(name, limits)
     group.members += 1
     return group
+
+
+def leave_group(group: ThrottleGroup, node: Node) -> None:
+    """The opposite of `join_group`; a group that nobody needs any more is forgotten."""
+    group.members -= 1
+    if not group.members and node.objects.get(group.name) is group:
+        del node.objects[group.name]
 
 
 def _buckets(limits: Limits, unit: str, what: str) -> list[tuple[bool, _Bucket]]:

@@ -9,17 +9,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from blockstep.block.graph import Graph
+from blockstep.inventory.exports import ExportTable
+from blockstep.inventory.objects import Objects
 from blockstep.jobs.registry import JobRegistry
 from blockstep.replication.registry import ReplicationRegistry
 
 
 class Inventory:
-    """Nodes, jobs, replication filters. Make it in a running event loop."""
+    """Objects, nodes, jobs, exports, replication filters. Make it in a running event loop."""
 
     def __init__(self) -> None:
         self.graph = Graph()
+        self.objects = Objects(self.graph)
         self.jobs = JobRegistry(on_event=self.report)
         self.replication = ReplicationRegistry(self.graph, self.jobs)
+        self.exports = ExportTable(self.graph, self.report, lambda id: self.objects.tls(id, "server").context())
         #: Gets QEMU's name of each event and its data: what nodes, jobs and exports report.
         self.on_event: Callable[[str, Mapping[str, Any]], None] = lambda name, data: None
         self.graph.listeners.append(self.report)
@@ -29,11 +33,12 @@ class Inventory:
         self.on_event(name, data)
 
     async def close(self) -> list[OSError]:
-        """End everything in good order: cancel the jobs, make durable what was written, close all nodes.
+        """End everything in good order: exports, then jobs; make durable what was written; close all nodes.
 
-        Users of the nodes other than jobs are gone before. Returns an error for each disk that could not be
+        Other users of the nodes are gone before. Returns an error for each disk that could not be
         flushed; nothing is kept open for it.
         """
+        await self.exports.close()
         await self.jobs.cancel_all()
         lost: list[OSError] = []
         for node in [node for node in self.graph.nodes.values() if not node.parents and not node.read_only]:

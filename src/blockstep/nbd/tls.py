@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 import ssl
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from blockstep.errors import OptionError
 
@@ -21,22 +23,46 @@ SERVER_CERT, SERVER_KEY = "server-cert.pem", "server-key.pem"
 CLIENT_CERT, CLIENT_KEY = "client-cert.pem", "client-key.pem"
 
 
-def server_context(directory: str | os.PathLike[str], verify_peer: bool = False) -> ssl.SSLContext:
+@dataclass(frozen=True, slots=True)
+class TlsCredentials:
+    """One directory for one end of connections, and whether the peer must have a certificate of the same CA.
+
+    ``password`` opens the private key, if it is encrypted.
+    """
+
+    directory: str
+    endpoint: Literal["client", "server"]
+    verify_peer: bool = True
+    password: bytes | None = field(default=None, repr=False)
+
+    def context(self) -> ssl.SSLContext:
+        """A new context for the endpoint. Raises OptionError as `server_context` does."""
+        if self.endpoint == "server":
+            return server_context(self.directory, self.verify_peer, self.password)
+        context = client_context(self.directory, check_hostname=self.verify_peer, password=self.password)
+        if not self.verify_peer:
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+
+def server_context(directory: str | os.PathLike[str], verify_peer: bool = False,
+                   password: bytes | None = None) -> ssl.SSLContext:
     """The context of a server. With ``verify_peer`` a client must have a certificate signed by ``ca-cert.pem``.
 
-    Raises OptionError naming the file that is missing or that cannot be used.
+    ``password`` opens an encrypted key. Raises OptionError naming the file that is missing or that cannot be used.
     """
     folder = Path(directory)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _set_common(context)
-    _load_identity(context, folder, SERVER_CERT, SERVER_KEY)
+    _load_identity(context, folder, SERVER_CERT, SERVER_KEY, password)
     if verify_peer:
         _load_ca(context, folder)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
-def client_context(directory: str | os.PathLike[str] | None, check_hostname: bool = True) -> ssl.SSLContext:
+def client_context(directory: str | os.PathLike[str] | None, check_hostname: bool = True,
+                   password: bytes | None = None) -> ssl.SSLContext:
     """The context of a client. Without a directory the system's CAs are trusted and no certificate is shown.
 
     ``check_hostname`` False accepts any name in a certificate that the CA signed. Raises OptionError as
@@ -51,7 +77,7 @@ def client_context(directory: str | os.PathLike[str] | None, check_hostname: boo
     folder = Path(directory)
     _load_ca(context, folder)
     if (folder / CLIENT_CERT).exists() or (folder / CLIENT_KEY).exists():
-        _load_identity(context, folder, CLIENT_CERT, CLIENT_KEY)
+        _load_identity(context, folder, CLIENT_CERT, CLIENT_KEY, password)
     return context
 
 
@@ -68,13 +94,15 @@ def _load_ca(context: ssl.SSLContext, folder: Path) -> None:
         raise OptionError("tls-certificates", str(path), f"a readable PEM file of CA certificates ({error})") from error
 
 
-def _load_identity(context: ssl.SSLContext, folder: Path, cert: str, key: str) -> None:
+def _load_identity(context: ssl.SSLContext, folder: Path, cert: str, key: str, password: bytes | None) -> None:
     cert_path, key_path = _existing(folder, cert), _existing(folder, key)
     try:
-        context.load_cert_chain(cert_path, key_path)
+        # Without a password OpenSSL would ask the terminal for one.
+        context.load_cert_chain(cert_path, key_path, password or (lambda: b""))
     except (OSError, ssl.SSLError) as error:
+        kind = "key that the password opens" if password else "unencrypted key"
         raise OptionError("tls-certificates", str(cert_path),
-                          f"a PEM certificate that fits the unencrypted key in {key_path} ({error})") from error
+                          f"a PEM certificate that fits the {kind} in {key_path} ({error})") from error
 
 
 def _existing(folder: Path, name: str) -> Path:

@@ -13,7 +13,7 @@ import pytest
 from blockstep.aio.inline import start
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
-from blockstep.drivers.throttle import READS, WRITES, Limits, Throttle, ThrottleGroup, groups, join_group
+from blockstep.drivers.throttle import READS, WRITES, Limits, Throttle, ThrottleGroup, ThrottleOptions, join_group
 from blockstep.errors import OptionError
 from tests.disks import ram
 
@@ -236,12 +236,12 @@ def test_nodes_of_a_group_share_its_limit_and_the_group_goes_with_the_last() -> 
                                      **({"limits": {"iops-total": 10}} if name == "a" else {})})
             assert isinstance(node, Throttle)
             nodes.append(node)
-        assert nodes[0].group is nodes[1].group is groups["g"]
+        assert nodes[0].group is nodes[1].group is graph.objects["g"]
         with pytest.raises(OptionError, match="other limits"):
             await graph.open({"driver": "throttle", "file": "a", "throttle-group": "g", "limits": {"iops-total": 5}})
         for node in nodes:
             await graph.close(node)
-        assert "g" not in groups
+        assert "g" not in graph.objects
 
     asyncio.run(main())
 
@@ -262,9 +262,13 @@ def test_contradicting_limits_are_named(limits: dict[str, int], option: str) -> 
 
 def test_a_node_needs_limits_or_a_group_that_exists() -> None:
     async def main() -> None:
+        node = Throttle("n", ThrottleOptions(file="f"))
         with pytest.raises(OptionError, match="limits"):
-            join_group(None, None, "n")
+            join_group(None, None, node)
         with pytest.raises(OptionError, match="throttle-group"):
-            join_group("unknown", None, "n")
+            join_group("unknown", None, node)
+        node.objects["password"] = "secret"
+        with pytest.raises(OptionError, match="id of a throttle group"):
+            join_group("password", None, node)
 
     asyncio.run(main())
