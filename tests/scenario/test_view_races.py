@@ -437,3 +437,107 @@ def test_operations_of_the_registry_take_turns(first: str, second: str) -> None:
         await rig.close()
 
     asyncio.run(main())
+
+
+def test_a_checkpoint_and_giving_it_up_take_turns() -> None:
+    """The checkpoint has prepared one disk of two ► the buffer is to be given up ► the checkpoint goes on."""
+
+    async def main() -> None:
+        rig = await Rig.open(("a", "b"))
+        await rig.enter("running")
+        rig.gates.close("b-active")
+        checkpoint = Request(rig.registry.checkpoint_all())
+        giving_up = Request(rig.registry.give_up_all())
+        assert [stop.event for stop in rig.gates.waiting] == ["make_empty"]
+        assert {disk.filter.stage for disk in rig.disks} == {Stage.RUNNING}
+        rig.gates.open()
+        await _all_ended(checkpoint, giving_up)
+        assert (checkpoint.error, giving_up.error) == (None, None)
+        assert {disk.filter.stage for disk in rig.disks} == {Stage.NONE}
+        await rig.close()
+
+    asyncio.run(main())
+
+
+def test_a_start_waits_until_the_old_checkpoint_is_given_up() -> None:
+    """The first disk's buffer is being emptied ► a new start ► what it saves must not be emptied under it."""
+
+    async def main() -> None:
+        rig = await Rig.open(("a", "b"))
+        await rig.enter("running")
+        rig.gates.close("a-active")
+        giving_up = Request(rig.registry.give_up_all())
+        await _turns()
+        starting = Request(rig.registry.start_all("secondary"))
+        assert rig.disks[0].filter.stage is Stage.NONE
+        assert len(rig.gates.waiting) == 1
+        rig.gates.open()
+        await _all_ended(giving_up, starting)
+        assert (giving_up.error, starting.error) == (None, None)
+        expected = [await disk.read_view() for disk in rig.disks]
+        for disk in rig.disks:
+            await disk.primary.pwrite(0, b"X" * 8192)
+        assert [await disk.read_view() for disk in rig.disks] == expected
+        await rig.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("operation", ["checkpoint", "failover"])
+def test_an_operation_that_comes_while_a_checkpoint_is_given_up_finds_none(operation: str) -> None:
+    """Not one disk with a checkpoint and one without."""
+
+    async def main() -> None:
+        rig = await Rig.open(("a", "b"))
+        await rig.enter("running")
+        rig.gates.close("b-active")
+        giving_up = Request(rig.registry.give_up_all())
+        await _turns()
+        registry = rig.registry
+        late = Request(registry.checkpoint_all() if operation == "checkpoint" else registry.stop_all(True))
+        assert not late.ended
+        rig.gates.open()
+        await _all_ended(giving_up, late)
+        assert isinstance(late.error, ReplicationError)
+        assert "not running" in str(late.error)
+        assert {disk.filter.stage for disk in rig.disks} == {Stage.NONE}
+        await rig.close()
+
+    asyncio.run(main())
+
+
+def test_writes_of_the_view_after_a_failed_merge_do_not_get_lost_in_each_others_copy_up() -> None:
+    """A write into the active disk copies the rest of its cluster up, while another writes there, past it."""
+
+    async def main() -> None:
+        rig = await Rig.open(shape=Shape(active_cluster=8192))
+        await rig.registry.start_all("secondary")
+        disk = rig.disks[0]
+        await disk.primary.pwrite(4096, b"P" * 4096)  # its old content is in the hidden disk
+        rig.gates.fail(disk.secondary.name, "write", always=True)
+        await rig.registry.stop_all(True)
+        await rig.merged()
+        rig.gates.heal()
+        assert disk.filter.stage is Stage.FAILOVER_FAILED
+        view = bytearray(await disk.read_view())
+        rig.gates.close(disk.secondary.name)
+        above = Request(disk.view.pwrite(5000, b"above"))
+        assert rig.gates.release().event == "read"  # it has the old bytes of the cluster's first half
+        past = Request(disk.view.pwrite(100, b"past"))
+        rig.gates.open()
+        await _all_ended(above, past)
+        view[5000:5005], view[100:104] = b"above", b"past"
+        assert await disk.read_view() == view
+        await rig.close()
+
+    asyncio.run(main())
+
+
+async def _turns() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def _all_ended(*requests: Request) -> None:
+    await _turns()
+    assert all(request.ended for request in requests)

@@ -103,7 +103,10 @@ class DiskBuffer(Protocol):
         """Stop; the view is what the primary wrote."""
 
     async def fail_over(self) -> None:
-        """Stop; the view is the checkpoint and the standby's own writes. They are merged in the background."""
+        """Stop; the view is the checkpoint and the standby's own writes. They are merged in the background.
+
+        After a failure, of this call or of the merge: go on.
+        """
 
     async def close(self) -> None:
         """The filter is being closed: end whatever runs, and wait for it."""
@@ -242,7 +245,9 @@ class Replication(Filter):
         mask = buffer.view_alignment - 1
         start, end = offset & ~mask, (offset + length + mask) & ~mask
         lock = buffer.view_lock
-        token = lock.try_take(start, end, True) or await lock.take(start, end, True)
+        # Split writes take turns: one past the active disk would be lost in a copy-up beside it, of the same cluster.
+        shared = self._writes is _Answer.GO_ON
+        token = lock.try_take(start, end, shared) or await lock.take(start, end, shared)
         try:
             if self._writes is _Answer.GO_ON:
                 await send(self.file, offset, length)

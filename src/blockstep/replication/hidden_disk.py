@@ -10,7 +10,8 @@ disk; so active over hidden over secondary is the last checkpoint plus the stand
 * A checkpoint empties both, and forgets what was saved: constant time, whatever they hold.
 * `drop` puts the secondary disk itself under the filter.
 * `fail_over` takes the copy-before-write away and merges active and hidden into the secondary disk, with a commit
-  job, while the view is read and written; then the secondary disk takes the active disk's place.
+  job, while the view is read and written; then the secondary disk takes the active disk's place. Each of its steps
+  can be done again: after one that failed, `fail_over` goes on where it was, and a merge that failed begins anew.
 
 What it changed to do its work it puts back in the end: read-only flags, blocked operations.
 
@@ -55,6 +56,9 @@ class HiddenDiskBuffer:
         self._undo: list[Callable[[], Any]] = []
         self._commit: Job | None = None
         self._waiter: asyncio.Task[None] | None = None
+        #: No merge runs: not begun, or it has ended and all is put back.
+        self._settled = asyncio.Event()
+        self._settled.set()
         self.view_lock = RangeLock()
         self.view_alignment = 65536
 
@@ -105,8 +109,7 @@ class HiddenDiskBuffer:
         await self._graph.reopen([(node, {"read-only": False}) for node in frozen])
         if frozen:
             self._undo.append(lambda: self._freeze(frozen))
-        lift = self.top.block_operations(f"it is replicated by '{self._filter.name}'")
-        self._undo.append(lift)
+        self._block_operations()
         node = await self._graph.insert_filter(
             {"driver": "copy-before-write", "file": self.secondary.name, "target": self.hidden.name,
              "cluster-size": CLUSTER_SIZE}, self.secondary)
@@ -119,6 +122,9 @@ class HiddenDiskBuffer:
         self._undo.append(self._remove_cbw)
         self.view_alignment = self.active.cluster_size
 
+    def _block_operations(self) -> None:
+        self._undo.append(self.top.block_operations(f"it is replicated by '{self._filter.name}'"))
+
     async def _freeze(self, nodes: list[Driver]) -> None:
         """Make read-only again what is still open, except a secondary disk that the view now writes to."""
         written = self._filter.stage is Stage.FAILOVER_FAILED or bool(self.secondary.cumulative()[0] & WRITE)
@@ -128,7 +134,8 @@ class HiddenDiskBuffer:
 
     async def _remove_cbw(self) -> None:
         self.cbw.owned = False
-        await self._graph.remove_filter(self.cbw)
+        if self._graph.nodes.get(self.cbw.name) is self.cbw:  # else only its end had failed
+            await self._graph.remove_filter(self.cbw)
 
     async def undo(self) -> None:
         """Undo what start did, last first."""
@@ -176,27 +183,41 @@ class HiddenDiskBuffer:
             self._undo.remove(self._remove_cbw)
             self.cbw.owned = False
             self._finish()
-        await self._graph.close_unused(self.cbw)
-        await self._graph.close_unused(self.active)
-        await self.undo()
+        try:
+            await self._graph.close_unused(self.cbw)
+            await self._graph.close_unused(self.active)
+        finally:
+            await self.undo()
 
     async def fail_over(self) -> None:
         """See `DiskBuffer`. Returns when the view can be used; the merge goes on as a job named ``failover-NODE``.
 
         A merge that cannot even begin is one that failed: the view lives on, and nothing is raised.
         """
-        self.revoke_writers()
-        await self._remove_cbw()
-        self._undo.remove(self._remove_cbw)
-        self._filter.enter(Stage.FAILOVER)
+        if self._filter.stage is Stage.FAILOVER_FAILED:
+            self._block_operations()
+            async with self._graph.drained(self._filter):
+                self._begin()
+        else:
+            self.revoke_writers()
+            if self._remove_cbw in self._undo:
+                await self._remove_cbw()
+                self._undo.remove(self._remove_cbw)
+            self._begin()
         try:
             self._commit = await self._jobs.create(CommitJob(
                 f"failover-{self._filter.name}", self._graph, self.active, self.secondary, active=True,
                 auto_complete=True, replace_in=self._filter.file, internal=True))
-        except (BlockstepError, OSError) as error:
+        except BaseException as error:
             await self._merged(error)
+            if not isinstance(error, BlockstepError | OSError):
+                raise
         else:
             self._waiter = asyncio.get_running_loop().create_task(self._committed(self._commit))
+
+    def _begin(self) -> None:
+        self._settled.clear()
+        self._filter.enter(Stage.FAILOVER)
 
     def revoke_writers(self) -> None:
         """From now on nobody but the view writes to the secondary disk: an old primary is refused."""
@@ -209,25 +230,32 @@ class HiddenDiskBuffer:
         self._commit = None
         await self._merged(error)
 
-    async def _merged(self, error: Exception | None) -> None:
+    async def _merged(self, error: BaseException | None) -> None:
         if error is None:
             self._finish()
             self._filter.enter(Stage.DONE)
         else:
-            self._filter.enter(Stage.FAILOVER_FAILED)
-            self._filter.fail(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
+            # Drained, as on the way back: a write that goes past the active disk must not be in flight beside one
+            # that copies its cluster up.
+            async with self._graph.drained(self._filter):
+                self._filter.enter(Stage.FAILOVER_FAILED)
+            self._fail(error)
         try:
             await self.undo()
         except (BlockstepError, OSError) as failure:  # the flags of a file that cannot be opened anew
-            self._filter.fail(failure if isinstance(failure, OSError) else OSError(errno.EIO, str(failure)))
+            self._fail(failure)
+        finally:
+            self._settled.set()
+
+    def _fail(self, error: BaseException) -> None:
+        self._filter.fail(error if isinstance(error, OSError) else OSError(errno.EIO, str(error) or repr(error)))
 
     def _finish(self) -> None:
         self._filter.buffer = None
 
     async def merged(self) -> None:
         """Wait until the merge after a failover has ended, one way or the other, and all is put back."""
-        if self._waiter:
-            await asyncio.wait([self._waiter])
+        await self._settled.wait()
 
     async def close(self) -> None:
         """See `DiskBuffer`."""

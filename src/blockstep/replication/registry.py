@@ -11,16 +11,20 @@ The registry is the graph itself: every open node whose driver is ``replication`
     checkpoint   refused         go on                    ignored    refused   ignored         (primary: ignored)
     get_error    refused         remembered error         nothing    reported  after failover: nothing; else refused
     stop         refused         go on                    ignored    refused   ignored after a failover, else refused
+    finish       ignored         go on                    ignored    go on     ignored
+
+(*finish* is no operation of QEMU's: it goes on with a stop of which a part failed.)
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 
 from blockstep.block.driver import Prepared
 from blockstep.block.graph import Graph
 from blockstep.drivers.replication import Mode, Replication, Stage
-from blockstep.errors import ReplicationError
+from blockstep.errors import BlockstepError, ReplicationError
 from blockstep.jobs.registry import JobRegistry
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
 from blockstep.replication.resize import resize_together
@@ -64,6 +68,10 @@ class ReplicationRegistry:
 
         The views refuse all requests until they are started again. Nobody but them uses the disks now.
         """
+        async with self._turn:  # a start in the middle would have its buffers emptied under it
+            await self._give_up_all()
+
+    async def _give_up_all(self) -> None:
         for filter in self.filters:
             if filter.stage is Stage.RUNNING and isinstance(filter.buffer, HiddenDiskBuffer):
                 buffer = filter.buffer
@@ -113,20 +121,42 @@ class ReplicationRegistry:
         """Stop every filter. With ``failover`` the views live on from the checkpoint, else from the primary's data.
 
         A failover returns when the views can be used and their merging has begun; from then on writers other than
-        the view are refused. Raises ReplicationError; before anything was stopped if a filter is not running.
+        the view are refused. Raises ReplicationError: before anything was stopped if a filter is not running; or
+        when all others are stopped, for the first that could not be: see `finish_all`.
         """
         async with self._turn:
-            await self._stop_all(failover)
+            running: list[Replication] = []
+            for filter in self.filters:
+                if filter.stage is Stage.RUNNING:
+                    running.append(filter)
+                elif filter.stage is Stage.FAILOVER_FAILED or not filter.failed_over:
+                    raise ReplicationError(filter.name, "stop", f"it is not running (stage {filter.stage.value})")
+            await self._stop_each(running, failover)
 
-    async def _stop_all(self, failover: bool) -> None:
-        running: list[Replication] = []
-        for filter in self.filters:
-            if filter.stage is Stage.RUNNING:
-                running.append(filter)
-            elif filter.stage is Stage.FAILOVER_FAILED or not filter.failed_over:
-                raise ReplicationError(filter.name, "stop", f"it is not running (stage {filter.stage.value})")
-        for filter in running:
-            await self._stop(filter, failover)
+    async def finish_all(self, failover: bool) -> None:
+        """Go on with a `stop_all` of which a part failed: with the filters that run still, and with failed merges.
+
+        Filters that are stopped, or whose merge runs, are left alone; so it may be repeated. Raises ReplicationError as
+        `stop_all`.
+        """
+        async with self._turn:
+            left = [filter for filter in self.filters if filter.stage in (Stage.RUNNING, Stage.FAILOVER_FAILED)]
+            for filter in left:
+                filter.error = None
+            await self._stop_each(left, failover)
+
+    async def _stop_each(self, filters: list[Replication], failover: bool) -> None:
+        """One that fails is no reason to leave the next one as it is: the more of them are stopped the better."""
+        failed: list[ReplicationError] = []
+        for filter in filters:
+            try:
+                await self._stop(filter, failover)
+            except (BlockstepError, OSError) as error:
+                filter.fail(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
+                failed.append(error if isinstance(error, ReplicationError) else
+                              ReplicationError(filter.name, "stop", str(error)))
+        if failed:
+            raise failed[0]
 
     async def resize(self, filter: Replication, length: int) -> None:
         """Give active, hidden and secondary disk of a filter another length, all or none; so its view has it at once.
@@ -177,7 +207,7 @@ class ReplicationRegistry:
         if buffer is None:  # primary mode
             filter.enter(Stage.DONE)
             filter.error = None
-        elif failover:
+        elif failover or filter.stage is Stage.FAILOVER_FAILED:
             filter.failed_over = True
             await buffer.fail_over()
         else:
