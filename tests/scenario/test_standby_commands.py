@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -180,28 +181,145 @@ def test_a_checkpoint_that_ends_after_another_primary_came_does_not_make_that_on
     with_standby(tmp_path, test)
 
 
-def test_a_failover_of_which_a_part_failed_lets_no_primary_in_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first disk is promoted, the second cannot be: the first must not be written to any more."""
-    original = HiddenDiskBuffer.fail_over
+def failing_for_e(method: str) -> Any:
+    """A method of the disk buffer that fails for disk e, before it does anything."""
+    original = getattr(HiddenDiskBuffer, method)
 
-    async def fail_over(self: HiddenDiskBuffer) -> None:
+    async def fails(self: HiddenDiskBuffer) -> None:
         if self.secondary.name == "e-secondary":
-            raise ReplicationError("e", "failover", "injected")
+            raise OSError(errno.EIO, "injected")
         await original(self)
 
+    return fails
+
+
+ENDS: list[Any] = [("checkpoint", "fail_over", b"1"), ("latest", "drop", b"2")]
+
+
+@pytest.mark.parametrize(("to", "step", "expected"), ENDS)
+def test_a_failover_of_which_a_part_failed_goes_on_when_it_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any, step: str, expected: bytes
+) -> None:
+    """The first disk is promoted, the second cannot be: no primary comes in, status says which and what to do."""
+
+    async def test(standby: Standby) -> None:
+        primary: Any = Caller()
+        assert (await standby.attach(hello("P1", "de"), primary)).accepted
+        for content in (b"1", b"2"):
+            for disk in standby.disks.values():
+                assert disk.link
+                await disk.link.pwrite(0, content * 4096)
+            if content == b"1":
+                await standby.commit(1, primary)
+        with monkeypatch.context() as patch:
+            patch.setattr(HiddenDiskBuffer, step, failing_for_e(step))
+            for _ in range(2):  # the second time finds d promoted, and leaves it alone
+                with pytest.raises(ReplicationError, match=r"disk 'e' is not promoted.*checkpoint 1.*injected"):
+                    await standby.fail_over(to)
+                status = await standing_still(standby)
+                assert (status.state, status.health, status.role) == ("failover-failed", "at-risk", "promoted")
+                assert [disk.state for disk in status.disks] == ["promoted", "running"]
+                assert "'blockstep failover" + (" --to latest" if to == "latest" else "'") in status.reason
+                assert status.disks[0].reason == ""
+                assert "injected" in status.disks[1].reason
+                assert not (await standby.attach(hello("P1", "de"), primary)).accepted
+        await standby.fail_over(to)
+        status = await standing_still(standby)
+        assert (status.state, status.reason) == ("promoted", "it has no standby of its own")
+        assert [(disk.state, disk.reason) for disk in status.disks] == [("promoted", ""), ("promoted", "")]
+        for name in "de":
+            assert await standby.disks[name].view.pread(0, 4096) == expected * 4096
+            assert await standby.graph.find(f"{name}-secondary").pread(0, 4096) == expected * 4096
+
+    with_standby(tmp_path, test, "de")
+
+
+async def standing_still(standby: Standby) -> qmp.PairStatus:
+    await standby._merged()
+    await turns()
+    return standby.status()
+
+
+def test_a_merge_that_failed_is_done_anew_by_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(self: CommitJob) -> None:
+        raise OSError(errno.EIO, "the disk is bad")
+
+    async def test(standby: Standby) -> None:
+        primary: Any = Caller()
+        await replicating(standby, primary)
+        await link_of(standby).pwrite(0, b"since" * 1000)
+        view = standby.disks["d"].view
+        await view.pwrite(70000, b"mine")
+        with monkeypatch.context() as patch:
+            patch.setattr(CommitJob, "run", fails)
+            await standby.fail_over("checkpoint")
+            status = await standing_still(standby)
+        assert (status.state, status.disks[0].state) == ("failover-failed", "failover-failed")
+        assert "disk 'd' is promoted, but not merged: " in status.reason
+        assert "the disk is bad" in status.disks[0].reason
+        await view.pwrite(4096, b"between")
+        await standby.fail_over("checkpoint")
+        status = await standing_still(standby)
+        assert (status.state, status.health, status.disks[0].reason) == ("promoted", "degraded", "")
+        content = await standby.graph.find("d-secondary").pread(0, 80000)
+        assert content == bytes(4096) + b"between" + bytes(70000 - 4103) + b"mine" + bytes(9996)
+        assert not standby.graph.find("d").blockers
+
+    with_standby(tmp_path, test)
+
+
+def test_a_repeated_failover_changes_nothing_and_cannot_choose_again(tmp_path: Path) -> None:
+    async def test(standby: Standby) -> None:
+        primary: Any = Caller()
+        await replicating(standby, primary)
+        first = await asyncio.gather(*(standby.fail_over("checkpoint") for _ in range(3)))
+        await standing_still(standby)
+        assert {answer.epoch for answer in (*first, await standby.fail_over("checkpoint"))} == {1}
+        with pytest.raises(ReplicationError, match="promoted with --to checkpoint"):
+            await standby.fail_over("latest")
+        with pytest.raises(ReplicationError, match="it is promoted"):
+            await standby.stop_replication()
+
+    with_standby(tmp_path, test)
+
+
+def test_a_stop_of_which_a_part_failed_goes_on_when_it_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def test(standby: Standby) -> None:
         primary: Any = Caller()
         await replicating(standby, primary, "de")
         with monkeypatch.context() as patch:
-            patch.setattr(HiddenDiskBuffer, "fail_over", fail_over)
+            patch.setattr(HiddenDiskBuffer, "drop", failing_for_e("drop"))
             with pytest.raises(ReplicationError, match="injected"):
-                await standby.fail_over("checkpoint")
-        assert not (await standby.attach(hello("P1", "de"), primary)).accepted
-        await standby.registry.stop_all(True)
+                await standby.stop_replication()
+        status = standby.status()
+        assert (status.state, status.health) == ("stopped", "at-risk")
+        assert [disk.state for disk in status.disks] == ["stopped", "running"]
+        assert "'blockstep stop' again" in status.reason
+        await standby.stop_replication()
+        status = standby.status()
+        assert (status.health, [disk.state for disk in status.disks]) == ("degraded", ["stopped", "stopped"])
 
     with_standby(tmp_path, test, "de")
+
+
+def test_a_standby_that_ends_goes_on_with_a_failover_of_which_a_part_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(standby: Standby) -> None:
+        primary: Any = Caller()
+        await replicating(standby, primary, "de")
+        link = standby.disks["e"].link
+        assert link
+        await link.pwrite(0, b"since")
+        with monkeypatch.context() as patch:
+            patch.setattr(HiddenDiskBuffer, "fail_over", failing_for_e("fail_over"))
+            with pytest.raises(ReplicationError, match="injected"):
+                await standby.fail_over("checkpoint")
+
+    with_standby(tmp_path, test, "de")
+    assert not any((tmp_path / "e.img").read_bytes())
 
 
 def test_a_standby_that_cannot_put_its_disks_back_to_the_checkpoint_says_so(

@@ -28,15 +28,16 @@ def failover(
 ) -> None:
     """Promote this host's standby: it lives on, and its old primary's writes are refused from now on.
 
-    Run it on the standby's host, when the primary is dead or may be treated as such.
+    Run it on the standby's host, when the primary is dead or may be treated as such. If a disk could not be promoted,
+    or merged, run it again: it goes on with that disk, and leaves the others alone.
     """
     path = find_socket(pair, "standby", qmp)
 
     async def talk(qmp: Connection) -> dict[str, Any]:
         answer: dict[str, Any] = await qmp.execute("replication-failover", {"to": to}, timeout=60.0)
         if not json_:
-            typer.echo(f"promoted at checkpoint {answer['epoch']} after {format_duration(answer['seconds'])}; "
-                       "the disks can be used:")
+            point = f"at checkpoint {answer['epoch']}" if to == "checkpoint" else "with the latest data of the primary"
+            typer.echo(f"promoted {point} after {format_duration(answer['seconds'])}; the disks can be used:")
             for uri in answer["exports"]:
                 typer.echo(uri)
         if wait and to == "checkpoint":
@@ -63,7 +64,7 @@ async def _follow(qmp: Connection, show: bool) -> bool:
                 break
             await asyncio.sleep(0.05)
     if status["state"] == "failover-failed":
-        raise BlockstepError(f"the merge failed: {status['reason']}")
+        raise BlockstepError(status["reason"])
     return True
 
 

@@ -72,7 +72,7 @@ def describe(status: dict[str, Any]) -> str:
         if disk["buffer-limit"]:
             buffer += f" / {format_size(disk['buffer-limit'])}"
         lines.append(f"  {disk['name']:<12} {format_size(disk['size']):>10} {format_size(disk['behind']):>10} "
-                     f"{buffer:>22}   {disk['state']}")
+                     f"{buffer:>22}   {disk['state']}" + (f": {disk['reason']}" if disk["reason"] else ""))
     lines += [f"  {uri}" for uri in status["exports"]]
     return "\n".join(lines)
 

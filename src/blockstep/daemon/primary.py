@@ -562,7 +562,7 @@ class Primary(Service):
         state = self.coordinator.state
         word = "replicating" if disk.link.on else "syncing" if disk.job else state.value
         return qmp.DiskStatus(name=name, size=disk.link.length, state=word, behind=disk.link.behind,
-                              buffer_used=0, buffer_limit=0)
+                              buffer_used=0, buffer_limit=0, reason="")
 
     def _report(self) -> None:
         health, reason = self._health()

@@ -15,7 +15,11 @@ stays as long as it can: only when the buffer becomes full in a resync as well, 
 Then there is no view until the next `commit`; but there is a way out.
 
 State, in words: *waiting* for a primary, *syncing*, *replicating*, *lost* (it has a checkpoint, and the primary is
-gone), *failover* (promoted, the merge runs), *promoted*, *failover-failed*, *stopped*.
+gone), *failover* (it is being promoted, or the merge runs), *promoted*, *failover-failed*, *stopped*.
+
+A promotion of which a part fails is never taken back once a disk is promoted: no primary comes in any more, and each
+disk is in a state of its own. The same command goes on with those that are not promoted, or not merged, as often as
+it takes.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import errno
 import os
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -121,8 +125,13 @@ class Standby(Service):
         self._wanted_instance = ""
         self._epoch = 0
         self._committed_at = 0.0
+        #: The promotion's choice, "checkpoint" or "latest", from the moment in which it begins.
         self._promoted_to = ""
         self._stopped = False
+        #: A promotion, or a stop: one at a time.
+        self._ending = asyncio.Lock()
+        self._promoting = False
+        self._merging: asyncio.Task[None] | None = None
         self._last_error = ""
         self._told = ""
 
@@ -203,13 +212,17 @@ class Standby(Service):
             if disk.link:
                 await self.graph.detach_backend(disk.link)
         buffers = [buffer for disk in self.disks.values() if (buffer := disk.buffer)]
-        if self._running:
-            await self.registry.stop_all(failover=True)
-        for job in self.jobs.list():
-            await job.wait()
+        with contextlib.suppress(BlockstepError):  # told at the end, of the disks that are torn
+            if self._running and not self._declines():
+                await self.registry.stop_all(failover=True)
+            else:
+                await self._merged()
+                await self._finish()
         for buffer in buffers:
             await buffer.merged()
-        torn = [disk.filter for disk in self.disks.values() if disk.filter.stage is Stage.FAILOVER_FAILED]
+        if self._merging:
+            await self._merging
+        torn = [disk.filter for disk in self._unfinished if not self._keeps_latest]
         for disk in self.disks.values():
             if disk.filter.stage is not Stage.NONE:
                 await disk.view.flush()
@@ -370,22 +383,84 @@ class Standby(Service):
 
     async def fail_over(self, to: Literal["checkpoint", "latest"]) -> qmp.Promoted:
         """Promote: see `qmp.replication_failover`."""
-        started = self._clock()
+        async with self._ending:
+            started = self._clock()
+            if self._promoted_to and to != self._promoted_to:
+                raise ReplicationError(self.config.pair, "failover", f"it has been promoted with --to "
+                                       f"{self._promoted_to}; that cannot be changed any more")
+            if not self._promoted_to or self._unfinished:
+                self._promoting = True
+                try:
+                    await (self._go_on() if self._promoted_to else self._promote(to))
+                finally:
+                    self._promoting = False
+                    self._tell()
+            return qmp.Promoted(epoch=self._epoch, seconds=self._clock() - started, exports=self.exports)
+
+    async def _promote(self, to: Literal["checkpoint", "latest"]) -> None:
         self._must_run("failover")
         self._promoted_to = to
         try:
             await in_thread(promotion.write, self.config.state, self.config.pair, self._epoch, to)
             await self._revoke()
-            await self.registry.stop_all(failover=to == "checkpoint")
+            with self._saying_which():
+                await self.registry.stop_all(failover=to == "checkpoint")
         except BaseException:
-            if self._running:  # else a part of it is promoted, and no primary may write to that
+            if self._untouched:  # else a part of it is promoted, and no primary may write to that
                 self._promoted_to = ""
                 promotion.take_back(self.config.state)
+            else:
+                self._begun()
             raise
-        seconds = self._clock() - started
-        self.emit(qmp.ReplicationFailover(pair=self.config.pair, stage="begun", to=to, epoch=self._epoch, reason=""))
+        self._begun()
+
+    async def _go_on(self) -> None:
+        try:
+            with self._saying_which():
+                await self._finish()
+        finally:
+            self._begun()
+
+    @contextlib.contextmanager
+    def _saying_which(self) -> Iterator[None]:
+        """Of several disks the error says for each how it is, once they are not all the same."""
+        try:
+            yield
+        except ReplicationError as error:
+            if self._untouched:
+                raise
+            raise ReplicationError(self.config.pair, "failover", self._what_is_left()) from error
+
+    def _begun(self) -> None:
+        self._failover_event("begun")
+        if not self._merging or self._merging.done():
+            self._merging = asyncio.get_running_loop().create_task(self._see_merged())
+
+    async def _see_merged(self) -> None:
+        await self._merged()
+        left = self._what_is_left()
+        self._failover_event("failed" if left else "done", left)
         self._tell()
-        return qmp.Promoted(epoch=self._epoch, seconds=seconds, exports=self.exports)
+
+    def _failover_event(self, stage: Literal["begun", "done", "failed"], reason: str = "") -> None:
+        self.emit(qmp.ReplicationFailover(
+            pair=self.config.pair, stage=stage, to=self._promoted_to, epoch=self._epoch, reason=reason))
+
+    async def _finish(self) -> None:
+        """Go on with a promotion, or a stop, of which a part failed."""
+        for disk in self._unfinished:
+            disk.errors.clear()
+        await self.registry.finish_all(failover=not self._keeps_latest)
+
+    @property
+    def _keeps_latest(self) -> bool:
+        return self._stopped or self._promoted_to == "latest"
+
+    async def _merged(self) -> None:
+        """Wait until no merge runs."""
+        while buffers := [disk.buffer for disk in self.disks.values()
+                          if disk.buffer and disk.filter.stage is Stage.FAILOVER]:
+            await buffers[0].merged()
 
     async def resize(self, disk: str, size: int) -> None:
         """A promoted standby's disks can grow; before that it follows its primary."""
@@ -401,11 +476,20 @@ class Standby(Service):
 
     async def stop_replication(self) -> None:
         """The view becomes what the primary wrote last, and no primary is taken any more."""
-        self._must_run("stop")
-        self._stopped = True
-        await self._revoke()
-        await self.registry.stop_all(failover=False)
-        self._tell()
+        async with self._ending:
+            if self._stopped:
+                await self._finish()
+            else:
+                self._must_run("stop")
+                self._stopped = True
+                try:
+                    await self._revoke()
+                    await self.registry.stop_all(failover=False)
+                except BaseException:
+                    self._stopped = not self._untouched
+                    raise
+                finally:
+                    self._tell()
 
     async def _revoke(self) -> None:
         """A primary's writes are refused from here on: at the border at once, then its connections are cut."""
@@ -424,7 +508,7 @@ class Standby(Service):
                     disk.link = None
 
     def _must_run(self, step: str) -> None:
-        if not self._running:
+        if not self._running or self._declines():
             raise ReplicationError(self.config.pair, step, f"there is no checkpoint to stand on (it is {self.state})")
 
     # --- how it is ---
@@ -437,17 +521,45 @@ class Standby(Service):
     def state(self) -> str:
         """One word; see the module."""
         stages = {disk.filter.stage for disk in self.disks.values()}
-        if Stage.FAILOVER_FAILED in stages:
-            return "failover-failed"
-        if Stage.FAILOVER in stages:
+        if self._promoting or Stage.FAILOVER in stages:
             return "failover"
         if self._promoted_to:
-            return "promoted"
+            return "failover-failed" if self._unfinished else "promoted"
         if self._stopped:
             return "stopped"
         if self._running:
             return "replicating" if self._primary else "lost"
         return "syncing" if self._primary else "waiting"
+
+    @property
+    def _untouched(self) -> bool:
+        """Whether all disks keep their checkpoint: no step of a promotion, or a stop, has been done with any."""
+        return self._running and all(disk.buffer and not disk.filter.failed_over for disk in self.disks.values())
+
+    @property
+    def _unfinished(self) -> list[_Disk]:
+        """The disks with which a promotion, or a stop, has to go on."""
+        return [disk for disk in self.disks.values() if disk.filter.stage in (Stage.RUNNING, Stage.FAILOVER_FAILED)]
+
+    def _lacks(self, disk: _Disk) -> str:
+        """What keeps a disk from being promoted, or stopped; empty if nothing does."""
+        why = f": {disk.filter.error}" if disk.filter.error else ""
+        if disk.filter.stage is Stage.FAILOVER_FAILED:
+            return f"promoted, but not merged{why}"
+        if disk.filter.stage is Stage.RUNNING:
+            return f"not {'promoted' if self._promoted_to else 'stopped'}, its view is at checkpoint {self._epoch}{why}"
+        return ""
+
+    def _what_is_left(self) -> str:
+        """How the disks are with which a promotion, or a stop, has to go on, and what to do; empty if all are well."""
+        if not self._unfinished:
+            return ""
+        disks = "; ".join(f"disk '{disk.spec.name}' is {self._lacks(disk)}" for disk in self._unfinished)
+        if not self._promoted_to:
+            return f"{disks}. 'blockstep stop' again goes on with it"
+        to = " --to latest" if self._promoted_to == "latest" else ""
+        torn = "" if to else ", and until it succeeds do not end this program: the views are whole, the disks are not"
+        return f"{disks}. 'blockstep failover{to}' again goes on with it{torn}"
 
     @property
     def exports(self) -> list[str]:
@@ -458,11 +570,13 @@ class Standby(Service):
         state = self.state
         errors = [f"disk '{name}': {error}" for name, disk in self.disks.items() for error in disk.errors[:1]]
         if state == "failover-failed":
-            return "at-risk", "; ".join(errors) or "the merge after the failover failed"
+            return "at-risk", self._what_is_left()
         if state in ("waiting", "syncing"):
             return "at-risk", self._last_error or "there is no checkpoint yet"
         if state == "lost":
             return "at-risk", f"the primary is gone; the view is at checkpoint {self._epoch}"
+        if state == "stopped" and self._unfinished:
+            return "at-risk", self._what_is_left()
         if state in ("promoted", "failover", "stopped"):
             return "degraded", "it has no standby of its own"
         if errors or self._last_error:
@@ -485,10 +599,17 @@ class Standby(Service):
             work=self._work(), exports=self.exports)
 
     def _disk_status(self, name: str, disk: _Disk) -> qmp.DiskStatus:
+        ended = self._declines() and not self._promoting
         return qmp.DiskStatus(
-            name=name, size=disk.view.length, state=disk.filter.stage.value, behind=0,
+            name=name, size=disk.view.length, state=self._disk_state(disk), behind=0,
             buffer_used=disk.buffer.used if disk.buffer else 0,
-            buffer_limit=0 if self.config.buffer_dir else self.config.buffer_memory)
+            buffer_limit=0 if self.config.buffer_dir else self.config.buffer_memory,
+            reason=(self._lacks(disk) if ended else "") or "; ".join(disk.errors[:1]))
+
+    def _disk_state(self, disk: _Disk) -> str:
+        if disk.filter.stage is Stage.DONE:
+            return "promoted" if self._promoted_to else "stopped"
+        return str(disk.filter.stage.value)
 
     def _work(self) -> qmp.WorkStatus | None:
         jobs = self.jobs.list()
@@ -503,11 +624,6 @@ class Standby(Service):
         self._tell()
 
     def _job_event(self, name: str, data: Mapping[str, Any]) -> None:
-        if name in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED") and self._promoted_to:
-            failed = str(data.get("error", "")) or ("cancelled" if name == "BLOCK_JOB_CANCELLED" else "")
-            self.emit(qmp.ReplicationFailover(
-                pair=self.config.pair, stage="failed" if failed else "done", to=self._promoted_to,
-                epoch=self._epoch, reason=failed))
         self._tell()
 
     def _tell(self) -> None:

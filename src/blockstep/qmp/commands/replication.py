@@ -24,12 +24,15 @@ class DiskStatus(Result):
 
     name: str
     size: int
+    #: On a standby its own: none (no checkpoint), running, failover, failover-failed, promoted, stopped.
     state: str
     #: What the standby lacks (on the primary): in the queue, or to be copied by a resync.
     behind: int
     #: What the standby's disk buffer holds, and may hold (0: no limit). 0 on the primary.
     buffer_used: int
     buffer_limit: int
+    #: What is wrong with it; empty if nothing is.
+    reason: str
 
 
 class WorkStatus(Result):
@@ -145,7 +148,10 @@ class ReplicationCheckpoint(Event):
 
 @commands.event("REPLICATION_FAILOVER")
 class ReplicationFailover(Event):
-    """The standby was promoted (``stage`` begun), the merge of its buffers has ended (done), or failed (failed)."""
+    """The standby was promoted (``stage`` begun), all disks are promoted and merged (done), or not all (failed).
+
+    After a failure ``reason`` says which are not, and what to do; the next attempt is announced like the first.
+    """
 
     pair: str
     stage: Literal["begun", "done", "failed"]
@@ -179,7 +185,8 @@ async def replication_checkpoint(context: Pair, args: Arguments) -> Committed:
 async def replication_failover(context: Pair, args: FailoverArguments) -> Promoted:
     """Promote this standby. From then on its old primary's writes are refused.
 
-    Answers when the disks can be used; merging the buffers goes on in the background, as a job.
+    Answers when the disks can be used; merging the buffers goes on in the background, as a job. May be repeated: it
+    goes on with the disks that could not be promoted, or merged, and leaves the others alone.
     """
     return await context.fail_over(args.to)
 
