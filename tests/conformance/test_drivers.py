@@ -141,7 +141,10 @@ SUBJECTS = [
 #: Drivers without a subject of their own, and why.
 LEFT_OUT = {
     "link": "its promises are about two disks; see tests/unit/replication/test_link.py",
+    "host_device": "file, for block devices",
     "null": "keeps nothing",
+    "null-aio": "keeps nothing",
+    "null-co": "keeps nothing",
     "replication": "answers only while it replicates; see tests/unit/replication",
 }
 

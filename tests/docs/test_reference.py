@@ -20,12 +20,14 @@ from tests.docs.story import ROOT, blocks
 
 DRIVERS = ROOT / "docs" / "drivers"
 #: Options that every driver has: docs/drivers/README.md.
-COMMON = {"driver", "node-name", "read-only", "discard", "cache"}
+COMMON = {"driver", "node-name", "read-only", "auto-read-only", "force-share", "discard", "detect-zeroes", "cache"}
 #: Drivers that jobs and programs put into the graph by themselves, and nobody can ask for.
 INTERNAL = {"mirror-top"}
+#: Names that QEMU has for drivers of ours -> whose page they are on.
+ALIASES = {"host_device": "file", "null-aio": "null", "null-co": "null"}
 #: Those that come with the package, whatever other tests of this run have registered, and that have a page.
 DOCUMENTED = sorted(name for name in driver_names()
-                    if find_driver(name).__module__.startswith("blockstep.") and name not in INTERNAL)
+                    if find_driver(name).__module__.startswith("blockstep.") and name not in {*INTERNAL, *ALIASES})
 
 
 def _run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -57,6 +59,14 @@ def test_a_driver_has_a_page_with_all_of_its_options(name: str) -> None:
     own = {field.encode_name for field in msgspec.structs.fields(find_driver(name).Options)} - COMMON
     documented = set(re.findall(r"`([\w.-]+)`", " ".join(re.findall(r"^\| (.*?) \|", text, re.M))))
     assert own <= documented
+
+
+@pytest.mark.parametrize(("name", "page"), ALIASES.items())
+def test_another_name_of_a_driver_is_on_its_page_with_its_options(name: str, page: str) -> None:
+    text = (DRIVERS / f"{page}.md").read_text()
+    assert f"`{name}`" in text
+    for field in msgspec.structs.fields(find_driver(name).Options):
+        assert field.encode_name in COMMON or f"`{field.encode_name}`" in text
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

@@ -15,6 +15,7 @@ others.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
@@ -23,12 +24,14 @@ from typing import Any
 
 from blockstep.block.driver import Driver, Prepared
 from blockstep.block.io import Backend
-from blockstep.block.node import Child, Node, NodeOptions, NodeRef
+from blockstep.block.node import CacheOptions, Child, Node, NodeOptions, NodeRef
 from blockstep.block.permissions import ALL, READ, RESIZE, WRITE, WRITE_UNCHANGED, Permission, Role
 from blockstep.block.registry import parse_options
 from blockstep.errors import GraphError, NodeNotFound, OptionError, PermissionConflict
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+#: What a file says that is there and must not be written to.
+_CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class Change:
@@ -194,6 +197,8 @@ class Graph:
             raise OptionError("node-name", name, "a name that no other node has")
         if checked.node_name and not _NAME.fullmatch(name):
             raise OptionError("node-name", name, "letters, digits, '-', '.' and '_', beginning with a letter")
+        if checked.force_share and not checked.read_only:
+            raise OptionError("force-share", True, "off, except with read-only")
         node = driver(name, checked)
         node.on_event = self.report
         node.objects = self.objects
@@ -203,15 +208,14 @@ class Graph:
                 if isinstance(ref, str):
                     child = self.find(ref)
                 else:
-                    inherited = {"read-only": True} if checked.read_only or role is Role.BACKING else {}
-                    child = await self.open({**inherited, **ref}, owned=False, strict=strict)
+                    child = await self.open({**_inherited(checked, role), **ref}, owned=False, strict=strict)
                 try:
                     with self.change() as change:
                         change.attach(node, child_name, role, child)
                 except BaseException:
                     await self.close_unused(child)
                     raise
-            await node.open()
+            await _open(node)
         except BaseException:
             del self.nodes[name]
             await self._close_children(node)
@@ -373,6 +377,33 @@ def child_references(driver: type[Driver], options: NodeOptions) -> Iterator[tup
             yield from ((f"{field}.{index}", role, item) for index, item in enumerate(ref))
         elif ref is not None:
             yield field, role, ref
+
+
+def _inherited(options: NodeOptions, role: Role) -> dict[str, Any]:
+    """What a child that is given as options takes over from its parent's, unless its own say otherwise."""
+    inherited: dict[str, Any] = {}
+    if options.read_only or role is Role.BACKING:
+        inherited["read-only"] = True
+    elif options.discard != "ignore":
+        inherited["discard"] = options.discard
+    if options.auto_read_only:
+        inherited["auto-read-only"] = True
+    if options.force_share:
+        inherited["force-share"] = True
+    if options.cache != CacheOptions():
+        inherited["cache"] = options.cache
+    return inherited
+
+
+async def _open(node: Driver) -> None:
+    try:
+        await node.open()
+    except (OSError, OptionError) as error:
+        refused = error.option == "read-only" if isinstance(error, OptionError) else error.errno in _CANNOT_WRITE
+        if not refused or not node.options.auto_read_only or node.read_only:
+            raise
+        node.read_only = True
+        await node.open()
 
 
 def _check(node: Driver) -> None:

@@ -12,7 +12,7 @@ Only `blockstep.block.graph` changes edges.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol
 
 import msgspec
 
@@ -38,6 +38,10 @@ AnyOptions = Annotated[dict[str, Any], msgspec.Meta(extra={"options": "driver"})
 NodeRef = str | AnyOptions
 
 
+#: `Node.live_options` of all drivers.
+LIVE_OPTIONS: Final = frozenset({"auto-read-only", "detect-zeroes", "discard", "force-share"})
+
+
 class CacheOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True):
     """``cache.*``: how the host's page cache is used."""
 
@@ -50,7 +54,10 @@ class NodeOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_f
 
     node_name: str | None = None
     read_only: bool = False
+    auto_read_only: bool = False  #: be read-only where the storage cannot be written to
+    force_share: bool = False  #: only together with read-only; readers keep nobody out anyway
     discard: Literal["ignore", "unmap"] = "ignore"
+    detect_zeroes: Literal["off", "on", "unmap"] = "off"  #: taken, and of no effect: zeroes are written as data
     cache: CacheOptions = msgspec.field(default_factory=CacheOptions)
 
 
@@ -125,6 +132,8 @@ class Node:
 
     driver: ClassVar[str]
     is_filter: ClassVar[bool] = False
+    #: Options that the driver looks at when it needs them, so that new ones can be put in their place at any time.
+    live_options: ClassVar[frozenset[str]] = LIVE_OPTIONS
     #: The option fields that are children, with their roles, in the order in which they are opened.
     child_roles: ClassVar[dict[str, Role]] = {}
 

@@ -28,7 +28,7 @@ import mmap
 import os
 import struct
 from collections.abc import Mapping
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 from blockstep.aio.cold import ColdReads
 from blockstep.aio.pool import in_thread
@@ -49,7 +49,7 @@ from blockstep.aio.posix import (
 )
 from blockstep.aio.rangelock import RangeLock
 from blockstep.block.driver import FUA, MAY_UNMAP, ZEROES, Buffer, Driver, Extent, Prepared, not_supported
-from blockstep.block.node import NodeOptions
+from blockstep.block.node import LIVE_OPTIONS, NodeOptions
 from blockstep.block.registry import register
 from blockstep.errors import OptionError
 
@@ -67,6 +67,15 @@ class FileOptions(NodeOptions, tag="file"):
 
     filename: str
     locking: Locking = "auto"
+    # QEMU's, of no effect: how requests are made is chosen here; see the module.
+    aio: Literal["threads", "native", "io_uring"] = "threads"
+    aio_max_batch: int = 0
+    drop_cache: bool = True
+    x_check_cache_dropped: bool = False
+
+
+class HostDeviceOptions(FileOptions, tag="host_device"):
+    """As ``file``."""
 
 
 @register
@@ -74,6 +83,7 @@ class File(Driver):
     """See the module."""
 
     driver: ClassVar[str] = "file"
+    live_options = LIVE_OPTIONS | {"aio", "aio-max-batch", "drop-cache", "x-check-cache-dropped", "cache.no-flush"}
     Options = FileOptions
     options: FileOptions
 
@@ -226,6 +236,20 @@ class File(Driver):
             self._choose_calls()
 
         return Prepared(commit, abort)
+
+
+@register
+class HostDevice(File):
+    """QEMU's name for a `File` that is a block device; regular files are refused."""
+
+    driver: ClassVar[str] = "host_device"
+    Options = HostDeviceOptions
+
+    async def open(self) -> None:
+        await super().open()
+        if not self._is_device:
+            await self.close()
+            raise OptionError("filename", self.options.filename, "a block device; for regular files there is 'file'")
 
 
 def file_status(fd: int, offset: int, length: int) -> list[Extent]:

@@ -35,17 +35,26 @@ from blockstep.nbd.tls import TlsCredentials, client_context
 from blockstep.nbd.uri import Address, InetAddress, NbdUri, UnixAddress, parse_uri
 
 
-class InetServer(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="inet"):
-    """A TCP server."""
+class InetServer(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, tag_field="type",
+                 tag="inet"):
+    """A TCP server. ``numeric``, ``to`` and ``keep-alive`` are QEMU's, and of no effect: the kernel always probes."""
 
     host: str
     port: int | str
+    numeric: bool = False
+    to: int | None = None
+    ipv4: bool | None = None
+    ipv6: bool | None = None
+    keep_alive: bool = False
+    mptcp: bool = False
 
 
 class UnixServer(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="unix"):
-    """A unix socket."""
+    """A unix socket. ``abstract``: of the abstract namespace, with names that are not padded (``tight``)."""
 
     path: str
+    abstract: bool = False
+    tight: bool = True
 
 
 class FdServer(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="fd"):
@@ -209,9 +218,16 @@ def _address(options: NbdOptions, uri: NbdUri | None) -> Address | _Duplicate:
         return InetAddress(options.host, _port(options.port, "port"))
     server = options.server
     if isinstance(server, InetServer):
+        if server.mptcp:
+            raise OptionError("server.mptcp", True, "off: multipath TCP is not offered")
+        if False in (server.ipv4, server.ipv6):
+            raise OptionError("server.ipv4" if server.ipv4 is False else "server.ipv6", False,
+                              "left out: an address of the family wanted, as host, chooses it")
         return InetAddress(server.host, _port(server.port, "server.port"))
     if isinstance(server, UnixServer):
-        return UnixAddress(server.path)
+        if server.abstract and not server.tight:
+            raise OptionError("server.tight", False, "on: names of abstract sockets are not padded")
+        return UnixAddress("\0" + server.path if server.abstract else server.path)
     assert server is not None
     return _Duplicate(server.text)
 

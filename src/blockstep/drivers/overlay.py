@@ -72,6 +72,14 @@ class OverlayOptions(NodeOptions, tag="overlay"):
     limit: int | None = None
     create: bool = False
     locking: Locking = "auto"
+    file: dict[str, str] | None = None  #: {driver: file, filename}: QEMU's way to say where an image is
+
+    def __post_init__(self) -> None:
+        if self.file is not None:
+            place = {"driver": "file", **self.file}
+            if place.keys() != {"driver", "filename"} or place["driver"] != "file" or self.filename is not None:
+                raise ValueError("'file' names the image's place by driver=file and filename, and nothing else does")
+            self.filename, self.file = place["filename"], None
 
 
 @register
