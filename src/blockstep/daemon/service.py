@@ -57,7 +57,7 @@ def notify(state: str) -> None:
 class Service:
     """A program that runs until it is told to stop. Make it in a running event loop."""
 
-    run_state = "running"
+    run_state: core.RunState = "running"
 
     def __init__(self, name: str | None) -> None:
         keep_freed_memory()

@@ -71,7 +71,7 @@ class Member(Result):
 
     name: str
     type: str
-    default: UnsetType | None = UNSET
+    default: Any = UNSET
     features: list[str] | UnsetType = UNSET
 
 

@@ -109,7 +109,7 @@ class Command:
     def __init__(self, name: str, run: Callable[..., Awaitable[Any]], oob: bool = False,
                  features: Iterable[str] = ()) -> None:
         self.name, self.oob, self.features = name, oob, tuple(features)
-        self.doc = inspect.getdoc(run) or ""
+        self.doc, self.module = inspect.getdoc(run) or "", run.__module__
         self._run = run
         parameters = list(inspect.signature(run).parameters)
         if len(parameters) < 2:

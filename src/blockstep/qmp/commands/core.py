@@ -1,13 +1,11 @@
 """What every program with a QMP socket answers: what it is, what it can do, how it is, and quit.
 
-The composition root provides what these commands show and do, as a `Core`.
-
 Source: QEMU's QMP reference, "QMP monitor control" and "VM run state control" for the names and results.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from msgspec import UNSET, UnsetType
 
@@ -15,6 +13,9 @@ from blockstep.qmp.schema import Arguments, Event, Monitor, Registry, Result
 from blockstep.qmp.session import NEGOTIATE
 
 commands = Registry()
+
+#: QEMU's words for whether a guest runs, those of them that are true of a program without a guest.
+RunState = Literal["prelaunch", "running", "paused", "shutdown"]
 
 
 class Triple(Result):
@@ -42,11 +43,13 @@ class Name(Result):
 
 
 class Status(Result):
-    """Result of query-status. ``status`` is one of QEMU's run states."""
+    """Result of query-status."""
 
+    #: Whether ``status`` is ``running``.
     running: bool
+    #: Never: there is no processor.
     singlestep: bool
-    status: str
+    status: RunState
 
 
 class CommandName(Result):
@@ -56,7 +59,7 @@ class CommandName(Result):
 
 
 class Core(Protocol):
-    """What these commands need of their context."""
+    """What these commands need of their context: the program."""
 
     @property
     def version(self) -> Version:
@@ -67,8 +70,8 @@ class Core(Protocol):
         """Of this process, if the user gave it one."""
 
     @property
-    def run_state(self) -> str:
-        """QEMU's word for whether the guest's disks are served: ``running``, ``paused``, ``shutdown``, ..."""
+    def run_state(self) -> RunState:
+        """Whether the guest's disks are served."""
 
     def request_quit(self) -> None:
         """Begin a clean stop, and return at once, so that the answer goes out first."""
@@ -76,10 +79,11 @@ class Core(Protocol):
 
 @commands.event("SHUTDOWN")
 class Shutdown(Event):
-    """The program stops. ``guest``: never; ``reason``: ``host-qmp-quit``, ``host-signal``, ``host-error``."""
+    """The program stops."""
 
+    #: Whether the guest wanted it: never.
     guest: bool = False
-    reason: str = "host-qmp-quit"
+    reason: Literal["host-qmp-quit", "host-signal", "host-error"] = "host-qmp-quit"
 
 
 @commands.command("query-version")
