@@ -208,7 +208,7 @@ class Graph:
                 if isinstance(ref, str):
                     child = self.find(ref)
                 else:
-                    child = await self.open({**_inherited(checked, role), **ref}, owned=False, strict=strict)
+                    child = await self.open({**inherited_options(checked, role), **ref}, owned=False, strict=strict)
                 try:
                     with self.change() as change:
                         change.attach(node, child_name, role, child)
@@ -233,8 +233,8 @@ class Graph:
         await self.close_unused(node)
 
     async def close_unused(self, node: Driver) -> None:
-        """Close a node, and those below it, if it has no parents and is not held by name."""
-        if node.parents or node.owned:
+        """Close a node, and those below it, if it has no parents and is not held by name (and is still open)."""
+        if node.parents or node.owned or self.nodes.get(node.name) is not node:
             return
         try:
             await node.close()
@@ -310,11 +310,13 @@ class Graph:
                 change.replace(node, target)
         await self.close_unused(node)
 
-    async def reopen(self, changes: Iterable[tuple[Driver, Mapping[str, Any]]]) -> None:
-        """Change options (``read-only``, ``cache.direct``, ...) of open nodes, all of them or none.
+    async def reopen(self, changes: Iterable[tuple[Driver, Mapping[str, Any]]],
+                     rewire: Callable[[Change], None] = lambda change: None) -> None:
+        """Change options (``read-only``, ``cache.direct``, ...) of open nodes, and edges, all of them or none.
 
-        Each driver prepares what can fail; then the permissions are checked; then all take effect. The nodes are
-        drained meanwhile, so that no request meets its storage half changed; a caller may hold them drained already.
+        Each driver prepares what can fail; then ``rewire`` changes edges and the permissions are checked; then all
+        takes effect. The nodes are drained meanwhile, so that no request meets its storage half changed; a caller
+        may hold them drained already. `blockstep.block.reopen` takes whole sets of options.
         """
         wanted = list(changes)
         access = [(node, bool(options.get("read-only", node.read_only))) for node, options in wanted]
@@ -326,6 +328,7 @@ class Graph:
                 with self.change() as change:
                     for node, read_only in access:
                         change.set_read_only(node, read_only)
+                    rewire(change)
             except BaseException:
                 for reopening in reversed(prepared):
                     reopening.abort()
@@ -379,7 +382,7 @@ def child_references(driver: type[Driver], options: NodeOptions) -> Iterator[tup
             yield field, role, ref
 
 
-def _inherited(options: NodeOptions, role: Role) -> dict[str, Any]:
+def inherited_options(options: NodeOptions, role: Role) -> dict[str, Any]:
     """What a child that is given as options takes over from its parent's, unless its own say otherwise."""
     inherited: dict[str, Any] = {}
     if options.read_only or role is Role.BACKING:

@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final, Protocol
 
 import msgspec
 
 from blockstep.aio.inline import Completion
-from blockstep.block.driver import Buffer, Filter
+from blockstep.block.driver import Buffer, Filter, Prepared
 from blockstep.block.node import Node, NodeOptions, NodeRef
 from blockstep.block.permissions import Role
 from blockstep.block.registry import register
@@ -231,10 +231,29 @@ class Throttle(Filter):
     group: ThrottleGroup
 
     async def open(self) -> None:
+        self._expedited = 0
         self.group = join_group(self.options.throttle_group, self.options.limits, self)
 
     async def close(self) -> None:
         leave_group(self.group, self)
+
+    async def prepare_reopen(self, options: Mapping[str, Any]) -> Prepared:
+        rest = dict(options)
+        name = rest.pop("throttle-group", self.options.throttle_group)
+        limits = rest.pop("limits", self.options.limits)
+        await super().prepare_reopen(rest)
+        if name == self.options.throttle_group and limits == self.options.limits:
+            return Prepared()
+        group = join_group(name, limits, self)
+
+        def commit() -> None:
+            for _ in range(self._expedited):
+                self.group.expedite(False)
+                group.expedite(True)
+            leave_group(self.group, self)
+            self.group = group
+
+        return Prepared(commit, lambda: leave_group(group, self))
 
     async def pread(self, offset: int, length: int) -> Buffer:
         await self.group.pass_through(READS, length)
@@ -253,6 +272,7 @@ class Throttle(Filter):
         await self.file.discard(offset, length)
 
     def expedite(self, on: bool) -> None:
+        self._expedited += 1 if on else -1
         self.group.expedite(on)
 
 

@@ -1,0 +1,144 @@
+"""New options for nodes that are open: whole sets of options, taken together or not at all.
+
+    await reopen(graph, [{"driver": "raw", "node-name": "disk", "read-only": True, "file": "storage"}, ...])
+
+A set says everything, as if the node were opened now: what it leaves out gets its default back. What differs from the
+node's present options must be something that can change while the node is open:
+
+* `Node.live_options`: looked at when needed; the new ones are put in place;
+* what the driver prepares: ``read-only``, ``cache.direct`` of files, the group of a throttle node;
+* the single children, ``file`` and ``backing``: another node by name, or null for no backing node. A child that was
+  given as options with its parent may be given new ones here. The length that users see stays the same.
+
+Everything is prepared and checked first, under drain; see `Graph.reopen`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from blockstep.block.driver import Driver
+from blockstep.block.graph import Change, Graph, inherited_options
+from blockstep.block.node import Child, NodeOptions
+from blockstep.block.permissions import Role
+from blockstep.block.registry import parse_options
+from blockstep.errors import OptionError
+
+
+@dataclass
+class _Plan:
+    """What changes at one node."""
+
+    node: Driver
+    options: NodeOptions
+    #: What the driver has to prepare, flat: ``cache.direct``.
+    prepared: dict[str, Any] = field(default_factory=dict)
+    rewire: list[Callable[[Change], object]] = field(default_factory=list)
+    #: Children that it gives up.
+    left: list[Driver] = field(default_factory=list)
+
+
+async def reopen(graph: Graph, option_sets: Sequence[Mapping[str, Any]], strict: bool = True) -> None:
+    """See the module. Raises NodeNotFound, OptionError, GraphError or OSError; then nothing has changed."""
+    plans: list[_Plan] = []
+    for options in option_sets:
+        name = options.get("node-name")
+        if not isinstance(name, str):
+            raise OptionError("node-name", name, "given: the node that gets these options")
+        _plan(graph, graph.find(name), options, plans, strict)
+    for plan in plans:
+        plan.node.check_operation("reopen")
+
+    def rewire(change: Change) -> None:
+        for plan in plans:
+            for step in plan.rewire:
+                step(change)
+
+    await graph.reopen([(plan.node, plan.prepared) for plan in plans], rewire)
+    for plan in plans:
+        plan.options.node_name = plan.node.options.node_name
+        plan.node.options = plan.options
+    for plan in plans:
+        for node in plan.left:
+            await graph.close_unused(node)
+
+
+def _plan(graph: Graph, node: Driver, options: Mapping[str, Any], plans: list[_Plan], strict: bool) -> None:
+    if any(plan.node is node for plan in plans):
+        raise OptionError("node-name", node.name, "in one set of options only")
+    driver, wanted = parse_options(options, strict)
+    if driver is not type(node):
+        raise OptionError("driver", options["driver"], f"{node.driver}, which node '{node.name}' is")
+    if wanted.force_share and not wanted.read_only:
+        raise OptionError("force-share", True, "off, except with read-only")
+    plan = _Plan(node, wanted)
+    plans.append(plan)
+    present = _flat(node.options)
+    for name, value in _flat(wanted).items():
+        if value != present[name] and name not in ("node-name", "read-only", *node.live_options, *driver.child_roles):
+            plan.prepared[name] = value
+    plan.prepared["read-only"] = wanted.read_only
+    if wanted.auto_read_only and not wanted.read_only and not node.options.read_only:
+        plan.prepared["read-only"] = node.read_only  # the storage has decided that
+    for name, role in driver.child_roles.items():
+        if isinstance(getattr(wanted, name), list):
+            _same_children(node, name, getattr(wanted, name))
+        else:
+            _plan_child(graph, plan, name, role, options, plans, strict)
+
+
+def _plan_child(graph: Graph, plan: _Plan, name: str, role: Role, options: Mapping[str, Any], plans: list[_Plan],
+                strict: bool) -> None:
+    node, reference = plan.node, getattr(plan.options, name)
+    edge = node.children.get(name)
+    if reference is None:
+        if edge is None:
+            return
+        if name not in options:
+            raise OptionError(name, None, f"given, as node '{node.name}' has one: a node, or null for none")
+        plan.left.append(edge.node)
+        plan.rewire.append(lambda change: change.detach(edge))
+    elif isinstance(reference, str):
+        wanted = graph.find(reference)
+        if edge is None:
+            plan.rewire.append(lambda change: change.attach(node, name, role, wanted))
+        elif wanted is not edge.node:
+            _check_length(edge, role, wanted)
+            plan.left.append(edge.node)
+            plan.rewire.append(lambda change: change.move(edge, wanted))
+    elif edge is None or edge.node.owned or reference.get("node-name", edge.node.name) != edge.node.name:
+        raise OptionError(name, reference, "the name of a node, or the options of the child that came with its parent")
+    else:
+        _plan(graph, edge.node, {**inherited_options(plan.options, role), **reference}, plans, strict)
+
+
+def _same_children(node: Driver, name: str, references: Sequence[Any]) -> None:
+    present = [edge.node for child, edge in node.children.items() if child.startswith(f"{name}.")]
+    wanted = [reference if isinstance(reference, str) else reference.get("node-name") for reference in references]
+    if len(wanted) != len(present) or any(
+            name not in (None, child.name) for name, child in zip(wanted, present, strict=True)):
+        raise OptionError(name, wanted, f"{[child.name for child in present]}, as node '{node.name}' has them now: "
+                          "children come and go by x-blockdev-change")
+
+
+def _check_length(edge: Child, role: Role, node: Driver) -> None:
+    if role is not Role.BACKING and node.length != edge.node.length:
+        raise OptionError(edge.name, node.name, f"a node of {edge.node.length} bytes, as '{edge.node.name}' has; "
+                          f"it has {node.length}")
+
+
+def _flat(options: NodeOptions) -> dict[str, Any]:
+    """The options by their names; those of ``cache`` one by one."""
+    flat: dict[str, Any] = {}
+    for info in msgspec.structs.fields(options):
+        value = getattr(options, info.name)
+        if info.name == "cache":
+            flat.update({f"cache.{each.encode_name}": getattr(value, each.name)
+                         for each in msgspec.structs.fields(value)})
+        else:
+            flat[info.encode_name] = value
+    return flat
