@@ -9,9 +9,11 @@ The protocol is the library `qemu.qmp` (its QMPClient: greeting, negotiation, id
 programs that run long or must not hang is added here, through its public hooks where there are any:
 
 - *Deadlines.* None of its calls has one. Here every call has: `TimeoutError` leaves the connection usable (the late
-  answer is dropped by its id); a deadline while connecting or closing cuts the connection off, because the
-  library's own way out first flushes to the peer, and so waits for ever for a stopped one. Cutting off has no
-  public way; `_Client.cut_off` is the one place that reaches into the library (its stream writer).
+  answer is dropped by its id); a deadline while connecting or closing cuts the connection off. Cutting off has no
+  public way; `_Client` is the one place that reaches into the library.
+- *The end.* The library's own way out first flushes to the peer, and so waits for ever for a stopped one. Over TLS it
+  moves the limits of asyncio's transport to do that, which waits for ever as well, or, if the connection is gone,
+  logs that ``protocol.pause_writing() failed``. There is nothing to flush for: who closes waits for no answer.
 - *Errors.* A refusal is `CommandRefused` with QMP's class and description; a peer that is gone is
   `ConnectionLost`; one that talks something else than QMP is `ProtocolError`.
 - *Events.* The library keeps every event that it ever received in a history and its queues without bound, and an
@@ -76,6 +78,9 @@ class _Client(QMPClient):
         if self._writer is not None:
             self._writer.transport.abort()
 
+    async def _bh_flush_writer(self) -> None:
+        """A step of the library's disconnect that is left out: see the module."""
+
 
 class _Tap(EventListener):
     """Sees every event, keeps none: `accept` is the library's hook for filters."""
@@ -136,8 +141,8 @@ class Events:
 class Connection:
     """A negotiated connection. Made by `connect`; calls may overlap, the server answers in their order."""
 
-    def __init__(self, client: _Client, address: Address, timeout: float, is_tls: bool = False) -> None:
-        self.address, self.timeout, self._tls = address, timeout, is_tls
+    def __init__(self, client: _Client, address: Address, timeout: float) -> None:
+        self.address, self.timeout = address, timeout
         self._client = client
         self._subscriptions: set[Events] = set()
         self._closing = False
@@ -193,8 +198,6 @@ class Connection:
         self._closing = True
         loop = asyncio.get_running_loop()
         last_resort = loop.call_later(_CLOSING, self._client.cut_off)
-        if self._tls:  # the library's flush leaves asyncio's TLS transport in a state in which it logs an error
-            self._client.cut_off()
         try:
             # An error that ended the connection shows up here once more; those whom it hit have it already.
             with contextlib.suppress(Exception):
@@ -254,7 +257,7 @@ async def open_connection(address: Address, *, timeout: float = 10.0,
         raise _failed(address, error.exc) from error
     finally:
         last_resort.cancel()
-    return Connection(client, address, timeout, is_tls=ssl is not None)
+    return Connection(client, address, timeout)
 
 
 def _failed(address: Address, cause: Exception) -> Exception:

@@ -269,3 +269,35 @@ def test_tls_over_tcp(tmp_path: Path) -> None:
         await until(lambda: not server.monitors)
 
     served(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("who", ["nobody", "aborts", "closes"])
+def test_closing_over_tls_is_quiet_however_far_the_other_side_has_come_with_its_end(
+    tmp_path: Path, who: str, turns: int
+) -> None:
+    """What the library does before it closes made asyncio's TLS transport log a traceback."""
+    cert, key = certificate(tmp_path)
+    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ours.load_cert_chain(cert, key)
+    reported: list[object] = []
+
+    async def scenario(server: Server, context: Context, path: Path) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, what: reported.append(what))
+        listener = await server.start_tcp("localhost", 0, ours)
+        assert isinstance(listener.address, tuple)
+        async with connect(("localhost", listener.address[1]),
+                           ssl=ssl.create_default_context(cafile=str(cert))) as qmp:
+            asking = asyncio.create_task(qmp.execute("query-name"))
+            for monitor in server.monitors:
+                if who == "aborts":
+                    monitor.abort()
+                elif who == "closes":
+                    monitor.close()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        await asyncio.gather(asking, return_exceptions=True)
+        await until(lambda: not server.monitors)
+
+    served(tmp_path, scenario)
+    assert reported == []
