@@ -28,6 +28,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -192,23 +193,26 @@ class Primary(Service):
         for action in actions:
             match action:
                 case c.Attach():
-                    self._begin(action.attempt, self._attach(action.attempt, action.delay))
+                    self._begin(action.attempt, partial(self._attach, action.attempt, action.delay))
                 case c.Sync():
-                    self._begin(action.attempt, self._sync(action.attempt, action.full))
+                    self._begin(action.attempt, partial(self._sync, action.attempt, action.full))
                 case c.TakeCheckpoint():
-                    self._begin(action.attempt, self._checkpoint(action.attempt, action.epoch))
+                    self._begin(action.attempt, partial(self._checkpoint, action.attempt, action.epoch))
                 case c.LetGo():
                     self._let_go(action.reason)
                 case c.Report():
                     self._report()
 
-    def _begin(self, attempt: int, work: Coroutine[Any, Any, c.Event]) -> None:
-        """Carry an action out; what it returns, or how it fails, is the event that answers it."""
+    def _begin(self, attempt: int, work: Callable[[], Coroutine[Any, Any, c.Event]]) -> None:
+        """Carry an action out; what it returns, or how it fails, is the event that answers it.
+
+        It may be cancelled before its first step: ``work`` is called then, not before.
+        """
 
         async def run() -> None:
             event: c.Event
             try:
-                event = await work
+                event = await work()
             except (OSError, BlockstepError, TimeoutError) as error:
                 event = c.Failed(getattr(error, "strerror", None) or str(error), attempt)
             except Exception as error:  # a bug: the pair lets go and says so, and the guest goes on
