@@ -14,9 +14,13 @@ from __future__ import annotations
 from blockstep.daemon.service import Service
 from blockstep.inventory.inventory import Inventory
 from blockstep.qmp.commands import (
+    colo,
     core,
+    exports,
     introspection,
     objects,
+    run_state,
+    yank,
 )
 from blockstep.qmp.schema import Registry
 from blockstep.qmp.server import Server
@@ -25,6 +29,10 @@ from blockstep.qmp.server import Server
 AREAS: tuple[Registry, ...] = (
     core.commands,
     objects.commands,
+    exports.commands,
+    run_state.commands,
+    yank.commands,
+    colo.commands,
     introspection.commands,
 )
 
@@ -38,6 +46,7 @@ class StorageDaemon(Service):
     def __init__(self, name: str | None = None) -> None:
         super().__init__(name)
         self.inventory = Inventory()
+        self.inventory.colo.name = self.name or ""
         self.qmp: Server = Server(Registry.of(*AREAS), self, version=self.version)
         self.inventory.on_event = self.qmp.announce
 

@@ -18,6 +18,10 @@ puts there (the end of a mirror, a filter), and its clients notice nothing. When
 it (`Backend.revoke`: a standby was promoted) its clients are cut off, and those that come back find it read-only.
 
 A bitmap that is exported is busy: nobody removes or clears it meanwhile.
+
+*Guests* can be held back, all together: their requests wait until they are released. A guest's export is one of a node
+at the top of its graph; a node with others above it is exported to a peer (the secondary disk that a primary writes
+to, the target of a mirror), and goes on.
 """
 
 from __future__ import annotations
@@ -39,11 +43,12 @@ from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.driver import FUA, Buffer, Driver
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
+from blockstep.block.node import Node
 from blockstep.block.permissions import READ, WRITE
 from blockstep.errors import BlockstepError, OptionError
 from blockstep.nbd.export import Export, ExportInUse
 from blockstep.nbd.server import Server
-from blockstep.nbd.uri import Address, InetAddress, UnixAddress
+from blockstep.nbd.uri import Address, InetAddress, NbdUri, UnixAddress
 
 #: Seconds that clients get to take the answers to what they have sent, when the server is stopped by a command.
 STOP_DEADLINE: Final = 1.0
@@ -133,6 +138,7 @@ class BlockExport:
     server: Server
     bitmaps: list[DirtyBitmap]
     shutting_down: bool = False
+    held: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -143,6 +149,23 @@ class BlockExport:
     def node(self) -> Driver:
         """The node that it uses now."""
         return self.backend.node
+
+    @property
+    def is_guests(self) -> bool:
+        """Whether its clients are guests: see the module."""
+        return not any(isinstance(edge.parent, Node) for edge in self.node.parents)
+
+    def hold(self) -> None:
+        """Let requests wait from now on."""
+        if not self.held:
+            self.held = True
+            self.backend.pause()
+
+    def release(self) -> None:
+        """Let them go on."""
+        if self.held:
+            self.held = False
+            self.backend.resume()
 
 
 class ExportTable:
@@ -155,8 +178,10 @@ class ExportTable:
         self._report = report
         self._credentials = credentials
         self._server: Server | None = None
+        self._tls = False
         self._exports: dict[str, BlockExport] = {}
         self._retiring: set[asyncio.Task[None]] = set()
+        self._guests_held = False
         #: Where the server listens, with the port that port 0 became; passed sockets without a name are left out.
         self.addresses: list[Address] = []
 
@@ -182,7 +207,7 @@ class ExportTable:
         context = None if tls_creds is None else self._credentials(tls_creds)
         server = Server(tls="off" if context is None else "required", tls_context=context,
                         max_connections=max_connections)
-        self._server = server  # from here on a second start is refused
+        self._server, self._tls = server, context is not None  # from here on a second start is refused
         listening: list[Address] = []
         try:
             for address in addresses:
@@ -212,13 +237,46 @@ class ExportTable:
             await self._let_go(export)
 
     async def close(self, deadline: float = 10.0) -> None:
-        """The end of the process: stop the server if there is one, and wait until all exports are gone."""
+        """The end of the process: stop the server if there is one, and wait until all exports are gone.
+
+        Requests that are held back fail.
+        """
+        for export in self:
+            if export.held:
+                export.backend.forget_held()
         if self._server is not None:
             await self.stop_server(deadline)
         for export in list(self._exports.values()):
             await export.gone.wait()
 
+    # --- guests ---
+
+    async def hold_guests(self) -> None:
+        """Hold back the requests of guests, wait for those in flight, and flush their disks.
+
+        Guests that come later are held back as well. Raises OSError if a flush fails; they are held back all the same.
+        """
+        self._guests_held = True
+        held = [export for export in self if export.is_guests]
+        for export in held:
+            export.hold()
+        for export in held:
+            await export.backend.idle()
+        for export in held:
+            if not export.backend.read_only and not export.gone.is_set():
+                await export.node.flush()
+
+    def release_guests(self) -> None:
+        """Let them go on."""
+        self._guests_held = False
+        for export in self:
+            export.release()
+
     # --- exports ---
+
+    def uris(self, export: BlockExport) -> list[str]:
+        """Where clients find an export: an NBD URI for each address of the server."""
+        return [str(NbdUri(address, export.served.name, tls=self._tls)) for address in self.addresses]
 
     def __iter__(self) -> Iterator[BlockExport]:
         """All exports, in the order in which they were added; those that are shutting down too."""
@@ -266,6 +324,8 @@ class ExportTable:
         export = BlockExport(options, backend, served, server, list(bitmaps.values()))
         backend.on_revoke = lambda reason: _cut_off(export, reason)
         self._exports[options.id] = export
+        if self._guests_held and export.is_guests:
+            export.hold()
         return export
 
     async def remove(self, id: str, mode: Literal["safe", "hard"] = "safe") -> None:

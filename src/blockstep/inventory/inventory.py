@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from blockstep.block.graph import Graph
+from blockstep.inventory.colo import Colo
 from blockstep.inventory.exports import ExportTable
 from blockstep.inventory.objects import Objects
 from blockstep.jobs.registry import JobRegistry
@@ -23,6 +24,7 @@ class Inventory:
         self.objects = Objects(self.graph)
         self.jobs = JobRegistry(on_event=self.report)
         self.replication = ReplicationRegistry(self.graph, self.jobs)
+        self.colo = Colo(self.replication, self.report)
         self.exports = ExportTable(self.graph, self.report, lambda id: self.objects.tls(id, "server").context())
         #: Gets QEMU's name of each event and its data: what nodes, jobs and exports report.
         self.on_event: Callable[[str, Mapping[str, Any]], None] = lambda name, data: None
@@ -40,6 +42,7 @@ class Inventory:
         """
         await self.exports.close()
         await self.jobs.cancel_all()
+        await self.colo.close()
         lost: list[OSError] = []
         for node in [node for node in self.graph.nodes.values() if not node.parents and not node.read_only]:
             try:

@@ -1,0 +1,153 @@
+"""Replication as one thing: the operations over all filters of a process, and the account of them.
+
+`blockstep.replication.registry` does the work and knows the filters as they are now. What it forgets is kept here,
+because managers ask for it: what this process was last and why it is that no more (QEMU's ``query-colo-status``), how
+many checkpoints there were, and whether a promotion has ended. Filters may be gone when they ask: the guide for COLO
+removes the filter of a primary before it says that the standby is lost.
+
+    mode        none ──start──► primary | secondary ──stop, fail_over, lost_heartbeat──► none
+    last_mode   what it was before; COLO_EXIT tells
+    reason      none: never ended; request: a command ended it; processing: a promotion is being merged;
+                error: that failed
+
+Events for managers: REPLICATION_CHECKPOINT, REPLICATION_FAILOVER (begun, done, failed), REPLICATION_IO_ERROR (a request
+failed of which no guest is told: the standby is not complete any more), COLO_EXIT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from blockstep.drivers.replication import DiskBuffer, Mode, Replication, Stage
+from blockstep.errors import BlockstepError
+from blockstep.replication.hidden_disk import HiddenDiskBuffer
+from blockstep.replication.registry import ReplicationRegistry
+
+Role = Literal["none", "primary", "secondary"]
+Reason = Literal["none", "request", "error", "processing"]
+Report = Callable[[str, Mapping[str, Any]], None]
+
+
+class Colo:
+    """See the module. ``name``, which events carry, is that of the process."""
+
+    def __init__(self, registry: ReplicationRegistry, report: Report, name: str = "",
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.registry = registry
+        self.name = name
+        self.mode: Role = "none"
+        self.last_mode: Role = "none"
+        #: Checkpoints since the start, the one that a start takes included; the age and the length of the last.
+        self.epoch = 0
+        self.pause = 0.0
+        self._committed_at = 0.0
+        self._report = report
+        self._clock = clock
+        self._reason: Reason = "none"
+        self._merging: asyncio.Task[None] | None = None
+
+    @property
+    def reason(self) -> Reason:
+        """Why replication has ended, see the module."""
+        return "processing" if self._merging is not None else self._reason
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last checkpoint."""
+        return self._clock() - self._committed_at
+
+    async def start(self, mode: Mode) -> None:
+        """Start all filters, or none: see `ReplicationRegistry.start_all`. A secondary's start is a checkpoint."""
+        began = self._clock()
+        await self.registry.start_all(mode)
+        running = [filter for filter in self.registry.filters if filter.stage is Stage.RUNNING]
+        for filter in running:
+            filter.on_error = lambda error, disk=filter.name: self._report(  # type: ignore[misc]
+                "REPLICATION_IO_ERROR", {"pair": self.name, "disk": disk, "reason": str(error)})
+        if running:
+            self.mode, self.epoch = mode, 0
+            if mode == "secondary":
+                self._committed(began)
+
+    async def checkpoint(self) -> None:
+        """A checkpoint of all filters, or of none: see `ReplicationRegistry.checkpoint_all`."""
+        began = self._clock()
+        await self.registry.checkpoint_all()
+        if self.mode != "none":
+            self._committed(began)
+
+    async def stop(self) -> None:
+        """End replication: a standby's views are what the primary wrote. See `ReplicationRegistry.stop_all`."""
+        await self.registry.stop_all(failover=False)
+        self._exit()
+
+    async def fail_over(self) -> None:
+        """End replication: a standby's views live on from the checkpoint. Their merging goes on in the background.
+
+        May be repeated after a failure: it goes on with what is left.
+        """
+        left = [filter for filter in self.registry.filters
+                if filter.mode == "secondary" and filter.stage in (Stage.RUNNING, Stage.FAILOVER_FAILED)]
+        merging = [(filter, filter.buffer) for filter in left]
+        if left:
+            self._tell_failover("begun")
+        try:
+            if any(filter.stage is Stage.FAILOVER_FAILED for filter in left):
+                await self.registry.finish_all(failover=True)
+            else:
+                await self.registry.stop_all(failover=True)
+        except BlockstepError as error:
+            if left:
+                self._tell_failover("failed", str(error))
+            raise
+        if left:
+            self._merging = asyncio.get_running_loop().create_task(self._wait_merged(merging))
+        self._exit()
+
+    async def lost_heartbeat(self) -> None:
+        """The other end is gone: live on alone. Raises BlockstepError if this process does not replicate."""
+        if self.mode == "none":
+            raise BlockstepError("replication is not running here: there is no other end to be lost")
+        if any(filter.stage is not Stage.DONE for filter in self.registry.filters):
+            await self.fail_over()
+        else:
+            self._exit()
+
+    async def close(self) -> None:
+        """Forget the promotion that is being merged; the end of the process."""
+        if self._merging is not None:
+            self._merging.cancel()
+            await asyncio.wait([self._merging])
+            self._merging = None
+
+    def _exit(self) -> None:
+        if self.mode != "none":
+            self.last_mode, self.mode, self._reason = self.mode, "none", "request"
+            self._report("COLO_EXIT", {"mode": self.last_mode, "reason": "request"})
+
+    def _committed(self, began: float) -> None:
+        self._committed_at = self._clock()
+        self.epoch += 1
+        self.pause = self._committed_at - began
+        self._report("REPLICATION_CHECKPOINT", {"pair": self.name, "epoch": self.epoch, "pause": self.pause})
+
+    async def _wait_merged(self, merging: list[tuple[Replication, DiskBuffer | None]]) -> None:
+        for _, buffer in merging:
+            if isinstance(buffer, HiddenDiskBuffer):
+                await buffer.merged()
+        self._merging = None
+        failed = [filter for filter, _ in merging if filter.stage is Stage.FAILOVER_FAILED]
+        if failed:
+            self._reason = "error"
+            self._tell_failover("failed", "; ".join(f"'{filter.name}': {filter.error}" for filter in failed))
+        else:
+            self._reason = "request"
+            self._tell_failover("done")
+
+    def _tell_failover(self, stage: Literal["begun", "done", "failed"], reason: str = "") -> None:
+        self._report("REPLICATION_FAILOVER", {"pair": self.name, "stage": stage, "to": "checkpoint",
+                                              "epoch": self.epoch, "reason": reason})
+
