@@ -4,21 +4,30 @@ The bits live in anonymous memory that the kernel gives out page by page when it
 a terabyte costs nothing until something is in it, and `clear` hands the pages back at once: clearing takes the
 same few microseconds however much is set. All searches run in C (`bitarray`).
 
-`Bitmap` is the set of clusters; `DirtyBitmap` is one that watches a node and has a name.
+`Bitmap` is the set of clusters; `DirtyBitmap` is one that watches a node and has a name. A node keeps its bitmaps in
+`Node.bitmaps`; they go when it goes. Whoever works with one claims it (`DirtyBitmap.claim`), and others are refused
+meanwhile. Changes come in two halves, `prepare_...` and what that returns, so that several happen together or not at
+all: between the halves no write may come, or an abort would forget it.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final
 
 from bitarray import bitarray
 
-from blockstep.errors import OptionError
+from blockstep.block.driver import Prepared
+from blockstep.errors import OperationBlocked, OptionError
 
 if TYPE_CHECKING:
-    from blockstep.block.node import Node
+    from blockstep.block.driver import Driver
+
+#: Bytes of UTF-8 in the name of a bitmap, at most: what the image formats that store them have room for.
+LONGEST_NAME: Final = 1023
+#: Bytes of a cluster, at least and at most.
+_GRANULARITIES: Final = (512, 1 << 31)
 
 
 class Bitmap:
@@ -37,6 +46,14 @@ class Bitmap:
     def clear(self) -> None:
         """Reset all bits, in constant time."""
         self._memory.madvise(mmap.MADV_DONTNEED)
+
+    def exchange(self) -> Bitmap:
+        """Start anew, and return what was set up to now, in constant time."""
+        old = Bitmap.__new__(Bitmap)
+        old.length, old.granularity, old.shift = self.length, self.granularity, self.shift
+        old._memory, old.bits = self._memory, self.bits
+        self._memory, self.bits = _zeroed(-(-self.length // self.granularity))
+        return old
 
     def resize(self, length: int) -> None:
         """Follow a disk whose length has changed; what is new is not set."""
@@ -121,8 +138,13 @@ class DirtyBitmap(Bitmap):
 
     __slots__ = ("busy", "enabled", "name", "node")
 
-    def __init__(self, node: Node, name: str, length: int, granularity: int = 65536) -> None:
-        super().__init__(length, granularity)
+    def __init__(self, node: Driver, name: str, length: int | None = None, granularity: int = 65536) -> None:
+        """Raises OptionError: a name that is empty, too long or taken, a granularity that is no power of two."""
+        if not 0 < len(name.encode()) <= LONGEST_NAME:
+            raise OptionError("name", name, f"1 to {LONGEST_NAME} bytes long")
+        if name in node.bitmaps:
+            raise OptionError("name", name, f"one that no other bitmap of node '{node.name}' has")
+        super().__init__(node.length if length is None else length, granularity)
         self.node = node
         self.name = name
         self.enabled = True
@@ -142,6 +164,86 @@ class DirtyBitmap(Bitmap):
         """Stop watching the node."""
         self.node.unwatch(self)
         del self.node.bitmaps[self.name]
+
+    def claim(self, user: str) -> Callable[[], None]:
+        """Use it, until the returned function is called. Raises OperationBlocked when somebody else does."""
+        self.check_idle()
+        self.busy = user
+
+        def release() -> None:
+            self.busy = None
+
+        return release
+
+    def check_idle(self) -> None:
+        """Raises OperationBlocked, saying by whom, when it is in use."""
+        if self.busy is not None:
+            raise OperationBlocked(self.node.name, f"use of bitmap '{self.name}'", f"it is in use by {self.busy}")
+
+    # --- changes, in two halves; all raise OperationBlocked while it is in use ---
+
+    @classmethod
+    def prepare_add(cls, node: Driver, name: str, granularity: int = 65536, enabled: bool = True) -> Prepared:
+        """Make one. Raises OptionError: as the class itself does, or for a granularity below 512."""
+        least, most = _GRANULARITIES
+        if not least <= granularity <= most:
+            raise OptionError("granularity", granularity, f"a power of two from {least} to {most}")
+        bitmap = cls(node, name, granularity=granularity)
+        bitmap.enabled = enabled
+        return Prepared(abort=bitmap.remove)
+
+    def prepare_remove(self) -> Prepared:
+        """Forget it; nobody can use it from now on."""
+        release = self.claim("whoever removes it")
+        return Prepared(self.remove, release)
+
+    def prepare_clear(self) -> Prepared:
+        """Reset all bits."""
+        self.check_idle()
+        old = self.exchange()
+        return Prepared(abort=lambda: self.merge(old))
+
+    def prepare_enabled(self, enabled: bool) -> Prepared:
+        """Record writes from now on, or do not."""
+        self.check_idle()
+        before, self.enabled = self.enabled, enabled
+
+        def abort() -> None:
+            self.enabled = before
+
+        return Prepared(abort=abort)
+
+    def prepare_merge(self, others: Sequence[DirtyBitmap]) -> Prepared:
+        """Set what any of ``others`` has set. Raises OptionError if one is of a disk of another length."""
+        for bitmap in (self, *others):
+            bitmap.check_idle()
+            bitmap.fit()
+            if bitmap.length != self.length:
+                raise OptionError("bitmaps", bitmap.name, f"one over {self.length} bytes, as '{self.name}' is; it is "
+                                                          f"over {bitmap.length}")
+        before = Bitmap(self.length, self.granularity)
+        before.merge(self)
+        for bitmap in others:
+            self.merge(bitmap)
+
+        def abort() -> None:
+            self.clear()
+            self.merge(before)
+
+        return Prepared(abort=abort)
+
+    def fit(self) -> None:
+        """Follow a node whose length has changed without a write."""
+        if self.length != self.node.length:
+            self.resize(self.node.length)
+
+
+def find_bitmap(node: Driver, name: str) -> DirtyBitmap:
+    """The bitmap ``name`` of ``node``. Raises OptionError."""
+    bitmap: DirtyBitmap | None = node.bitmaps.get(name)
+    if bitmap is None:
+        raise OptionError("bitmap", name, f"the name of a bitmap of node '{node.name}'")
+    return bitmap
 
 
 def _zeroed(count: int) -> tuple[mmap.mmap, bitarray]:

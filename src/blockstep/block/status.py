@@ -28,12 +28,12 @@ async def _resolve(
             if extent.allocated:
                 _append(result, extent._replace(depth=depth))
             else:
-                backing = _unfiltered(node).children.get("backing")
-                if backing is None or _unfiltered(backing.node) is base:
+                backing = backing_of(node)
+                if backing is None or _unfiltered(backing) is base:
                     zero = backing is None and base is None
                     _append(result, Extent(extent.length, False, zero, False, 0))
                 else:
-                    await _resolve(backing.node, offset, offset + extent.length, depth + 1, base, result)
+                    await _resolve(backing, offset, offset + extent.length, depth + 1, base, result)
             offset += extent.length
 
 
@@ -42,6 +42,12 @@ def _unfiltered(node: Driver) -> Driver:
     while node.is_filter and "file" in node.children:
         node = node.children["file"].node
     return node
+
+
+def backing_of(node: Driver) -> Driver | None:
+    """The backing node of the first node down from this one that is no filter; None if that has none."""
+    backing = _unfiltered(node).children.get("backing")
+    return backing.node if backing is not None else None
 
 
 def _append(result: list[Extent], extent: Extent) -> None:

@@ -4,8 +4,9 @@
                      └────target────────► target        copies it out; the job copies the rest
 
 The moment is the drained section in which the filter is put over the source. What is copied: ``full``: everything;
-``bitmap``: the clusters that a dirty bitmap says; ``none``: nothing but what is about to be overwritten: the target
-then holds what the source alone does not have any more, and with ``none`` the job runs until it is cancelled.
+``top``: what the source itself holds (its backing node is the target's too); ``bitmap``: the clusters that a dirty
+bitmap says; ``none``: nothing but what is about to be overwritten: the target then holds what the source alone does
+not have any more, and with ``none`` the job runs until it is cancelled.
 
 A bitmap of the source starts anew at that moment. At the end it also gets back, as ``bitmap_mode`` says::
 
@@ -13,8 +14,11 @@ A bitmap of the source starts anew at that moment. At the end it also gets back,
     always       what was not copied
     never        all that it held, in any case
 
-Sync ``full`` and ``bitmap`` leave the target flushed when they succeed. The filter and this job take the same lock
-over a cluster while they copy it, and share one bitmap of what is done.
+With ``full`` and ``top`` a bitmap only takes part in this, so that the next backup can be one by bitmap.
+
+All but ``none`` leave the target flushed when they succeed. The filter and this job take the same lock over a
+cluster while they copy it, and share one bitmap of what is done. Several backups of one source work at a time, each
+with its own filter, one over the other.
 """
 
 from __future__ import annotations
@@ -28,18 +32,21 @@ from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend, enter, leave
 from blockstep.block.permissions import ALL, NONE
+from blockstep.block.status import backing_of
 from blockstep.drivers.copy_before_write import CopyBeforeWrite
-from blockstep.errors import OperationBlocked, OptionError
+from blockstep.errors import OptionError
 from blockstep.jobs.block_copy import BlockCopy, Control, Pass
 from blockstep.jobs.job import Job, JobOptions
 from blockstep.jobs.states import OnError
 from blockstep.jobs.sync import JobControl
 from blockstep.units import KiB
 
-Sync = Literal["full", "bitmap", "none"]
+Sync = Literal["full", "top", "bitmap", "none"]
 BitmapMode = Literal["never", "on-success", "always"]
 
-_SYNCS: Final = ("full", "bitmap", "none")
+_SYNCS: Final = ("full", "top", "bitmap", "none")
+#: What nobody else may do with the source; another backup may begin.
+_BLOCKED: Final = ("remove", "resize", "mirror", "commit", "snapshot", "backup target")
 
 
 class BackupJob(Job):
@@ -59,9 +66,12 @@ class BackupJob(Job):
         snapshot (the job fails). ``internal``: blockers on the nodes do not apply. Raises OptionError.
         """
         if sync not in _SYNCS:
-            raise OptionError("sync", sync, "full, bitmap or none")
-        if (bitmap is None) is (sync == "bitmap"):
-            raise OptionError("bitmap", bitmap and bitmap.name, "given with sync=bitmap, and only with it")
+            raise OptionError("sync", sync, "full, top, bitmap or none")
+        if bitmap is None and sync == "bitmap":
+            raise OptionError("bitmap", None, "given with sync=bitmap")
+        if bitmap is not None and (sync == "none" or (sync != "bitmap" and bitmap_mode == "never")):
+            raise OptionError("bitmap", bitmap.name, f"left out: with sync={sync} and bitmap-mode={bitmap_mode} it "
+                                                     "would learn nothing")
         if source is target:
             raise OptionError("target", target.name, "another node than the source")
         super().__init__(id, **options)
@@ -87,19 +97,17 @@ class BackupJob(Job):
 
     async def setup(self) -> None:
         if not self.internal:
-            self.source.check_operation(self.kind)
-            self.target.check_operation(self.kind)
+            self.source.check_operation("backup source")
+            self.target.check_operation("backup target")
         bitmap = self.bitmap
         if bitmap is not None and bitmap.node is not self.source:
             raise OptionError("bitmap", bitmap.name, f"a bitmap of node '{self.source.name}'")
-        if bitmap is not None and bitmap.busy:
-            raise OperationBlocked(self.source.name, self.kind, f"bitmap '{bitmap.name}' is in use by {bitmap.busy}")
         if self.target.length < self.source.length:
             raise OptionError("target", self.target.name, f"at least {self.source.length} bytes long")
         async with AsyncExitStack() as undo:
             if bitmap is not None:
-                bitmap.busy = f"job '{self.id}'"
-                undo.callback(setattr, bitmap, "busy", None)
+                undo.callback(bitmap.claim(f"job '{self.id}'"))
+                bitmap.fit()
             node = await self.graph.open(self._filter_options, owned=False)
             assert isinstance(node, CopyBeforeWrite)
             undo.push_async_callback(self.graph.close_unused, node)
@@ -109,7 +117,8 @@ class BackupJob(Job):
                 doors.append(self.graph.attach_backend(used, f"job '{self.id}'", NONE, ALL))
                 undo.push_async_callback(self.graph.detach_backend, doors[-1])
             self.engine = _ClusterCopy(node, doors, self._control, self._workers, self._detect_zeroes,
-                                       Bitmap(node.length, self.cluster_size) if self._target_is_zero else None)
+                                       Bitmap(node.length, self.cluster_size) if self._target_is_zero else None,
+                                       top_only=self.sync == "top")
             node.on_error = self._snapshot_failed
             async with self.graph.drained(self.source):
                 with self.graph.change() as change:
@@ -118,22 +127,22 @@ class BackupJob(Job):
                             change.move(edge, node)
                 self._choose(node)
             undo.push_async_callback(self._take_out, node)
-            for used in (self.source, self.target):
-                undo.callback(used.block_operations(f"job '{self.id}' uses it"))
+            undo.callback(self.source.block_operations(f"job '{self.id}' uses it", *_BLOCKED))
+            undo.callback(self.target.block_operations(f"job '{self.id}' uses it"))
             self.filter = node
             self._undo = undo.pop_all()
 
     def _choose(self, node: CopyBeforeWrite) -> None:
         """The moment: nothing is in flight."""
         self._todo = Bitmap(node.length, self.cluster_size)
-        if self.bitmap is None:
-            if self.sync == "full":
-                self._todo.set(0, node.length)
+        if self.sync in ("full", "top"):
+            self._todo.set(0, node.length)
+        if self.bitmap is not None:
+            self._was = self.bitmap.exchange()
+        if self.sync != "bitmap":
             return
-        self._was = Bitmap(self.bitmap.length, self.bitmap.granularity)
-        self._was.merge(self.bitmap)
-        self._todo.merge(self.bitmap)
-        self.bitmap.clear()
+        assert self._was is not None
+        self._todo.merge(self._was)
         # What is not in the bitmap need not be saved.
         node.done.set(0, node.length)
         for offset, length in self._todo.dirty():
@@ -142,7 +151,7 @@ class BackupJob(Job):
     async def _take_out(self, node: CopyBeforeWrite) -> None:
         async with self.graph.drained(node):
             with self.graph.change() as change:
-                change.replace(node, self.source)
+                change.replace(node, node.file.node)
 
     def _snapshot_failed(self, error: OSError) -> None:
         self.emit("BLOCK_JOB_ERROR", {"device": self.id, "operation": "write", "action": "report"})
@@ -220,8 +229,9 @@ class _ClusterCopy(BlockCopy):
     """Copies the clusters that the filter has not saved yet, under the filter's lock."""
 
     def __init__(self, node: CopyBeforeWrite, doors: Sequence[Backend], control: Control, workers: int,
-                 detect_zeroes: bool, written: Bitmap | None) -> None:
+                 detect_zeroes: bool, written: Bitmap | None, top_only: bool) -> None:
         super().__init__(node.file, node.target, doors, control, granularity=node.done.granularity, workers=workers,
+                         base=backing_of(node) if top_only else None, allocated_only=top_only,
                          detect_zeroes=detect_zeroes, lock=node.lock, written=written)
         self._done = node.done
 

@@ -46,7 +46,7 @@ class CommitJob(SyncJob):
         auto_complete: bool = False, pivot: bool | Callable[[Change], None] = True, replace_in: Child | None = None,
         internal: bool = False, copy_mode: CopyMode = "background", granularity: int = 64 * KiB,
         on_source_error: OnError | str = OnError.REPORT, on_target_error: OnError | str = OnError.REPORT,
-        workers: int = 4, **options: Unpack[JobOptions],
+        filter_node_name: str | None = None, workers: int = 4, **options: Unpack[JobOptions],
     ) -> None:
         """``active``: None: unless the top is the backing node of something. ``pivot``: False: leave the graph as it
         is; a function: makes further changes in the same step, with no request in flight. ``replace_in``: the only
@@ -57,7 +57,7 @@ class CommitJob(SyncJob):
         super().__init__(id, graph, top, base, copy_mode=copy_mode, granularity=granularity,
                          auto_complete=auto_complete, internal=internal, on_source_error=on_source_error,
                          on_target_error=on_target_error, workers=workers, pivot=pivot, replace_in=replace_in,
-                         **options)
+                         filter_node_name=filter_node_name, **options)
         if active is None:
             active = not any(edge.role is Role.BACKING for edge in top.parents)
         self.has_ready = active

@@ -181,19 +181,25 @@ class Job:
         """Whether it cannot succeed any more."""
         return self.cancelled or self.error is not None
 
+    @property
+    def reason(self) -> str | None:
+        """Why it failed, in words; None while nothing went wrong."""
+        if isinstance(self.error, OSError) and self.error.strerror:
+            return self.error.strerror
+        return None if self.error is None else str(self.error)
+
     def conclude(self) -> None:
-        """The end, called by the transaction after commit or abort, and clean."""
+        """The end, called by the transaction after commit or abort, and clean. Nobody has to dismiss what never ran."""
         if self.cancelled and self.error is None:
             self.error = OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
         if self._task is not None:
             if self.cancelled:
                 self.emit("BLOCK_JOB_CANCELLED", self._event())
             else:
-                error = {"error": str(self.error)} if self.error is not None else {}
-                self.emit("BLOCK_JOB_COMPLETED", {**self._event(), **error})
+                self.emit("BLOCK_JOB_COMPLETED", {**self._event(), **self._error()})
         self.enter_status(JobStatus.CONCLUDED)
         self._concluded.set()
-        if self.auto_dismiss:
+        if self.auto_dismiss or self._task is None:
             self.dismiss()
 
     # --- verbs ---
@@ -256,7 +262,7 @@ class Job:
         self.kick()
 
     def complete(self) -> None:
-        """End a ready job with success."""
+        """End a ready job with success; one in standby when it is resumed."""
         self._heard(JobVerb.COMPLETE)
         self._should_complete = True
         self.kick()
@@ -385,18 +391,19 @@ class Job:
 
     def info(self) -> dict[str, Any]:
         """QEMU's "JobInfo" (query-jobs)."""
-        error = {"error": str(self.error)} if self.error is not None else {}
         return {"id": self.id, "type": self.kind, "status": str(self.status),
-                "current-progress": self.current, "total-progress": self.total, **error}
+                "current-progress": self.current, "total-progress": self.total, **self._error()}
 
     def block_info(self) -> dict[str, Any]:
         """QEMU's "BlockJobInfo" (query-block-jobs), and ``rate`` and ``time-left`` when they are known."""
-        error = {"error": str(self.error)} if self.error is not None else {}
         measured = {"rate": self.rate, "time-left": self.time_left}
         return {**self._event(), "busy": self._busy > 0, "paused": self._paused, "io-status": self.io_status,
                 "ready": self.status in (JobStatus.READY, JobStatus.STANDBY), "status": str(self.status),
-                "auto-finalize": self.auto_finalize, "auto-dismiss": self.auto_dismiss, **error,
+                "auto-finalize": self.auto_finalize, "auto-dismiss": self.auto_dismiss, **self._error(),
                 **{name: value for name, value in measured.items() if value is not None}}
+
+    def _error(self) -> dict[str, Any]:
+        return {} if self.error is None else {"error": self.reason}
 
     def _event(self) -> dict[str, Any]:
         return {"type": self.kind, "device": self.id, "len": self.total, "offset": self.current, "speed": self.speed}

@@ -28,8 +28,9 @@ from blockstep.block.driver import Driver
 from blockstep.block.graph import Change, Graph
 from blockstep.block.io import Backend
 from blockstep.block.node import Child
-from blockstep.block.permissions import READ, WRITE, WRITE_UNCHANGED
-from blockstep.errors import GraphError, OperationBlocked, OptionError
+from blockstep.block.permissions import READ, WRITE, WRITE_UNCHANGED, Role
+from blockstep.block.status import backing_of
+from blockstep.errors import GraphError, OptionError
 from blockstep.jobs.block_copy import BlockCopy
 from blockstep.jobs.job import JobOptions
 from blockstep.jobs.states import OnError
@@ -52,10 +53,12 @@ class MirrorJob(SyncJob):
         granularity: int = 64 * KiB, target_is_zero: bool = False, pivot: bool | Callable[[Change], None] = False,
         replace_in: Child | None = None, auto_complete: bool = False, internal: bool = False,
         on_source_error: OnError | str = OnError.REPORT, on_target_error: OnError | str = OnError.REPORT,
-        workers: int = 4, detect_zeroes: bool = True, **options: Unpack[JobOptions],
+        replaces: Driver | None = None, filter_node_name: str | None = None, workers: int = 4,
+        detect_zeroes: bool = True, **options: Unpack[JobOptions],
     ) -> None:
         """``target_is_zero``: the target reads as zeroes now; it is not told so again. ``workers``: chunks of 1 MiB in
-        flight. ``replace_in``: the only edge that the pivot moves. ``auto_complete``: no ready state.
+        flight. ``replace_in``: the only edge that the pivot moves. ``replaces``: the target takes the place of this
+        node and not of the source, which shows it (a child of a quorum). ``auto_complete``: no ready state.
         ``internal``: started by whoever blocks other operations on the nodes; blockers do not apply.
 
         Raises OptionError.
@@ -67,32 +70,30 @@ class MirrorJob(SyncJob):
         super().__init__(id, graph, source, target, copy_mode=copy_mode, granularity=granularity,
                          auto_complete=auto_complete, internal=internal, on_source_error=on_source_error,
                          on_target_error=on_target_error, workers=workers, pivot=pivot, replace_in=replace_in,
-                         **options)
+                         filter_node_name=filter_node_name, **options)
         self.sync: Sync = sync
         self.bitmap = bitmap
         self.bitmap_mode: BitmapMode = bitmap_mode
         self.target_is_zero = target_is_zero
         self.detect_zeroes = detect_zeroes
+        self.replaces = replaces if replaces is not source else None
 
     def check(self) -> None:
         needed, there = self.source.length, self.target.length
         if there < needed or (self.pivot is True and there != needed):
             right = "exactly" if self.pivot is True else "at least"
             raise OptionError("target", self.target.name, f"{right} {needed} bytes long; it has {there}")
-        if self.bitmap is not None:
-            if self.bitmap.node is not self.source:
-                raise OptionError("bitmap", self.bitmap.name, f"a bitmap of node '{self.source.name}'")
-            if self.bitmap.busy:
-                raise OperationBlocked(self.source.name, self.kind,
-                                       f"bitmap '{self.bitmap.name}' is in use by {self.bitmap.busy}")
+        if self.bitmap is not None and self.bitmap.node is not self.source:
+            raise OptionError("bitmap", self.bitmap.name, f"a bitmap of node '{self.source.name}'")
+        if self.replaces is not None and not _shows(self.source, self.replaces):
+            raise OptionError("replaces", self.replaces.name, f"'{self.source.name}', or a node whose data it shows")
         if any(node is self.source for node in self.target.below()):
             raise GraphError(f"node '{self.source.name}' lies below '{self.target.name}'")
 
     async def take_more(self, undo: AsyncExitStack) -> None:
         if self.bitmap is not None:
-            bitmap = self.bitmap
-            bitmap.busy = f"job '{self.id}'"
-            undo.callback(setattr, bitmap, "busy", None)
+            undo.callback(self.bitmap.claim(f"job '{self.id}'"))
+            self.bitmap.fit()
 
     def make_engine(self, source: Backend, target: Backend) -> BlockCopy:
         written = Bitmap(self.source.length, self.granularity) if self.target_is_zero else None
@@ -102,12 +103,7 @@ class MirrorJob(SyncJob):
 
     @property
     def _base(self) -> Driver | None:
-        if self.sync != "top":
-            return None
-        node = self.source
-        while node.is_filter and "file" in node.children:
-            node = node.children["file"].node
-        return node.children["backing"].node if "backing" in node.children else None
+        return backing_of(self.source) if self.sync == "top" else None
 
     async def fill(self) -> None:
         if self.sync == "full":
@@ -121,6 +117,10 @@ class MirrorJob(SyncJob):
         if self.bitmap is not None and self.bitmap_mode != "never":
             self.bitmap.clear()
 
+    @property
+    def replaced(self) -> Driver:
+        return self.replaces if self.replaces is not None else super().replaced
+
     async def clean(self) -> None:
         if self.bitmap is not None and self.bitmap_mode == "always" and self.failed:
             # The tracker began with the bitmap's content and has counted all writes since.
@@ -130,3 +130,9 @@ class MirrorJob(SyncJob):
 
     def block_info(self) -> dict[str, Any]:
         return {**super().block_info(), "sync": self.sync, "copy-mode": self.copy_mode}
+
+
+def _shows(node: Driver, below: Driver) -> bool:
+    """Whether ``below`` reads as ``node`` does: there are only filters, or quorums, between them."""
+    return any(child.node is below or _shows(child.node, below) for child in node.children.values()
+               if child.role in (Role.FILTERED, Role.DATA))

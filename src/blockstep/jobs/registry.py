@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from blockstep.errors import JobError
+from blockstep.errors import JobError, JobNotFound
 from blockstep.jobs.job import Job, OnEvent
 from blockstep.jobs.pace import Clock
 
@@ -23,7 +23,7 @@ class JobRegistry:
         """Take in a job that was just made, set it up and start it.
 
         Raises JobError if its id is in use, and what its setup raises (GraphError, OptionError, OSError); then
-        nothing is left of it. ``start=False`` leaves it in state created, for `Job.start`.
+        nothing is left of it, and nobody was told of it. ``start=False`` leaves it in state created, for `Job.start`.
         """
         if job.id in self._jobs:
             job.transaction.jobs.remove(job)
@@ -32,23 +32,22 @@ class JobRegistry:
         job.on_gone = self._gone
         job.on_event = job.on_event or self.on_event
         job._clock = job._clock or self._clock
-        job.emit("JOB_STATUS_CHANGE", {"id": job.id, "status": str(job.status)})
         try:
-            if start:
-                await job.launch()
-            else:
-                await job.create()
+            await job.create()
         except BaseException:
             del self._jobs[job.id]
             raise
+        job.emit("JOB_STATUS_CHANGE", {"id": job.id, "status": str(job.status)})
+        if start:
+            job.start()
         return job
 
     def find(self, id: str) -> Job:
-        """The job of that id. Raises JobError."""
+        """The job of that id. Raises JobNotFound."""
         try:
             return self._jobs[id]
         except KeyError:
-            raise JobError(id, "there is no such job") from None
+            raise JobNotFound(id) from None
 
     def list(self) -> list[Job]:
         """All jobs, in the order of their creation."""

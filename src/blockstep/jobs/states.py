@@ -76,7 +76,7 @@ VERBS: Final[Mapping[JobVerb, frozenset[JobStatus]]] = {
     JobVerb.PAUSE: _AT_WORK,
     JobVerb.RESUME: _AT_WORK,
     JobVerb.SET_SPEED: _AT_WORK,
-    JobVerb.COMPLETE: frozenset({_S.READY}),
+    JobVerb.COMPLETE: frozenset({_S.READY, _S.STANDBY}),
     JobVerb.FINALIZE: frozenset({_S.PENDING}),
     JobVerb.DISMISS: frozenset({_S.CONCLUDED}),
     JobVerb.CHANGE: _AT_WORK,
@@ -90,9 +90,10 @@ class OnError(enum.StrEnum):
     IGNORE = "ignore"  #: try the same range again later
     STOP = "stop"  #: pause until `resume`, then try again
     ENOSPC = "enospc"  #: stop when the disk is full, else report
+    AUTO = "auto"  #: the same
 
     def action(self, no_space: bool) -> OnError:
         """REPORT, IGNORE or STOP, for an error that is ENOSPC or is not."""
-        if self is OnError.ENOSPC:
+        if self in (OnError.ENOSPC, OnError.AUTO):
             return OnError.STOP if no_space else OnError.REPORT
         return self

@@ -27,6 +27,7 @@ from blockstep.aio.rangelock import RangeLock
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Change, Graph
 from blockstep.block.io import Backend, enter, leave
+from blockstep.block.names import check_name
 from blockstep.block.node import Child
 from blockstep.block.permissions import ALL, NONE, READ, Permission, Role
 from blockstep.block.status import status_through
@@ -86,12 +87,15 @@ class SyncJob(Job):
         granularity: int = 64 * KiB, auto_complete: bool = False, internal: bool = False,
         on_source_error: OnError | str = OnError.REPORT, on_target_error: OnError | str = OnError.REPORT,
         workers: int = 4, pivot: bool | Callable[[Change], None] = False, replace_in: Child | None = None,
-        **options: Unpack[JobOptions],
+        filter_node_name: str | None = None, **options: Unpack[JobOptions],
     ) -> None:
+        """``filter_node_name``: put the filter over the source from the beginning, under this name."""
         if source is target:
             raise OptionError("target", target.name, "another node than the source")
         if granularity < 512 or granularity & (granularity - 1) or granularity > 64 * MiB:
             raise OptionError("granularity", granularity, "a power of two from 512 to 64M")
+        if filter_node_name is not None:
+            check_name("filter-node-name", filter_node_name)
         if copy_mode not in ("background", "write-blocking"):
             raise OptionError("copy-mode", copy_mode, "background or write-blocking")
         super().__init__(id, **options)
@@ -102,6 +106,7 @@ class SyncJob(Job):
         self.internal = internal
         self.pivot = pivot
         self.replace_in = replace_in
+        self.filter_node_name = filter_node_name
         self.dirty = Tracker(0, granularity)
         self.filter: MirrorTop | None = None
         self.engine: BlockCopy | None = None
@@ -180,6 +185,9 @@ class SyncJob(Job):
                 self.source.watch(self.dirty)
             undo.callback(self.source.unwatch, self.dirty)
             self.engine = self.make_engine(source, target)
+            undo.push_async_callback(self._remove_filter)
+            if self.filter_node_name is not None:
+                await self._insert_filter(self.filter_node_name)
             if self.copy_mode == "write-blocking":
                 await self._block_writes()
             self._undo = undo.pop_all()
@@ -193,21 +201,42 @@ class SyncJob(Job):
 
     async def _block_writes(self) -> None:
         """From now on the guest's writes go to both ends."""
-        if self.filter is not None:
-            return
+        if self.filter is None:
+            await self._insert_filter(f"#mirror-top-{self.id}")
+        assert self.filter is not None
+        if self.filter.tracker is None:
+            async with self.graph.drained(self.filter):
+                self.filter.tracker = self.dirty
+            self.copy_mode = "write-blocking"
+
+    async def _insert_filter(self, name: str) -> None:
+        """Put a filter over the source that does nothing yet."""
         assert self.engine is not None
-        node = MirrorTop(f"#mirror-top-{self.id}", MirrorTopOptions(file=self.source.name, target=self.target.name))
+        if name in self.graph.nodes:
+            raise OptionError("filter-node-name", name, "a name that no other node has")
+        node = MirrorTop(name, MirrorTopOptions(file=self.source.name, target=self.target.name))
         node.lock, node.written, node.on_target_error = self._lock, self.engine.written, self._target_failed
         node.on_event = self.graph.report
-        async with self.graph.drained(self.source):
-            with self.graph.change() as change:
-                change.attach(node, "file", Role.FILTERED, self.source)
-                change.attach(node, "target", Role.TARGET, self.target)
-                self._move_parents(change, self.source, node, keep=node)
-            self.graph.nodes[node.name] = node
-            node.tracker = self.dirty
+        self.graph.nodes[name] = node
+        try:
+            async with self.graph.drained(self.source):
+                with self.graph.change() as change:
+                    change.attach(node, "file", Role.FILTERED, self.source)
+                    change.attach(node, "target", Role.TARGET, self.target)
+                    self._move_parents(change, self.source, node, keep=node)
+        except BaseException:
+            del self.graph.nodes[name]
+            raise
         self.filter = node
-        self.copy_mode = "write-blocking"
+
+    async def _remove_filter(self) -> None:
+        if self.filter is not None:
+            node, self.filter = self.filter, None
+            async with self.graph.drained(node):
+                node.tracker = None
+                with self.graph.change() as change:
+                    self._move_parents(change, node, self.source)
+            await self.graph.close_unused(node)
 
     def _move_parents(self, change: Change, old: Driver, new: Driver, keep: Driver | None = None) -> None:
         """Put ``new`` under the parents of ``old``, but for the job and ``keep``."""
@@ -238,6 +267,7 @@ class SyncJob(Job):
                 else:
                     self.dirty.on_dirty = self.kick
                     await self._unless_completing(None)
+            await self.pause_point()
             await self._converge()
         await self._blame()
 
@@ -317,10 +347,8 @@ class SyncJob(Job):
                 change.take(backend.edge, NONE, ALL)
             if self.replace_in is not None:
                 change.move(self.replace_in, self.target)
-            elif self.filter is not None:
-                self._move_parents(change, self.filter, self.target)
             else:
-                self._move_parents(change, self.source, self.target)
+                self._move_parents(change, self.replaced, self.target)
             if callable(self.pivot):
                 self.pivot(change)
             change.finish()
@@ -328,6 +356,11 @@ class SyncJob(Job):
             change.rollback()
             raise
         return change
+
+    @property
+    def replaced(self) -> Driver:
+        """The node whose place the target takes in the pivot."""
+        return self.filter if self.filter is not None else self.source
 
     async def commit(self) -> None:
         self.synced()
@@ -340,13 +373,6 @@ class SyncJob(Job):
         await self._drained.aclose()
 
     async def clean(self) -> None:
-        if self.filter is not None:
-            node = self.filter
-            async with self.graph.drained(node):
-                node.tracker = None
-                with self.graph.change() as change:
-                    self._move_parents(change, node, self.source)
-            await self.graph.close_unused(node)
         await self._undo.aclose()
 
     # --- verbs ---
@@ -378,7 +404,7 @@ class SyncJob(Job):
     @property
     def actively_synced(self) -> bool:
         """Whether both ends are the same and stay so."""
-        return self.filter is not None and not self.dirty.bits.any()
+        return self.filter is not None and self.filter.tracker is not None and not self.dirty.bits.any()
 
     def block_info(self) -> dict[str, Any]:
         return {**super().block_info(), "actively-synced": self.actively_synced}

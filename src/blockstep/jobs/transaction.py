@@ -51,6 +51,11 @@ class JobTransaction:
         if self._finishing is None:
             self._finishing = asyncio.get_running_loop().create_task(self._finish())
 
+    async def finished(self, limit: float) -> None:
+        """Wait until all jobs that `finalize` has set going have concluded, but not longer than ``limit`` seconds."""
+        if self._finishing is not None:
+            await asyncio.wait([self._finishing], timeout=limit)
+
     def _abort(self) -> None:
         for job in self.jobs:
             if not job.failed:

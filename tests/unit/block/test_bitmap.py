@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import blockstep.drivers  # noqa: F401
-from blockstep.block.bitmap import Bitmap, DirtyBitmap
+from blockstep.block.bitmap import LONGEST_NAME, Bitmap, DirtyBitmap, find_bitmap
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
-from blockstep.errors import OptionError
+from blockstep.errors import OperationBlocked, OptionError
 from blockstep.units import KiB, TiB
-from tests.disks import ram
+from tests.disks import Ram, ram
 
 CLUSTER = 512
 
@@ -173,5 +173,96 @@ def test_a_dirty_bitmap_follows_a_disk_that_grows() -> None:
         await disk.truncate(100_000)
         await user.pwrite(99_999, b"x")
         assert members(bitmap) == {0, 195}
+
+    asyncio.run(main())
+
+
+# --- changes in two halves ---
+
+
+def on_disk(test: Callable[[Ram], None]) -> None:
+    async def main() -> None:
+        test(await ram(Graph(), "disk", 10_000))
+
+    asyncio.run(main())
+
+
+def test_what_is_aborted_leaves_the_bitmap_as_it_was() -> None:
+    def test(disk: Ram) -> None:
+        bitmap, other = DirtyBitmap(disk, "b0", granularity=CLUSTER), DirtyBitmap(disk, "b1", granularity=128)
+        bitmap.set(1000, 1)
+        other.set(5000, 1)
+        for prepare in (bitmap.prepare_clear, lambda: bitmap.prepare_enabled(False), bitmap.prepare_remove,
+                        lambda: bitmap.prepare_merge([other]),
+                        lambda: DirtyBitmap.prepare_add(disk, "b2", 512, enabled=False)):
+            prepare().abort()
+            assert members(bitmap) == {1}
+            assert bitmap.enabled
+            assert bitmap.busy is None
+            assert disk.bitmaps == {"b0": bitmap, "b1": other}
+
+    on_disk(test)
+
+
+def test_what_is_committed_is_done() -> None:
+    def test(disk: Ram) -> None:
+        bitmap, other = DirtyBitmap(disk, "b0", granularity=CLUSTER), DirtyBitmap(disk, "b1", granularity=128)
+        other.set(5000, 1)
+        bitmap.prepare_merge([other]).commit()
+        assert members(bitmap) == {9}
+        bitmap.prepare_clear().commit()
+        assert members(bitmap) == set()
+        bitmap.prepare_enabled(False).commit()
+        assert not bitmap.enabled
+        DirtyBitmap.prepare_add(disk, "b2", 512, enabled=False).commit()
+        assert (disk.bitmaps["b2"].granularity, disk.bitmaps["b2"].enabled) == (512, False)
+        bitmap.prepare_remove().commit()
+        assert set(disk.bitmaps) == {"b1", "b2"}
+
+    on_disk(test)
+
+
+def test_a_bitmap_in_use_is_left_alone_and_says_by_whom() -> None:
+    def test(disk: Ram) -> None:
+        bitmap, other = DirtyBitmap(disk, "b0"), DirtyBitmap(disk, "b1")
+        release = bitmap.claim("job 'copy'")
+        for refused in (bitmap.prepare_clear, bitmap.prepare_remove, lambda: bitmap.prepare_enabled(True),
+                        lambda: bitmap.prepare_merge([other]), lambda: other.prepare_merge([bitmap]),
+                        lambda: bitmap.claim("another")):
+            with pytest.raises(OperationBlocked, match="job 'copy'"):
+                refused()
+        release()
+        bitmap.prepare_remove().commit()
+
+    on_disk(test)
+
+
+def test_bitmaps_are_found_by_name_and_bad_ones_are_refused() -> None:
+    def test(disk: Ram) -> None:
+        bitmap = DirtyBitmap(disk, "b0")
+        assert find_bitmap(disk, "b0") is bitmap
+        with pytest.raises(OptionError, match="disk"):
+            find_bitmap(disk, "nope")
+        for name in ("", "b0", "x" * (LONGEST_NAME + 1)):
+            with pytest.raises(OptionError, match="name"):
+                DirtyBitmap(disk, name)
+        for granularity in (0, 256, 513, 1 << 32):
+            with pytest.raises(OptionError, match="granularity"):
+                DirtyBitmap.prepare_add(disk, "b1", granularity)
+        other = DirtyBitmap(disk, "b1", 5000)
+        disk.length = 5000
+        other.prepare_merge([bitmap]).commit()  # both follow the disk
+        assert (bitmap.length, other.length) == (5000, 5000)
+        assert set(disk.bitmaps) == {"b0", "b1"}
+
+    on_disk(test)
+
+
+def test_bitmaps_of_disks_of_different_lengths_cannot_be_merged() -> None:
+    async def main() -> None:
+        graph = Graph()
+        one, two = DirtyBitmap(await ram(graph, "one", 1000), "b"), DirtyBitmap(await ram(graph, "two", 2000), "b")
+        with pytest.raises(OptionError, match="1000 bytes"):
+            one.prepare_merge([two])
 
     asyncio.run(main())

@@ -19,7 +19,7 @@ from blockstep.jobs.backup import BackupJob
 from blockstep.jobs.job import Job
 from blockstep.jobs.transaction import JobTransaction
 from blockstep.units import KiB
-from tests.disks import faulty
+from tests.disks import Ram, faulty
 from tests.unit.jobs.support import HandClock, Listener, picture, reach, settle
 
 PATTERN = random.Random(7).randbytes(512 * KiB)
@@ -119,6 +119,84 @@ def test_a_bitmap_gets_back_what_a_failed_backup_has_not_copied(mode: Any, kept:
         assert isinstance(await job.wait(), OSError)
         assert bitmap.bits.count() == kept
         assert bitmap.busy is None
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("mode", "fails", "kept"), [
+    ("on-success", False, 0), ("on-success", True, 4), ("always", False, 0), ("always", True, 8),
+])
+def test_a_bitmap_beside_a_full_backup_says_what_the_next_one_has_to_copy(mode: Any, fails: bool, kept: int) -> None:
+    async def main() -> None:
+        p = await Pair().open()
+        bitmap = DirtyBitmap(p.source, "changes")
+        for cluster in (0, 2, 4, 6):
+            bitmap.set(cluster * 65536, 1)
+        if fails:
+            p.target.fail("write", offset=3 * 65536)
+        job = p.job(bitmap=bitmap, bitmap_mode=mode, workers=1, detect_zeroes=False)
+        await job.launch()
+        assert (await job.wait() is not None) is fails
+        assert bitmap.bits.count() == kept
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("sync", "mode"), [("none", "always"), ("full", "never"), ("top", "never")])
+def test_a_bitmap_that_would_learn_nothing_is_refused(sync: Any, mode: Any) -> None:
+    async def main() -> None:
+        p = await Pair().open()
+        with pytest.raises(OptionError, match="bitmap"):
+            p.job(sync=sync, bitmap=DirtyBitmap(p.source, "changes"), bitmap_mode=mode)
+        with pytest.raises(OptionError, match="given"):
+            p.job(sync="bitmap")
+
+    asyncio.run(main())
+
+
+def test_sync_top_copies_what_the_source_itself_holds_and_saves_what_is_written_elsewhere() -> None:
+    async def main() -> None:
+        graph = Graph()
+        base = await graph.open({"driver": "test-ram", "node-name": "base", "size": 256 * KiB})
+        assert isinstance(base, Ram)
+        base.content[:] = PATTERN[:256 * KiB]
+        source = await graph.open({"driver": "overlay", "node-name": "source", "backing": "base",
+                                   "cluster-size": 65536})
+        guest = graph.attach_backend(source, "guest", READ | WRITE)
+        await guest.pwrite(65536, b"s" * 65536)
+        target, copy = await faulty(graph, "target", 256 * KiB)
+        job = BackupJob("backup", graph, source, target, sync="top")
+        await job.launch()
+        assert await job.wait() is None
+        assert bytes(copy.content) == bytes(65536) + b"s" * 65536 + bytes(131072)
+        assert (job.current, job.total) == (256 * KiB, 256 * KiB)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_several_backups_of_one_source_keep_their_moments_in_whatever_order_they_end(first: int) -> None:
+    async def main() -> None:
+        p = await Pair().open()
+        second, copy = await faulty(p.graph, "second", len(PATTERN))
+        was = picture(p.graph)
+        jobs = [p.job(sync="none"), BackupJob("later", p.graph, p.source, second, sync="none")]
+        await jobs[0].launch()
+        await p.guest.pwrite(0, b"between")
+        await jobs[1].launch()
+        await p.guest.pwrite(0, b"after..")
+        assert p.copy.content[:7] == PATTERN[:7]
+        assert copy.content[:7] == b"between"
+        for job, offset in ((jobs[first], 65536), (jobs[1 - first], 131072)):
+            job.cancel()
+            await job.wait()
+            await p.guest.pwrite(offset, b"more")
+        others = [p.copy, copy]
+        assert others[first].content[65536:65540] == bytes(4)
+        assert others[1 - first].content[65536:65540] == PATTERN[65536:65540]
+        assert all(disk.content[131072:131076] == bytes(4) for disk in others)
+        assert p.disk.content[131072:131076] == b"more"
+        assert picture(p.graph) == was
 
     asyncio.run(main())
 

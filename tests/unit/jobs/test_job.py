@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from blockstep.errors import JobError, OptionError
+from blockstep.errors import JobError, JobNotFound, OptionError
 from blockstep.jobs.job import Job
 from blockstep.jobs.registry import JobRegistry
 from blockstep.jobs.states import TRANSITIONS, VERBS, JobStatus, JobVerb, OnError
@@ -161,8 +161,9 @@ def test_a_cancel_in_any_state_aborts_and_cleans(status: JobStatus, force: bool)
         assert error.errno == errno.ECANCELED
         assert job.log[-2:] == ["abort", "clean"]
         assert "commit" not in job.log
-        assert events.states[-2:] == ["aborting", "concluded"]
-        # A job that never ran is just gone.
+        # A job that never ran is just gone, and nobody has to dismiss it.
+        assert events.states[-2:] == (["aborting", "concluded"] if status is not JobStatus.CREATED else
+                                      ["concluded", "null"])
         assert ("BLOCK_JOB_CANCELLED" in events.names) is (status is not JobStatus.CREATED)
 
     asyncio.run(main())
@@ -181,7 +182,7 @@ def test_a_job_left_alone_goes_through_all_its_states_by_itself() -> None:
         assert events.last("BLOCK_JOB_COMPLETED") == {"type": "test", "device": "work", "len": 30, "offset": 30,
                                                       "speed": 0}
         assert registry.list() == []
-        with pytest.raises(JobError, match="no such job"):
+        with pytest.raises(JobNotFound, match="no such job"):
             registry.find("work")
 
     asyncio.run(main())
@@ -226,12 +227,14 @@ def test_a_job_that_fails_says_why(where: str) -> None:
 
 def test_a_job_whose_setup_fails_has_never_been() -> None:
     async def main() -> None:
-        registry = JobRegistry()
+        events = Listener()
+        registry = JobRegistry(events)
         job = Work()
         job.fail_in["setup"] = JobError("work", "no")
         with pytest.raises(JobError):
             await registry.create(job)
         assert registry.list() == []
+        assert events.events == []
         await registry.create(Work())
         with pytest.raises(JobError, match="already"):
             await registry.create(Work())
@@ -295,6 +298,15 @@ def test_a_job_that_waits_for_its_speed_is_paused_and_cancelled_at_once() -> Non
         assert job.current == 100
 
     asyncio.run(main())
+
+
+def test_an_error_is_told_in_words() -> None:
+    job = asyncio.run(in_state(JobStatus.CREATED))
+    assert job.reason is None
+    job.error = OSError(errno.EIO, "Input/output error")
+    assert job.reason == "Input/output error"
+    job.error = JobError("work", "no")
+    assert job.reason == "job 'work': no"
 
 
 def test_jobs_of_a_transaction_commit_together() -> None:

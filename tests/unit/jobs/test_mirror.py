@@ -385,3 +385,72 @@ class Hurried(HandClock):
     def call_later(self, delay: float, callback: Any, *args: Any) -> Any:
         self.now += delay
         return asyncio.get_running_loop().call_soon(callback, *args)
+
+
+def test_complete_in_standby_waits_for_resume() -> None:
+    async def main() -> None:
+        p = await Pair().open()
+        job = p.job()
+        await job.launch()
+        await reach(job, "ready")
+        job.pause()
+        job.complete()
+        await settle()
+        assert job.status == "standby"
+        job.resume()
+        assert await job.wait() is None
+
+    asyncio.run(main())
+
+
+def test_a_named_filter_is_there_from_the_beginning_and_lets_all_through_until_it_is_needed() -> None:
+    async def main() -> None:
+        p = await Pair().open()
+        was = picture(p.graph)
+        job = p.job(filter_node_name="top")
+        await job.launch()
+        await reach(job, "ready")
+        assert p.guest.node.name == "top"
+        assert not job.actively_synced
+        await p.guest.pwrite(0, b"here only")
+        assert p.copy.content != p.disk.content
+        job.change(copy_mode="write-blocking")
+        await settle()
+        assert job.actively_synced
+        await p.guest.pwrite(9, b"on both")
+        assert p.copy.content == p.disk.content
+        job.complete()
+        assert await job.wait() is None
+        assert picture(p.graph) == was
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("name", "right"), [("target", "no other node"), ("9", "letter")])
+def test_a_filter_name_that_is_taken_or_bad_is_refused(name: str, right: str) -> None:
+    async def main() -> None:
+        p = await Pair().open()
+        was = picture(p.graph)
+        with pytest.raises(OptionError, match=right):
+            await p.job(filter_node_name=name).launch()
+        assert picture(p.graph) == was
+
+    asyncio.run(main())
+
+
+def test_the_target_can_take_the_place_of_a_node_that_the_source_shows() -> None:
+    async def main() -> None:
+        p = await Pair().open()
+        below = p.source.children["file"].node
+        job = p.job(replaces=below, pivot=True)
+        await job.launch()
+        await reach(job, "ready")
+        job.complete()
+        assert await job.wait() is None
+        assert p.guest.node is p.source
+        assert p.source.children["file"].node is p.target
+        other, _ = await faulty(p.graph, "other", len(PATTERN))
+        with pytest.raises(OptionError, match="replaces"):
+            await p.job(replaces=other, pivot=True).launch()
+
+    asyncio.run(main())
