@@ -90,7 +90,7 @@ class Connection(asyncio.Protocol):
             transport.close()
             return
         self._listener.monitors.add(self)
-        transport.write(self._session.greeting)
+        self._send(self._session.greeting)
 
     def _must_have_negotiated(self) -> None:
         if not self._opened:
@@ -191,7 +191,7 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, reply: Reply) -> None:
         if not self._transport.is_closing():
-            self._transport.write(reply.data)
+            self._send(reply.data)
             self._opened = self._opened or reply.opens
 
     def send_event(self, line: bytes) -> None:
@@ -202,7 +202,10 @@ class Connection(asyncio.Protocol):
             self._server.cut_off += 1
             self._transport.abort()
         else:
-            self._transport.write(line)
+            self._send(line)
+
+    def _send(self, line: bytes) -> None:
+        self._transport.write(wire.laid_out(line) if self._listener.pretty else line)
 
     # -- the end
 

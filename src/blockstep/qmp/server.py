@@ -49,10 +49,13 @@ from blockstep.qmp.schema import Command, Event, Registry
 
 
 class Listener:
-    """One listening socket. ``address`` is a path, or (host, port) with the port that was really bound."""
+    """One listening socket. ``address`` is a path, or (host, port) with the port that was really bound.
 
-    def __init__(self, server: Server, commands: Mapping[str, Command], max_monitors: int) -> None:
-        self.server, self.commands, self.max_monitors = server, commands, max_monitors
+    ``pretty``: what its monitors are sent is laid out for people.
+    """
+
+    def __init__(self, server: Server, commands: Mapping[str, Command], max_monitors: int, pretty: bool) -> None:
+        self.server, self.commands, self.max_monitors, self.pretty = server, commands, max_monitors, pretty
         self.monitors: set[Connection] = set()
         self.address: str | tuple[str, int] = ""
         self._server: asyncio.Server | None = None
@@ -112,18 +115,19 @@ class Server:
         return [monitor for listener in self.listeners for monitor in listener.monitors]
 
     async def start_unix(self, path: str | os.PathLike[str], *, allow: frozenset[str] | None = None,
-                         max_monitors: int = 64) -> Listener:
+                         max_monitors: int = 64, pretty: bool = False) -> Listener:
         """Listen on a unix socket with mode 0600. A socket that a dead process left behind is replaced.
 
         Raises OSError: EADDRINUSE if somebody listens there or the path is no socket.
         """
         sock = _bind_unix(os.fspath(path))
-        listener = await self.start_socket(sock, allow=allow, max_monitors=max_monitors)
+        listener = await self.start_socket(sock, allow=allow, max_monitors=max_monitors, pretty=pretty)
         listener._inode = _inode(path)
         return listener
 
     async def start_tcp(self, host: str, port: int, ssl: tls.SSLContext | None = None, *,
-                        allow: frozenset[str] | None = None, max_monitors: int = 64) -> Listener:
+                        allow: frozenset[str] | None = None, max_monitors: int = 64,
+                        pretty: bool = False) -> Listener:
         """Listen on the first address that ``host`` resolves to, IPv4 or IPv6; port 0 takes a free one.
 
         Raises OSError if the address cannot be resolved or bound.
@@ -138,13 +142,14 @@ class Server:
         except BaseException:
             sock.close()
             raise
-        return await self.start_socket(sock, ssl, allow=allow, max_monitors=max_monitors)
+        return await self.start_socket(sock, ssl, allow=allow, max_monitors=max_monitors, pretty=pretty)
 
     async def start_socket(self, sock: socket.socket, ssl: tls.SSLContext | None = None, *,
-                           allow: frozenset[str] | None = None, max_monitors: int = 64) -> Listener:
+                           allow: frozenset[str] | None = None, max_monitors: int = 64,
+                           pretty: bool = False) -> Listener:
         """Listen on a bound stream socket (systemd's, for one), which is closed with the listener."""
         try:
-            listener = Listener(self, self.registry.offered(allow), max_monitors)
+            listener = Listener(self, self.registry.offered(allow), max_monitors, pretty)
             sock.setblocking(False)
             await listener._listen(sock, ssl)
         except BaseException:

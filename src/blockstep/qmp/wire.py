@@ -268,5 +268,10 @@ def encode_greeting(version: Any, capabilities: tuple[str, ...]) -> bytes:
     return encode({"QMP": {"version": version, "capabilities": capabilities}}) + b"\r\n"
 
 
+def laid_out(line: bytes) -> bytes:
+    """A line that was encoded here, as several lines for people."""
+    return msgspec.json.format(line.rstrip(), indent=4) + b"\r\n"
+
+
 def _identity(identity: Any) -> bytes:
     return b"" if identity is msgspec.UNSET else b',"id":' + encode(identity)

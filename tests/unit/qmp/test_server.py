@@ -315,6 +315,19 @@ def test_a_listener_offers_only_what_it_allows(tmp_path: Path) -> None:
     served(tmp_path, scenario, allow=frozenset({"query-name", "query-commands"}))
 
 
+def test_a_listener_for_people_lays_out_what_it_sends(tmp_path: Path) -> None:
+    async def scenario(server: Server, context: Context, path: Path) -> None:
+        peer = await dial(path)
+        assert (await peer.reader.readuntil(b"\r\n")).startswith(b'{\n    "QMP": {\n')
+        peer.send(b'{"execute": "qmp_capabilities"}')
+        assert json.loads(await peer.reader.readuntil(b"\r\n")) == {"return": {}}
+        server.emit(Tick(count=1))
+        assert b'"data": {\n        "count": 1,' in await peer.reader.readuntil(b"\r\n")
+        peer.close()
+
+    served(tmp_path, scenario, pretty=True)
+
+
 def test_quit_is_answered_before_it_happens(tmp_path: Path) -> None:
     async def scenario(server: Server, context: Context, path: Path) -> None:
         peer = await dial(path)
