@@ -31,11 +31,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replication": BASE | {"block", "drivers", "jobs", "nbd"},
     "inventory": BASE | {"block", "drivers", "jobs", "nbd", "replication"},
     "picture": BASE | {"block"},
+    "shell": BASE | {"qmp"},
     "qmp": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory"},
     "daemon": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp"},
     "testing": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp", "daemon"},
     "cli": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp", "daemon", "picture",
-            "testing"},
+            "shell", "testing"},
 }
 
 #: The package itself and `python -m blockstep` are the doors: they may show everything.

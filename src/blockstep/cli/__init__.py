@@ -10,7 +10,20 @@ import sys
 import typer
 
 from blockstep import __version__
-from blockstep.cli import checkpoint, demo, events, export, failover, graph, primary, resize, standby, status, stop
+from blockstep.cli import (
+    checkpoint,
+    demo,
+    events,
+    export,
+    failover,
+    graph,
+    primary,
+    resize,
+    shell,
+    standby,
+    status,
+    stop,
+)
 from blockstep.errors import BlockstepError
 
 ERROR = 3
@@ -23,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (export, standby, primary, status, checkpoint, failover, resize, stop, events, graph, demo):
+for command in (export, standby, primary, status, checkpoint, failover, resize, stop, events, graph, shell, demo):
     command.add_to(app)
 
 

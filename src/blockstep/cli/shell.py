@@ -1,0 +1,65 @@
+"""``blockstep shell``: QMP for hands and for scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from blockstep.cli.control import PairName
+from blockstep.cli.monitors import MonitorTls, Socket, find_monitor
+from blockstep.qmp.client import Address, connect
+from blockstep.shell.server import Server
+
+
+def shell(
+    pair: PairName = None,
+    socket: Socket = None,
+    command: Annotated[list[str] | None, typer.Option("--command", "-c", metavar="LINE", help="Execute this and end; "
+                       "may be given several times.")] = None,
+    tls: MonitorTls = None,
+) -> None:
+    """Send commands to a QMP server, of blockstep or of QEMU: COMMAND KEY=VALUE ...
+
+    At a terminal Tab completes commands, arguments and names, and events are shown as they come. Otherwise the lines
+    of standard input are executed up to the first that fails; each answer is a line of JSON.
+    """
+    address, context = find_monitor(pair, socket, tls)
+    if command is None and sys.stdin.isatty():
+        asyncio.run(_at_terminal(address, context))
+    else:
+        asyncio.run(_script(address, context, iter(command) if command is not None else sys.stdin))
+
+
+async def _at_terminal(address: Address, context: ssl.SSLContext | None) -> None:
+    from blockstep.shell.session import interact
+
+    name = str(address).rpartition("/")[2].removesuffix(".qmp") if not isinstance(address, tuple) else address[0]
+    async with connect(address, ssl=context) as qmp:
+        await interact(await Server.of(qmp), f"{name}> ")
+
+
+async def _script(address: Address, context: ssl.SSLContext | None, lines: Iterator[str]) -> None:
+    async with connect(address, ssl=context) as qmp:
+        server = await Server.of(qmp)
+        for line in lines:
+            words = line.split()
+            if not words or words[0].startswith("#"):
+                continue
+            if words[0] == "exit":
+                return
+            if words[0] == "help":
+                typer.echo(server.help(line))
+            else:
+                answer = await server.execute(line)
+                typer.echo(json.dumps(answer, indent=2 if sys.stdout.isatty() else None))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("shell")(shell)
