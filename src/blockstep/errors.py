@@ -107,5 +107,16 @@ class ConnectionLost(OSError):
     """The connection to the peer is gone. An `OSError` (ENOTCONN unless given): a request fails like any I/O."""
 
     def __init__(self, reason: str, code: int = errno.ENOTCONN) -> None:
-        super().__init__(code, f"{os.strerror(code)}: {reason}")
+        super().__init__(code, explained(code, reason))
         self.reason = reason
+
+
+def explained(code: int, reason: str = "") -> str:
+    """The text of an `OSError`: the system's words for errno ``code``, then ``reason``, unless it begins with them.
+
+    A reason that comes from a peer, or from a lower layer, often does.
+    """
+    words = os.strerror(code)
+    if reason.startswith(words):
+        return reason
+    return f"{words}: {reason}" if reason else words

@@ -113,6 +113,8 @@ async def test_without_a_standby_no_checkpoint_is_promised(tmp_path: Path) -> No
     async with Pair(tmp_path) as pair:
         pair.link = "127.0.0.1:1"
         await pair.start_primary()
+        offline = await pair.primary.until(lambda status: "refused" in status["reason"])
+        assert offline["reason"] == "Connection refused: 127.0.0.1:2"
         with pytest.raises(BlockstepError, match="no checkpoint can be taken: the pair is offline"):
             await pair.primary.execute("replication-checkpoint")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import inspect
 
+import pytest
+
 from blockstep import errors
 from blockstep.errors import (
     BlockstepError,
@@ -16,6 +18,7 @@ from blockstep.errors import (
     OptionError,
     PermissionConflict,
     ReplicationError,
+    explained,
 )
 
 
@@ -61,3 +64,14 @@ def test_a_lost_connection_has_an_errno_like_any_io_error() -> None:
     lost = ConnectionLost("no answer in 5 s", errno.ETIMEDOUT)
     assert lost.errno == errno.ETIMEDOUT
     assert lost.reason in str(lost)
+
+
+@pytest.mark.parametrize(("reason", "text"), [
+    ("", "No space left on device"),
+    ("the buffer is full", "No space left on device: the buffer is full"),
+    ("No space left on device", "No space left on device"),
+    ("No space left on device: the buffer is full", "No space left on device: the buffer is full"),
+])
+def test_an_errno_is_put_into_words_once(reason: str, text: str) -> None:
+    assert explained(errno.ENOSPC, reason) == text
+    assert ConnectionLost(reason, errno.ENOSPC).strerror == text

@@ -543,7 +543,8 @@ class Standby(Service):
 
     def _lacks(self, disk: _Disk) -> str:
         """What keeps a disk from being promoted, or stopped; empty if nothing does."""
-        why = f": {disk.filter.error}" if disk.filter.error else ""
+        error = disk.filter.error
+        why = f": {error.strerror or error}" if error else ""
         if disk.filter.stage is Stage.FAILOVER_FAILED:
             return f"promoted, but not merged{why}"
         if disk.filter.stage is Stage.RUNNING:
@@ -616,11 +617,12 @@ class Standby(Service):
         return work_status("failover", jobs) if jobs else None
 
     def _io_error(self, disk: _Disk, error: OSError) -> None:
-        disk.errors.append(str(error))
+        reason = error.strerror or str(error)
+        disk.errors.append(reason)
         del disk.errors[8:]
         if error.errno == errno.ENOSPC and not self._has_committed:
             self._no_room = True
-        self.emit(qmp.ReplicationIoError(pair=self.config.pair, disk=disk.spec.name, reason=str(error)))
+        self.emit(qmp.ReplicationIoError(pair=self.config.pair, disk=disk.spec.name, reason=reason))
         self._tell()
 
     def _job_event(self, name: str, data: Mapping[str, Any]) -> None:

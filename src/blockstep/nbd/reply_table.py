@@ -29,14 +29,13 @@ extension for extended headers.
 from __future__ import annotations
 
 import errno
-import os
 import struct
 import sys
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import Final
 
-from blockstep.errors import ConnectionLost, ProtocolError
+from blockstep.errors import ConnectionLost, ProtocolError, explained
 from blockstep.nbd import constants as c
 from blockstep.nbd.wire import parse_error, parse_hole, parse_status
 
@@ -455,7 +454,7 @@ class ReplyTable:
             self.shutting_down = True
             return ConnectionLost(message or "the server is shutting down", errno.ESHUTDOWN)
         number = _ERRNO.get(code, errno.EINVAL)
-        return OSError(number, f"{os.strerror(number)}: {message}" if message else os.strerror(number))
+        return OSError(number, explained(number, message))
 
     def _unknown(self, cookie: int) -> ProtocolError:
         return ProtocolError(f"a reply with cookie {cookie:#x}, which no request has")

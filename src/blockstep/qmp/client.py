@@ -262,7 +262,9 @@ async def open_connection(address: Address, *, timeout: float = 10.0,
 
 def _failed(address: Address, cause: Exception) -> Exception:
     if isinstance(cause, OSError):
-        return ConnectionLost(f"{_shown(address)}: {cause.strerror or cause}", cause.errno or errno.ENOTCONN)
+        # With a number the words for it say it all; what asyncio writes there has the address once more.
+        return ConnectionLost(_shown(address) if cause.errno else f"{_shown(address)}: {cause}",
+                              cause.errno or errno.ENOTCONN)
     if isinstance(cause, EOFError):
         return ConnectionLost(f"{_shown(address)}: the peer hung up before it had greeted")
     return ProtocolError(f"{_shown(address)}: this is no QMP server: {cause}")
