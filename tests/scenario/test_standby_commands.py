@@ -15,7 +15,7 @@ from blockstep.daemon.disks import DiskSpec
 from blockstep.daemon.standby import Standby, StandbyConfig
 from blockstep.errors import ReplicationError
 from blockstep.jobs.commit import CommitJob
-from blockstep.nbd.uri import InetAddress, UnixAddress
+from blockstep.nbd.uri import Address, InetAddress, UnixAddress, parse_uri
 from blockstep.qmp.commands import replication as qmp
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
 
@@ -44,13 +44,13 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-def with_standby(tmp_path: Path, test: Callable[[Standby], Awaitable[None]], names: str = "d") -> None:
+def with_standby(tmp_path: Path, test: Callable[[Standby], Awaitable[None]], names: str = "d",
+                 view: Address | None = None) -> None:
     async def main() -> None:
         standby = Standby(StandbyConfig(
             pair="p", disks=tuple(DiskSpec(name, tmp_path / f"{name}.img", SIZE) for name in names),
-            link=InetAddress("127.0.0.1", 0), view=UnixAddress(str(tmp_path / "view.nbd")), qmp=tmp_path / "qmp",
-            state=tmp_path / "promoted",
-            buffer_memory=SIZE, buffer_dir=None))
+            link=InetAddress("127.0.0.1", 0), view=view or UnixAddress(str(tmp_path / "view.nbd")),
+            qmp=tmp_path / "qmp", state=tmp_path / "promoted", buffer_memory=SIZE, buffer_dir=None))
         await standby.open()
         try:
             await test(standby)
@@ -320,6 +320,51 @@ def test_a_standby_that_ends_goes_on_with_a_failover_of_which_a_part_failed(
 
     with_standby(tmp_path, test, "de")
     assert not any((tmp_path / "e.img").read_bytes())
+
+
+def test_a_standby_is_not_healthy_while_its_primary_copies_over_an_old_checkpoint(tmp_path: Path) -> None:
+    """Its view is whole, but of a time before the primary was lost."""
+
+    async def test(standby: Standby) -> None:
+        told: list[tuple[str, str]] = []
+        standby.emit = lambda event: told.append((event.state, event.health)) if isinstance(  # type: ignore[method-assign]
+            event, qmp.ReplicationState) else None
+        primary: Any = Caller()
+        await replicating(standby, primary)
+        assert (standby.status().state, standby.status().health) == ("replicating", "healthy")
+        primary.gone.set()
+        await turns()
+        again: Any = Caller()
+        assert (await standby.attach(hello("P2"), again)).accepted
+        status = standby.status()
+        assert (status.state, status.health) == ("resyncing", "degraded")
+        assert "the view stays at checkpoint 1" in status.reason
+        await standby.commit(2, again)
+        assert (standby.status().state, standby.status().reason) == ("replicating", "")
+        assert told == [("syncing", "at-risk"), ("replicating", "healthy"), ("lost", "at-risk"),
+                        ("resyncing", "degraded"), ("replicating", "healthy")]
+
+    with_standby(tmp_path, test)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::", ""])
+def test_port_0_is_nowhere_said_but_the_one_that_it_became(tmp_path: Path, host: str) -> None:
+    async def test(standby: Standby) -> None:
+        primary: Any = Caller()
+        await replicating(standby, primary)
+        status = standby.status()
+        promoted = await standby.fail_over("checkpoint")
+        assert promoted.exports == standby.exports == status.exports == standby.status().exports
+        [uri] = promoted.exports
+        address = parse_uri(uri).address
+        assert isinstance(address, InetAddress)
+        server = standby._view_server
+        assert server
+        assert {sock.getsockname()[1] for sock in server._listeners} == {address.port}
+        assert status.link.endswith(f":{standby.link_port}")
+        assert standby.link_port
+
+    with_standby(tmp_path, test, view=InetAddress(host, 0))
 
 
 def test_a_standby_that_cannot_put_its_disks_back_to_the_checkpoint_says_so(

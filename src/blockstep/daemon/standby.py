@@ -14,8 +14,9 @@ A buffer without room fails the primary's writes, and the primary lets go and co
 stays as long as it can: only when the buffer becomes full in a resync as well, it is given up with the next `attach`.
 Then there is no view until the next `commit`; but there is a way out.
 
-State, in words: *waiting* for a primary, *syncing*, *replicating*, *lost* (it has a checkpoint, and the primary is
-gone), *failover* (it is being promoted, or the merge runs), *promoted*, *failover-failed*, *stopped*.
+State, in words: *waiting* for a primary, *syncing*, *replicating*, *resyncing* (it has a checkpoint, and a primary that
+copies what came since, or everything), *lost* (it has a checkpoint, and the primary is gone), *failover* (it is being
+promoted, or the merge runs), *promoted*, *failover-failed*, *stopped*.
 
 A promotion of which a part fails is never taken back once a disk is promoted: no primary comes in any more, and each
 disk is in a state of its own. The same command goes on with those that are not promoted, or not merged, as often as
@@ -114,6 +115,8 @@ class Standby(Service):
         self._link_server: NbdServer | None = None
         self._control: QmpServer | None = None
         self._primary: Monitor | None = None
+        #: The connection whose checkpoint the views are. Another one's disks are something else until it commits.
+        self._committed_by: Monitor | None = None
         self._cutting = asyncio.Lock()
         self._heard_at = 0.0
         #: Whether the primary has committed a checkpoint since it was attached, that is: its (re)sync is over.
@@ -315,6 +318,7 @@ class Standby(Service):
             raise
         if monitor is self._primary:  # else another has come meanwhile, whose disks these are not
             self._instance, self._has_committed = self._wanted_instance, True
+            self._committed_by = monitor
         self._epoch, self._committed_at = epoch, self._clock()
         self._last_error = ""
         self._no_room = False
@@ -528,7 +532,9 @@ class Standby(Service):
         if self._stopped:
             return "stopped"
         if self._running:
-            return "replicating" if self._primary else "lost"
+            if self._primary is None:
+                return "lost"
+            return "replicating" if self._committed_by is self._primary else "resyncing"
         return "syncing" if self._primary else "waiting"
 
     @property
@@ -580,8 +586,12 @@ class Standby(Service):
             return "at-risk", self._what_is_left()
         if state in ("promoted", "failover", "stopped"):
             return "degraded", "it has no standby of its own"
-        if errors or self._last_error:
-            return "degraded", "; ".join([*errors, *([self._last_error] if self._last_error else [])])
+        reasons = [*errors, *([self._last_error] if self._last_error else [])]
+        if state == "resyncing":
+            reasons.insert(0, "the primary copies what is missing; until that is done the view stays at checkpoint "
+                              f"{self._epoch}")
+        if reasons:
+            return "degraded", "; ".join(reasons)
         return "healthy", ""
 
     def status(self) -> qmp.PairStatus:
