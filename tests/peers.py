@@ -29,6 +29,7 @@ __all__ = ["PACKAGES", "QMP", "ProcessFailed", "accepts", "blockstep", "missed",
 #: Program -> the Debian package that has it.
 PACKAGES = {
     "fio": "fio",
+    "mkfs.ext4": "e2fsprogs",
     "nbdcopy": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
     "nbdkit": "nbdkit",
@@ -36,6 +37,7 @@ PACKAGES = {
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
+    "qemu-storage-daemon": "qemu-system-common",
     "qemu-system-x86_64": "qemu-system-x86",
 }
 
