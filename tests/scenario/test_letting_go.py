@@ -32,7 +32,7 @@ def with_pair(tmp_path: Path, test: Callable[[Primary, Standby], Awaitable[None]
         await standby.open()
         primary = Primary(PrimaryConfig(
             pair="p", disks=tuple(DiskSpec(name, tmp_path / f"{name}.primary", SIZE) for name in "ab"),
-            standby=InetAddress("127.0.0.1", standby.link_port), export=UnixAddress(str(tmp_path / "export")),
+            standby=InetAddress("127.0.0.1", standby.link.port), export=UnixAddress(str(tmp_path / "export")),
             qmp=tmp_path / "p.qmp", checkpoint_every=0.0, checkpoint_bytes=0))
         try:
             await test(primary, standby)

@@ -61,8 +61,8 @@ def with_standby(tmp_path: Path, test: Callable[[Standby], Awaitable[None]], nam
 
 
 async def replicating(standby: Standby, caller: Any, names: str = "d") -> None:
-    assert (await standby.attach(hello("P1", names), caller)).accepted
-    await standby.commit(1, caller)
+    assert (await standby.link.attach(hello("P1", names), caller)).accepted
+    await standby.link.commit(1, caller)
 
 
 def link_of(standby: Standby) -> Any:
@@ -79,7 +79,7 @@ def test_a_promotion_in_the_middle_of_an_attach_leaves_no_way_in_for_the_primary
         old = link_of(standby)
         await enter(old)  # a write of the old connection takes its time
         again: Any = Caller()
-        attaching = asyncio.create_task(standby.attach(hello(), again))
+        attaching = asyncio.create_task(standby.link.attach(hello(), again))
         await turns()
         promoting = asyncio.create_task(standby.fail_over(to))
         await turns()
@@ -87,8 +87,8 @@ def test_a_promotion_in_the_middle_of_an_attach_leaves_no_way_in_for_the_primary
         await promoting
         assert not (await attaching).accepted
         assert link_of(standby) is None
-        assert standby._link_server is not None
-        assert len(standby._link_server.exports) == 0
+        assert standby.link.server is not None
+        assert len(standby.link.server.exports) == 0
 
     with_standby(tmp_path, test)
 
@@ -101,14 +101,14 @@ def test_two_attaches_at_a_time_leave_the_later_one(tmp_path: Path) -> None:
         await enter(old)
         second: Any = Caller()
         third: Any = Caller()
-        attaching = [asyncio.create_task(standby.attach(hello(), caller)) for caller in (second, third)]
+        attaching = [asyncio.create_task(standby.link.attach(hello(), caller)) for caller in (second, third)]
         await turns()
         leave(old)
         answers = await asyncio.gather(*attaching, return_exceptions=True)
         assert isinstance(answers[0], ReplicationError)
         assert isinstance(answers[1], qmp.Attached)
         assert answers[1].accepted
-        assert standby._primary is third
+        assert standby.situation.primary is third
 
     with_standby(tmp_path, test)
 
@@ -122,10 +122,10 @@ def test_a_new_connection_does_not_write_into_a_checkpoint_of_the_one_before(tmp
         view = standby.disks["d"].view
         await link_of(standby).pwrite(0, b"1" * 4096)
         await enter(view)
-        committing = asyncio.create_task(standby.commit(2, first))
+        committing = asyncio.create_task(standby.link.commit(2, first))
         await turns()
         again: Any = Caller()
-        assert (await standby.attach(hello(), again)).accepted
+        assert (await standby.link.attach(hello(), again)).accepted
         writing = asyncio.create_task(link_of(standby).pwrite(4096, b"2" * 4096))
         await turns()
         leave(view)
@@ -143,12 +143,12 @@ def test_a_write_that_was_held_back_when_its_connection_was_cut_never_comes(tmp_
         await replicating(standby, first)
         view = standby.disks["d"].view
         await enter(view)
-        committing = asyncio.create_task(standby.commit(2, first))
+        committing = asyncio.create_task(standby.link.commit(2, first))
         await turns()
         late = asyncio.create_task(link_of(standby).pwrite(0, b"old!"))
         await turns()
         again: Any = Caller()
-        assert (await standby.attach(hello(), again)).accepted
+        assert (await standby.link.attach(hello(), again)).accepted
         resync = asyncio.create_task(link_of(standby).pwrite(0, b"new!"))
         await turns()
         leave(view)
@@ -165,18 +165,18 @@ def test_a_checkpoint_that_ends_after_another_primary_came_does_not_make_that_on
         await replicating(standby, first)
         view = standby.disks["d"].view
         await enter(view)
-        committing = asyncio.create_task(standby.commit(2, first))
+        committing = asyncio.create_task(standby.link.commit(2, first))
         await turns()
         first.gone.set()
         await turns()
         other: Any = Caller()
-        assert (await standby.attach(hello("P2"), other)).accepted
+        assert (await standby.link.attach(hello("P2"), other)).accepted
         leave(view)
         await committing
         other.gone.set()
         await turns()
         other = Caller()
-        assert (await standby.attach(hello("P2"), other)).instance != "P2"
+        assert (await standby.link.attach(hello("P2"), other)).instance != "P2"
 
     with_standby(tmp_path, test)
 
@@ -204,13 +204,13 @@ def test_a_failover_of_which_a_part_failed_goes_on_when_it_is_repeated(
 
     async def test(standby: Standby) -> None:
         primary: Any = Caller()
-        assert (await standby.attach(hello("P1", "de"), primary)).accepted
+        assert (await standby.link.attach(hello("P1", "de"), primary)).accepted
         for content in (b"1", b"2"):
             for disk in standby.disks.values():
                 assert disk.link
                 await disk.link.pwrite(0, content * 4096)
             if content == b"1":
-                await standby.commit(1, primary)
+                await standby.link.commit(1, primary)
         with monkeypatch.context() as patch:
             patch.setattr(HiddenDiskBuffer, step, failing_for_e(step))
             for _ in range(2):  # the second time finds d promoted, and leaves it alone
@@ -222,7 +222,7 @@ def test_a_failover_of_which_a_part_failed_goes_on_when_it_is_repeated(
                 assert "'blockstep failover" + (" --to latest" if to == "latest" else "'") in status.reason
                 assert status.disks[0].reason == ""
                 assert "injected" in status.disks[1].reason
-                assert not (await standby.attach(hello("P1", "de"), primary)).accepted
+                assert not (await standby.link.attach(hello("P1", "de"), primary)).accepted
         await standby.fail_over(to)
         status = await standing_still(standby)
         assert (status.state, status.reason) == ("promoted", "it has no standby of its own")
@@ -235,7 +235,7 @@ def test_a_failover_of_which_a_part_failed_goes_on_when_it_is_repeated(
 
 
 async def standing_still(standby: Standby) -> qmp.PairStatus:
-    await standby._merged()
+    await standby.ends._merged()
     await turns()
     return standby.status()
 
@@ -335,11 +335,11 @@ def test_a_standby_is_not_healthy_while_its_primary_copies_over_an_old_checkpoin
         primary.gone.set()
         await turns()
         again: Any = Caller()
-        assert (await standby.attach(hello("P2"), again)).accepted
+        assert (await standby.link.attach(hello("P2"), again)).accepted
         status = standby.status()
         assert (status.state, status.health) == ("resyncing", "degraded")
         assert "the view stays at checkpoint 1" in status.reason
-        await standby.commit(2, again)
+        await standby.link.commit(2, again)
         assert (standby.status().state, standby.status().reason) == ("replicating", "")
         assert told == [("syncing", "at-risk"), ("replicating", "healthy"), ("lost", "at-risk"),
                         ("resyncing", "degraded"), ("replicating", "healthy")]
@@ -361,8 +361,8 @@ def test_port_0_is_nowhere_said_but_the_one_that_it_became(tmp_path: Path, host:
         server = standby._view_server
         assert server
         assert {sock.getsockname()[1] for sock in server._listeners} == {address.port}
-        assert status.link.endswith(f":{standby.link_port}")
-        assert standby.link_port
+        assert status.link.endswith(f":{standby.link.port}")
+        assert standby.link.port
 
     with_standby(tmp_path, test, view=InetAddress(host, 0))
 

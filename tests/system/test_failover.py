@@ -135,7 +135,7 @@ async def test_a_primary_that_comes_back_is_fenced_at_once(tmp_path: Path) -> No
 async def test_a_failover_needs_a_checkpoint(tmp_path: Path) -> None:
     async with Pair(tmp_path) as pair:
         await pair.start_standby()
-        with pytest.raises(BlockstepError, match="no checkpoint"):
+        with pytest.raises(BlockstepError, match=r"no checkpoint to stand on \(it is waiting\)"):
             await pair.standby.execute("replication-failover")
         assert (await pair.standby.status())["state"] == "waiting"
 

@@ -1,0 +1,167 @@
+"""How a standby's life with its primary ends: by a promotion, or by a stop.
+
+Both revoke the primary's way in first, are all of one piece as long as nothing has been done to a disk, and are never
+taken back from then on: a disk that is promoted may be in use, and no primary may write to it again. What a failure
+leaves undone, the same command does when it is repeated: it goes on with the disks that are not promoted, or not
+merged, and leaves the others alone.
+
+A promotion is written down, durably, before anything of it happens: see `blockstep.daemon.promotion`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Literal
+
+from blockstep.aio.pool import in_thread
+from blockstep.daemon import promotion
+from blockstep.daemon.standby_status import Situation
+from blockstep.drivers.replication import Stage
+from blockstep.errors import BlockstepError, ReplicationError
+from blockstep.qmp.commands import replication as qmp
+from blockstep.qmp.schema import Event
+from blockstep.replication.registry import ReplicationRegistry
+
+
+class Ends:
+    """The verbs. ``revoke`` shuts the primary out; ``emit`` sends an event; ``tell`` sends the state if it is new."""
+
+    def __init__(self, situation: Situation, registry: ReplicationRegistry, revoke: Callable[[], Awaitable[None]],
+                 emit: Callable[[Event], None], tell: Callable[[], None]) -> None:
+        self._now, self._registry = situation, registry
+        self._revoke, self._emit, self._tell = revoke, emit, tell
+        self._pair = situation.config.pair
+        self._note = situation.config.state
+        # One at a time.
+        self._turn = asyncio.Lock()
+        self._merging: asyncio.Task[None] | None = None
+
+    # --- promotion ---
+
+    async def fail_over(self, to: Literal["checkpoint", "latest"]) -> None:
+        """Promote all disks that are not. Raises ReplicationError, or OSError of the note."""
+        now = self._now
+        async with self._turn:
+            if now.promoted_to and to != now.promoted_to:
+                raise ReplicationError(self._pair, "failover", f"it has been promoted with --to {now.promoted_to}; "
+                                       "that cannot be changed any more")
+            if now.promoted_to and not now.unfinished:
+                return
+            if not now.promoted_to:
+                self._must_run("failover")
+            now.promoting = True
+            try:
+                await (self._go_on() if now.promoted_to else self._promote(to))
+            finally:
+                now.promoting = False
+                self._tell()
+
+    async def _promote(self, to: Literal["checkpoint", "latest"]) -> None:
+        now = self._now
+        now.promoted_to = to
+        try:
+            await in_thread(promotion.write, self._note, self._pair, now.epoch, to)
+            await self._revoke()
+            with self._saying_which():
+                await self._registry.stop_all(failover=to == "checkpoint")
+        except BaseException:
+            if now.untouched:  # else a part of it is promoted, and no primary may write to that
+                now.promoted_to = ""
+                promotion.take_back(self._note)
+            else:
+                self._begun()
+            raise
+        self._begun()
+
+    async def _go_on(self) -> None:
+        try:
+            with self._saying_which():
+                await self._finish()
+        finally:
+            self._begun()
+
+    @contextlib.contextmanager
+    def _saying_which(self) -> Iterator[None]:
+        """Of several disks the error says for each how it is, once they are not all the same."""
+        try:
+            yield
+        except ReplicationError as error:
+            if self._now.untouched:
+                raise
+            raise ReplicationError(self._pair, "failover", self._now.what_is_left()) from error
+
+    def _begun(self) -> None:
+        self._announce("begun")
+        if not self._merging or self._merging.done():
+            self._merging = asyncio.get_running_loop().create_task(self._see_merged())
+
+    async def _see_merged(self) -> None:
+        await self._merged()
+        left = self._now.what_is_left()
+        self._announce("failed" if left else "done", left)
+        self._tell()
+
+    def _announce(self, stage: Literal["begun", "done", "failed"], reason: str = "") -> None:
+        self._emit(qmp.ReplicationFailover(pair=self._pair, stage=stage, to=self._now.promoted_to,
+                                           epoch=self._now.epoch, reason=reason))
+
+    # --- stop ---
+
+    async def stop(self) -> None:
+        """The views become what the primary wrote last. Raises ReplicationError."""
+        now = self._now
+        async with self._turn:
+            try:
+                if now.stopped:
+                    await self._finish()
+                    return
+                self._must_run("stop")
+                now.stopped = True
+                try:
+                    await self._revoke()
+                    await self._registry.stop_all(failover=False)
+                except BaseException:
+                    now.stopped = not now.untouched
+                    raise
+            finally:
+                self._tell()
+
+    # --- both ---
+
+    async def close(self) -> list[ReplicationError]:
+        """The program ends: put the disks to the checkpoint if nothing else was decided, else go on with what was.
+
+        Returns what could not be put right, an error for each disk.
+        """
+        now = self._now
+        buffers = [buffer for disk in now.disks.values() if (buffer := disk.buffer)]
+        with contextlib.suppress(BlockstepError):  # each disk is asked below
+            if now.running and not now.declines():
+                await self._registry.stop_all(failover=True)
+            else:
+                await self._merged()
+                await self._finish()
+        for buffer in buffers:
+            await buffer.merged()
+        if self._merging:
+            await self._merging
+        torn = [] if now.keeps_latest else now.unfinished
+        return [ReplicationError(disk.filter.name, "stop", f"the disk is not at a checkpoint: {disk.filter.error}")
+                for disk in torn]
+
+    async def _finish(self) -> None:
+        for disk in self._now.unfinished:
+            disk.errors.clear()
+        await self._registry.finish_all(failover=not self._now.keeps_latest)
+
+    async def _merged(self) -> None:
+        """Wait until no merge runs."""
+        while buffers := [disk.buffer for disk in self._now.disks.values()
+                          if disk.buffer and disk.filter.stage is Stage.FAILOVER]:
+            await buffers[0].merged()
+
+    def _must_run(self, step: str) -> None:
+        if not self._now.running or self._now.declines():
+            raise ReplicationError(self._pair, step, f"there is no checkpoint to stand on (it is {self._now.state})")

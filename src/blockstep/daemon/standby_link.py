@@ -1,0 +1,260 @@
+"""The side of a standby that its primary sees: the link's exports, and the commands on the control port above it.
+
+A primary presents itself: `attach`. When it has copied its disks, its first `commit` starts replication, and from
+then on the views are checkpoints, moved forward by `commit`, all together. Nothing here decides: it does as its primary
+says, until the standby is promoted or stopped (`revoke`).
+
+One primary at a time, over one control connection at a time; a new connection of the same primary takes the place of
+the old one, whose requests are waited for, or fail, before the new one's are taken. While the standby waits for
+that, anything may happen: so each command asks anew, after waiting, whether its connection is still the one.
+
+A buffer without room fails the primary's writes, and the primary lets go and comes back with a resync. The checkpoint
+stays as long as it can: only when the buffer becomes full in a resync as well, it is given up with the next `attach`.
+Then there is no view until the next `commit`; but there is a way out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ssl
+from collections.abc import Callable
+
+from blockstep.block.graph import Graph
+from blockstep.block.permissions import READ, WRITE
+from blockstep.daemon.standby_status import Situation
+from blockstep.errors import BlockstepError, OptionError, ReplicationError
+from blockstep.nbd.export import Export
+from blockstep.nbd.server import Server as NbdServer
+from blockstep.nbd.uri import InetAddress
+from blockstep.qmp.commands import core
+from blockstep.qmp.commands import replication as qmp
+from blockstep.qmp.schema import Monitor, Registry
+from blockstep.qmp.server import Server as QmpServer
+from blockstep.replication.registry import ReplicationRegistry
+from blockstep.replication.resize import check_growth
+
+
+class PrimarysSide:
+    """See the module. ``tell`` is called when the situation has changed; ``status`` is what the primary may ask for."""
+
+    def __init__(self, situation: Situation, graph: Graph, registry: ReplicationRegistry, tell: Callable[[], None],
+                 status: Callable[[], qmp.PairStatus]) -> None:
+        self._now, self._graph, self._registry, self._tell = situation, graph, registry, tell
+        self._status = status
+        self._config = situation.config
+        #: Where it listens; the control port is one above.
+        self.port = 0
+        self.server: NbdServer | None = None
+        self._control: QmpServer | None = None
+        self._cutting = asyncio.Lock()
+        self._heard_at = 0.0
+        #: Whether the primary has committed a checkpoint since it was attached, that is: its (re)sync is over.
+        self._has_committed = False
+        #: Whether the buffer has become full in a resync.
+        self._no_room = False
+        #: Which run of a primary committed last, and which is attached.
+        self._instance = ""
+        self._wanted_instance = ""
+
+    # --- start and stop ---
+
+    async def listen(self, version: core.Version, tls: ssl.SSLContext | None) -> None:
+        """Take the link's port and the one above it. Port 0: any two neighbours that are free. Raises OSError."""
+        host, port = self._config.link.host, self._config.link.port
+        for _ in range(64):
+            server = NbdServer(tls="required" if tls else "off", tls_context=tls)
+            (_, self.port), *_ = await server.start_tcp(host or None, port)
+            control = QmpServer(Registry.of(qmp.peer_commands), self, version=version)
+            try:
+                await control.start_tcp(host or "::", self.port + 1, tls)
+            except OSError:
+                await server.stop()
+                if port:
+                    raise
+            else:
+                self.server, self._control = server, control
+                return
+        raise OptionError("--link", str(self._config.link), "an address with two free ports in a row")
+
+    @property
+    def address(self) -> str:
+        """Where a primary finds this standby."""
+        return str(InetAddress(self._config.link.host, self.port))
+
+    async def close(self) -> None:
+        """Listen no more; what the primary has sent is finished."""
+        for server in (self._control, self.server):
+            if server:
+                await server.stop()
+        for disk in self._now.disks.values():
+            if disk.link:
+                await self._graph.detach_backend(disk.link)
+
+    # --- the primary's commands ---
+
+    async def attach(self, args: qmp.AttachArguments, monitor: Monitor) -> qmp.Attached:
+        """A primary presents itself. What another connection of the same primary still had is cut off."""
+        now = self._now
+        if now.declines():
+            return self._decline()
+        self._check_primary(args, monitor)
+        now.primary = monitor
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(monitor, args.silence))
+        if self.server is None:
+            raise BlockstepError("the standby is not ready")
+        await self._cut_links()
+        await self._fit({disk.name: disk.size for disk in args.disks})
+        if self._no_room:
+            await self._give_up()
+        # While it waited the standby may have been promoted, or the primary may have come again: no way in then.
+        if now.declines():
+            return self._decline()
+        self._must_be_primary(monitor, "attach")
+        self._has_committed = False
+        for name, disk in now.disks.items():
+            node = self._graph.find(f"{name}-secondary")
+            # Below the copy-before-write filter, if there is one: it is put over the node's parents.
+            top = disk.buffer.cbw if disk.buffer else node
+            disk.link = self._graph.attach_backend(top, f"link of {name}", READ | WRITE)
+            self.server.add(Export(name, disk.link, description=f"pair {self._config.pair}, for the primary"))
+        self._tell()
+        return self._answer(True, "")
+
+    def _decline(self) -> qmp.Attached:
+        what = "was promoted" if self._now.promoted_to else "was stopped"
+        return self._answer(False, f"standby '{self._config.pair}' {what}; it takes no primary any more")
+
+    def _answer(self, accepted: bool, reason: str) -> qmp.Attached:
+        return qmp.Attached(accepted=accepted, reason=reason, instance=self._instance, epoch=self._now.epoch,
+                            running=self._now.running, port=self.port, buffer_limit=self._config.buffer_limit)
+
+    def _check_primary(self, args: qmp.AttachArguments, monitor: Monitor) -> None:
+        now = self._now
+        if args.pair != self._config.pair:
+            raise OptionError("pair", args.pair, f"'{self._config.pair}', as this standby was told")
+        if now.primary and now.primary is not monitor and args.instance != self._wanted_instance:
+            raise BlockstepError(f"another primary, at {now.primary.peer}, is attached; stop it first")
+        mine = {name: disk.view.length for name, disk in now.disks.items()}
+        theirs = {disk.name: disk.size for disk in args.disks}
+        if set(mine) != set(theirs):
+            raise OptionError("disks", ", ".join(sorted(theirs)), f"those of this standby: {', '.join(sorted(mine))}")
+        for name, size in theirs.items():
+            if mine[name] > size and now.disks[name].former_length != size:
+                raise OptionError(f"size of disk '{name}'", size, f"{mine[name]} bytes, as the standby's is")
+        self._wanted_instance = args.instance
+        if args.instance != self._instance:
+            # From here on it may write to the disks: whoever committed before cannot tell what differs any more.
+            self._instance = ""
+
+    async def _give_up(self) -> None:
+        """The buffer has no room for what a resync changes: without the checkpoint none is needed."""
+        self._no_room = False
+        if self._now.running:
+            await self._registry.give_up_all()
+            self._now.epoch = 0
+            self._now.last_error = "the checkpoint was given up: the buffer has no room for it and for a resync"
+
+    async def commit(self, epoch: int, monitor: Monitor) -> None:
+        """Move the views of all disks forward, or of none. The first one is the start."""
+        now = self._now
+        self._must_be_primary(monitor, "checkpoint")
+        try:
+            if now.running:
+                await self._registry.checkpoint_all()
+            else:
+                await self._registry.start_all("secondary")
+        except BlockstepError as error:
+            now.last_error = str(error)
+            self._tell()
+            raise
+        if monitor is now.primary:  # else another has come meanwhile, whose disks these are not
+            self._instance, self._has_committed = self._wanted_instance, True
+            now.committed_by = monitor
+        now.epoch, now.committed_at = epoch, now.clock()
+        now.last_error = ""
+        self._no_room = False
+        for disk in now.disks.values():
+            disk.filter.error = None
+            disk.errors.clear()
+        self._tell()
+
+    async def resize_for_primary(self, disk: str, size: int, monitor: Monitor) -> None:
+        """A disk, its buffers and its view grow, or get back the length before they did; all or none."""
+        self._must_be_primary(monitor, "resize")
+        if disk not in self._now.disks:
+            raise OptionError("disk", disk, f"one of {', '.join(self._now.disks)}")
+        await self._resize(disk, size)
+
+    async def _fit(self, sizes: dict[str, int]) -> None:
+        """Follow what became of the primary's disks while it was away."""
+        for name, size in sizes.items():
+            try:
+                await self._resize(name, size)
+            except OSError as error:
+                length = self._now.disks[name].view.length
+                raise OptionError(f"size of disk '{name}'", size, f"{length} bytes, as the "
+                                  f"standby's is, which cannot grow: {error.strerror or error}") from error
+
+    async def _resize(self, name: str, size: int) -> None:
+        disk = self._now.disks[name]
+        before = disk.view.length
+        if size == before:
+            return
+        if size != disk.former_length:
+            check_growth(before, size)
+        await self._registry.resize(disk.filter, size)
+        disk.former_length = before if size > before else None
+
+    def _must_be_primary(self, monitor: Monitor, step: str) -> None:
+        if self._now.declines() or monitor is not self._now.primary:
+            raise ReplicationError(self._config.pair, step, f"only the attached primary may ask for it "
+                                   f"(the standby is {self._now.state})")
+
+    # --- signs of life ---
+
+    def heard(self, monitor: Monitor) -> qmp.PairStatus:
+        """A sign of life of somebody, who is told how it is."""
+        if monitor is self._now.primary:
+            self._heard_at = self._now.clock()
+        return self._status()
+
+    async def _watch(self, monitor: Monitor, silence: float) -> None:
+        """See the primary go: its connection ends, or it is silent for too long and is cut off."""
+        now = self._now
+        self._heard_at = now.clock()
+        while not monitor.gone.is_set():
+            left = self._heard_at + silence - now.clock() if silence else None
+            if left is not None and left <= 0:
+                monitor.abort()
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await monitor.gone.wait()
+        if monitor is now.primary:
+            now.primary = None
+            self._tell()
+
+    def failed(self, error: OSError) -> None:
+        """A request of the primary failed, or saving what it overwrites did."""
+        if error.errno == errno.ENOSPC and not self._has_committed:
+            self._no_room = True
+
+    # --- the way out ---
+
+    async def revoke(self) -> None:
+        """A primary's writes are refused from here on: at the border at once, then its connections are cut."""
+        for disk in self._now.disks.values():
+            if disk.link:
+                disk.link.revoke(f"standby '{self._config.pair}' has been promoted")
+        await self._cut_links()
+
+    async def _cut_links(self) -> None:
+        """Take the primary's exports away, and wait for what had been begun."""
+        async with self._cutting:  # who comes second waits for the same requests
+            for name, disk in self._now.disks.items():
+                if disk.link and self.server:
+                    await self.server.remove(name, "hard")
+                    await self._graph.detach_backend(disk.link)
+                    disk.link = None

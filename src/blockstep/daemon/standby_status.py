@@ -1,0 +1,161 @@
+"""What a standby knows of itself, and what that is in words.
+
+State, in a word: *waiting* for a primary, *syncing*, *replicating*, *resyncing* (it has a checkpoint, and a primary
+that copies what came since, or everything), *lost* (it has a checkpoint, and the primary is gone), *failover* (it is
+being promoted, or the merge runs), *promoted*, *failover-failed* (with some disks it has not ended), *stopped*.
+
+Nothing here waits or changes anything: the words are true at the moment in which they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from blockstep.daemon.disks import work_status
+from blockstep.daemon.standby_setup import StandbyConfig, StandbyDisk
+from blockstep.drivers.replication import Stage
+from blockstep.jobs.job import Job
+from blockstep.qmp.commands import replication as qmp
+from blockstep.qmp.schema import Monitor
+
+
+class Situation:
+    """What a standby knows of itself: its parts write here what they do, and `Standby.status` reads it."""
+
+    def __init__(self, config: StandbyConfig, clock: Callable[[], float]) -> None:
+        self.config, self.clock = config, clock
+        self.disks: dict[str, StandbyDisk] = {}
+        #: The connection of the primary that is attached.
+        self.primary: Monitor | None = None
+        #: The connection whose checkpoint the views are. Another one's disks are something else until it commits.
+        self.committed_by: Monitor | None = None
+        #: The last checkpoint; 0: there is none.
+        self.epoch = 0
+        self.committed_at = 0.0
+        #: The promotion's choice, from the moment in which it begins.
+        self.promoted_to: Literal["", "checkpoint", "latest"] = ""
+        #: It is being promoted just now.
+        self.promoting = False
+        self.stopped = False
+        #: Why the last operation of the primary failed.
+        self.last_error = ""
+
+    # --- facts ---
+
+    @property
+    def running(self) -> bool:
+        """Whether all disks have a checkpoint."""
+        return bool(self.disks) and all(disk.filter.stage is Stage.RUNNING for disk in self.disks.values())
+
+    def declines(self) -> bool:
+        """Whether no primary gets in any more."""
+        return bool(self.promoted_to) or self.stopped
+
+    @property
+    def keeps_latest(self) -> bool:
+        """Whether a promotion, or a stop, leaves the disks as the primary wrote them last."""
+        return self.stopped or self.promoted_to == "latest"
+
+    @property
+    def untouched(self) -> bool:
+        """Whether all disks keep their checkpoint: no step of a promotion, or a stop, has been done with any."""
+        return self.running and all(disk.buffer and not disk.filter.failed_over for disk in self.disks.values())
+
+    @property
+    def unfinished(self) -> list[StandbyDisk]:
+        """The disks with which a promotion, or a stop, has to go on."""
+        return [disk for disk in self.disks.values() if disk.filter.stage in (Stage.RUNNING, Stage.FAILOVER_FAILED)]
+
+    # --- words ---
+
+    @property
+    def role(self) -> Literal["promoted", "standby"]:
+        return "promoted" if self.promoted_to else "standby"
+
+    @property
+    def state(self) -> str:
+        """One word; see the module."""
+        if self.promoting or any(disk.filter.stage is Stage.FAILOVER for disk in self.disks.values()):
+            return "failover"
+        if self.promoted_to:
+            return "failover-failed" if self.unfinished else "promoted"
+        if self.stopped:
+            return "stopped"
+        if self.running:
+            if self.primary is None:
+                return "lost"
+            return "replicating" if self.committed_by is self.primary else "resyncing"
+        return "syncing" if self.primary else "waiting"
+
+    def health(self) -> tuple[qmp.Health, str]:
+        """How it is, and why it is not healthy."""
+        state = self.state
+        if state == "failover-failed" or (state == "stopped" and self.unfinished):
+            return "at-risk", self.what_is_left()
+        if state in ("waiting", "syncing"):
+            return "at-risk", self.last_error or "there is no checkpoint yet"
+        if state == "lost":
+            return "at-risk", f"the primary is gone; the view is at checkpoint {self.epoch}"
+        if state in ("promoted", "failover", "stopped"):
+            return "degraded", "it has no standby of its own"
+        reasons = [f"disk '{name}': {error}" for name, disk in self.disks.items() for error in disk.errors[:1]]
+        if self.last_error:
+            reasons.append(self.last_error)
+        if state == "resyncing":
+            reasons.insert(0, "the primary copies what is missing; until that is done the view stays at checkpoint "
+                              f"{self.epoch}")
+        return ("degraded", "; ".join(reasons)) if reasons else ("healthy", "")
+
+    def lacks(self, disk: StandbyDisk) -> str:
+        """What keeps a disk from being promoted, or stopped; empty if nothing does."""
+        error = disk.filter.error
+        why = f": {error.strerror or error}" if error else ""
+        if disk.filter.stage is Stage.FAILOVER_FAILED:
+            return f"promoted, but not merged{why}"
+        if disk.filter.stage is Stage.RUNNING:
+            return f"not {'promoted' if self.promoted_to else 'stopped'}, its view is at checkpoint {self.epoch}{why}"
+        return ""
+
+    def what_is_left(self) -> str:
+        """How the disks are with which a promotion, or a stop, has to go on, and what to do; empty if all are well."""
+        if not self.unfinished:
+            return ""
+        disks = "; ".join(f"disk '{disk.spec.name}' is {self.lacks(disk)}" for disk in self.unfinished)
+        if not self.promoted_to:
+            return f"{disks}. 'blockstep stop' again goes on with it"
+        to = " --to latest" if self.promoted_to == "latest" else ""
+        torn = "" if to else ", and until it succeeds do not end this program: the views are whole, the disks are not"
+        return f"{disks}. 'blockstep failover{to}' again goes on with it{torn}"
+
+    # --- the whole ---
+
+    def status(self, link: str, exports: list[str], jobs: Sequence[Job]) -> qmp.PairStatus:
+        """``link`` and ``exports``: where a primary and a guest find it. ``jobs``: the merges that run."""
+        health, reason = self.health()
+        checkpoint = None
+        if self.epoch:
+            checkpoint = qmp.CheckpointStatus(epoch=self.epoch, age=self.clock() - self.committed_at, pause=0.0)
+        return qmp.PairStatus(
+            pair=self.config.pair, role=self.role, state=self.state, health=health, reason=reason, link=link,
+            peer=self.primary.peer if self.primary else "", ack="", checkpoint_every=0.0, checkpoint_bytes=0,
+            checkpoint=checkpoint, disks=[self._disk_status(name, disk) for name, disk in self.disks.items()],
+            work=work_status("failover", jobs) if jobs else None, exports=exports)
+
+    def _disk_status(self, name: str, disk: StandbyDisk) -> qmp.DiskStatus:
+        ended = self.declines() and not self.promoting
+        return qmp.DiskStatus(
+            name=name, size=disk.view.length, state=self._disk_state(disk), behind=0,
+            buffer_used=disk.buffer.used if disk.buffer else 0, buffer_limit=self.config.buffer_limit,
+            reason=(self.lacks(disk) if ended else "") or "; ".join(disk.errors[:1]))
+
+    def _disk_state(self, disk: StandbyDisk) -> str:
+        if disk.filter.stage is Stage.DONE:
+            return "promoted" if self.promoted_to else "stopped"
+        return str(disk.filter.stage.value)
+
+    def event(self) -> qmp.ReplicationState:
+        """The state as it is announced."""
+        health, reason = self.health()
+        return qmp.ReplicationState(pair=self.config.pair, role=self.role, state=self.state, health=health,
+                                    reason=reason, epoch=self.epoch)
