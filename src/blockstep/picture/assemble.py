@@ -1,8 +1,8 @@
 """From the answers of a QMP server to a picture.
 
 The shape is that of ``x-debug-query-block-graph``; the other commands say what its boxes are. It knows users that
-are neither nodes nor jobs only by a name, which QEMU leaves empty for exports: those are told apart by the node
-below them.
+are neither nodes nor jobs only by a name: ``export 'ID'`` with us. QEMU leaves it empty: there exports are told apart
+by the node below them.
 
 Source: QEMU's QMP reference, XDbgBlockGraph, BlockDeviceInfo, BlockJobInfo, BlockExportInfo.
 """
@@ -83,7 +83,7 @@ def _job(id: int, name: str, about: Mapping[str, Any]) -> Box:
 def _user(id: int, name: str, node: str | None, exports: list[Any]) -> Box:
     """An export, if one of that id or, for a user without a name, of that node has no box yet."""
     for export in exports:
-        if name == export["id"] or (not name and export["node-name"] == node):
+        if name == f"export '{export['id']}'" or (not name and export["node-name"] == node):
             exports.remove(export)
             return Box(id=id, kind="export", name=export["id"], type=export["type"],
                        state="shutting down" if export["shutting-down"] else "")
@@ -98,7 +98,7 @@ def _stages(pair: Any) -> dict[str, str]:
 def _headline(pair: Any) -> str:
     if not pair or "role" not in pair:
         return ""
-    words = [f"pair {pair['pair']}", pair["role"], pair["state"], pair["health"]]
+    words = [f"pair {pair['pair']}" if pair["pair"] else "replication", pair["role"], pair["state"], pair["health"]]
     if checkpoint := pair.get("checkpoint"):
         words.append(f"checkpoint {checkpoint['epoch']}, {format_duration(checkpoint['age'])} old")
     return " · ".join(words)

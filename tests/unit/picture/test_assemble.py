@@ -45,6 +45,16 @@ def test_each_of_two_exports_of_a_node_gets_its_own_box() -> None:
         ("export", "a", ""), ("export", "b", "shutting down"), ("user", "ide0-hd0", "")]
 
 
+def test_our_exports_are_found_by_their_ids() -> None:
+    graph = {"nodes": [{"id": 1, "type": "block-driver", "name": "n"},
+                       {"id": 2, "type": "block-backend", "name": "export 'b'"},
+                       {"id": 3, "type": "block-backend", "name": "view of web"}],
+             "edges": [edge(id, 1, "root", READING, READING) for id in (2, 3)]}
+    exports = [{"id": id, "type": "nbd", "node-name": "n", "shutting-down": False} for id in "ab"]
+    boxes = assemble({GRAPH: graph, "query-block-exports": exports}).boxes
+    assert [(box.kind, box.name) for box in boxes[1:]] == [("export", "b"), ("user", "view of web")]
+
+
 def test_a_pair_gives_a_headline_and_the_states_of_its_disks() -> None:
     pair: dict[str, Any] = {
         "pair": "web", "role": "standby", "state": "replicating", "health": "healthy",
