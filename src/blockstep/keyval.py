@@ -279,7 +279,10 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _path(option: str, path: str) -> str:
-    return f"{option}: {path}" if ":" not in option and path else f"{option}.{path}".rstrip(".")
+    """``--option: path.to.it``; without an option's name the path alone."""
+    if option.startswith("--") and ":" not in option and path:
+        return f"{option}: {path}"
+    return ".".join(filter(None, (option, path)))
 
 
 def _at(value: Any, path: str) -> Any:

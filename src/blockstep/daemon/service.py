@@ -90,6 +90,10 @@ class Service:
         if self.qmp:
             self.qmp.emit(event)
 
+    async def told_to_stop(self) -> None:
+        """Wait for a signal or the command ``quit``."""
+        await self._quit.wait()
+
     async def wait(self) -> None:
         """Say that everything is served, and wait for the end."""
         notify("READY=1")

@@ -52,6 +52,7 @@ class StorageDaemon(Service):
 
     async def close(self) -> list[OSError]:
         """A clean stop; see the module. Returns what could not be flushed: one error for each node."""
-        lost = await self.inventory.close()
-        await self.stop_qmp()
-        return lost
+        try:
+            return await self.inventory.close()
+        finally:
+            await self.stop_qmp()

@@ -5,10 +5,12 @@ Nothing here is global: a process can hold two inventories, and a test does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
+from blockstep.block.node import Node
 from blockstep.inventory.colo import Colo
 from blockstep.inventory.exports import ExportTable
 from blockstep.inventory.objects import Objects
@@ -37,20 +39,26 @@ class Inventory:
     async def close(self) -> list[OSError]:
         """End everything in good order: exports, then jobs; make durable what was written; close all nodes.
 
-        Other users of the nodes are gone before. Returns an error for each disk that could not be
-        flushed; nothing is kept open for it.
+        Returns an error for each disk that could not be flushed or closed; nothing is kept open for it.
         """
         await self.exports.close()
         await self.jobs.cancel_all()
         await self.colo.close()
-        lost: list[OSError] = []
-        for node in [node for node in self.graph.nodes.values() if not node.parents and not node.read_only]:
-            try:
-                await node.flush()
-            except OSError as error:
-                lost.append(OSError(error.errno, f"node '{node.name}': {error.strerror or error}"))
+        ends = [await _tried(node, node.flush()) for node in self._tops()]
         for node in self.graph.nodes.values():
             node.owned = False
-        for node in list(self.graph.nodes.values()):
-            await self.graph.close_unused(node)
-        return lost
+        ends += [await _tried(node, self.graph.close_unused(node)) for node in list(self.graph.nodes.values())]
+        return [error for error in ends if error is not None]
+
+    def _tops(self) -> list[Driver]:
+        """The nodes that no other node uses and that can be written to."""
+        return [node for node in self.graph.nodes.values()
+                if not node.read_only and not any(isinstance(edge.parent, Node) for edge in node.parents)]
+
+
+async def _tried(node: Node, work: Awaitable[None]) -> OSError | None:
+    try:
+        await work
+    except OSError as error:
+        return OSError(error.errno, f"node '{node.name}': {error.strerror or error}")
+    return None

@@ -120,7 +120,7 @@ class Server:
 
         Raises OSError: EADDRINUSE if somebody listens there or the path is no socket.
         """
-        sock = _bind_unix(os.fspath(path))
+        sock = bind_unix(os.fspath(path))
         listener = await self.start_socket(sock, allow=allow, max_monitors=max_monitors, pretty=pretty)
         listener._inode = _inode(path)
         return listener
@@ -132,16 +132,7 @@ class Server:
 
         Raises OSError if the address cannot be resolved or bound.
         """
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-        except BaseException:
-            sock.close()
-            raise
+        sock = await bind_tcp(host, port)
         return await self.start_socket(sock, ssl, allow=allow, max_monitors=max_monitors, pretty=pretty)
 
     async def start_socket(self, sock: socket.socket, ssl: tls.SSLContext | None = None, *,
@@ -242,7 +233,22 @@ class Server:
         asyncio.get_running_loop().call_exception_handler(report)
 
 
-def _bind_unix(path: str) -> socket.socket:
+async def bind_tcp(host: str, port: int) -> socket.socket:
+    """A socket bound to the first address that ``host`` resolves to, not listening yet. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def bind_unix(path: str) -> socket.socket:
     """A socket bound to ``path`` with mode 0600, not listening yet, so that nobody can connect before the mode."""
     sock = socket.socket(socket.AF_UNIX)
     try:

@@ -1,0 +1,27 @@
+"""``blockstep daemon``: nodes, NBD exports and QMP monitors, with the command line of qemu-storage-daemon."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def daemon(
+    options: Annotated[list[str] | None, typer.Argument(
+        metavar="[OPTION VALUE]...", help="Those of qemu-storage-daemon; `blockstep daemon --help` says which, with "
+        "the options of every driver")] = None,
+) -> None:
+    """Open disks, export them and be told what to do over QMP, as qemu-storage-daemon does.
+
+    Options are carried out in the order in which they are given: --object, --blockdev, --nbd-server, --export,
+    --chardev and --monitor, or --qmp for both. Exit codes: 0, and 1 for every error. See docs/daemon.md.
+    """
+    from blockstep.cli.daemon_line import main
+
+    raise typer.Exit(main(options or []))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("daemon", context_settings={"ignore_unknown_options": True, "help_option_names": []})(daemon)

@@ -1,0 +1,149 @@
+"""Character devices of the storage daemon: the sockets that monitors are connected to.
+
+A device listens from its ``--chardev`` on; whoever connects is greeted when a ``--monitor`` names it. So a socket is
+there, with mode 0600, before anything that is told about it; and ``wait=on`` can hold up what follows until somebody
+has connected.
+
+There are sockets that listen, and nothing else: unix, TCP (with TLS if credentials are named), or one that was handed
+over. Any number of clients may be connected at a time.
+
+Source: the man page of QEMU's storage daemon (``--chardev``) for the names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import ssl
+import stat
+from collections.abc import Mapping
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from blockstep.errors import OptionError
+from blockstep.inventory.objects import Objects
+from blockstep.qmp.server import bind_tcp, bind_unix
+
+#: Words of a ``--chardev`` that may stand alone.
+SWITCHES: Final = ("server", "wait", "delay", "ipv4", "ipv6")
+
+
+class SocketOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, tag_field="backend",
+                    tag="socket"):
+    """A socket: either ``path``, or ``host`` and ``port``, or ``fd``."""
+
+    id: Annotated[str, Meta(description="Its name, for --monitor.")]
+    path: Annotated[str | None, Meta(description="A unix socket.")] = None
+    host: Annotated[str | None, Meta(description="A TCP address; empty: all addresses.")] = None
+    port: Annotated[str | None, Meta(description="Its port, with host.")] = None
+    fd: Annotated[str | None, Meta(description="A listening socket that was handed over: the number of its "
+                                   "descriptor, or its name if systemd has given it one.")] = None
+    server: Annotated[bool, Meta(description="Must be on: others connect.")] = False
+    wait: Annotated[bool, Meta(description="Go on with the options when somebody has connected, not before.")] = True
+    tls_creds: Annotated[str | None, Meta(description="Demand TLS, with the credentials of that id; TCP only.")] = None
+    tls_authz: Annotated[str | None, Meta(description="Refused: there are no authorization objects.")] = None
+    delay: Annotated[bool, Meta(description="Of no effect: answers are sent at once.")] = False
+    ipv4: Annotated[bool, Meta(description="Of no effect: the first address of the host is taken.")] = True
+    ipv6: Annotated[bool, Meta(description="Of no effect: the first address of the host is taken.")] = True
+
+
+class Chardev:
+    """A socket that listens. Made by `open_chardev`; a monitor takes it over with `take`."""
+
+    def __init__(self, options: SocketOptions, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+        self.options, self.tls = options, tls
+        self._sock: socket.socket | None = sock
+        self._file: tuple[str, tuple[int, int]] | None = None
+        if options.path is not None:
+            path = os.path.abspath(options.path)
+            self._file = path, _identity(path)
+
+    async def wait_connected(self) -> None:
+        """Wait until somebody has connected; they are not accepted yet."""
+        assert self._sock is not None
+        loop = asyncio.get_running_loop()
+        came = asyncio.Event()
+        loop.add_reader(self._sock, came.set)
+        try:
+            await came.wait()
+        finally:
+            loop.remove_reader(self._sock)
+
+    def take(self) -> socket.socket:
+        """The socket, once. Raises OptionError if a monitor has it."""
+        if self._sock is None:
+            raise OptionError("chardev", self.options.id, "a character device that no other monitor uses")
+        sock, self._sock = self._sock, None
+        return sock
+
+    def close(self) -> None:
+        """Remove the file of a unix socket, if it is still ours, and the socket if nobody has taken it."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        if self._file is not None:
+            path, identity = self._file
+            with contextlib.suppress(OSError):
+                if _identity(path) == identity:
+                    os.unlink(path)
+            self._file = None
+
+
+async def open_chardev(options: SocketOptions, objects: Objects, passed: Mapping[str, int]) -> Chardev:
+    """Bind and listen. ``passed``: sockets that were handed over, by name. Raises OptionError or OSError."""
+    tls = _check(options, objects)
+    if options.path is not None:
+        sock = bind_unix(options.path)
+    elif options.host is not None:
+        assert options.port is not None
+        sock = await bind_tcp(options.host, int(options.port))
+    else:
+        sock = passed_socket(options.fd or "", passed, "fd")
+    sock.listen(128)
+    sock.setblocking(False)
+    return Chardev(options, sock, tls)
+
+
+def _check(options: SocketOptions, objects: Objects) -> ssl.SSLContext | None:
+    places = [name for name in ("path", "host", "fd") if getattr(options, name) is not None]
+    if len(places) != 1:
+        raise OptionError("path", ", ".join(places) or None, "given as one of path, host (with port) and fd")
+    if (options.host is None) != (options.port is None):
+        raise OptionError("port", options.port, "given together with host")
+    if options.port is not None and not (options.port.isdecimal() and int(options.port) < 65536):
+        raise OptionError("port", options.port, "a port number, 0 to 65535")
+    if not options.server:
+        raise OptionError("server", False, "on: monitors wait for connections here, they make none")
+    if options.tls_authz is not None:
+        raise OptionError("tls-authz", options.tls_authz, "left out: there are no authorization objects; with "
+                          "verify-peer the credentials let in only clients whom the CA knows")
+    if options.tls_creds is None:
+        return None
+    if options.path is not None:
+        raise OptionError("tls-creds", options.tls_creds, "left out: TLS is for TCP")
+    return objects.tls(options.tls_creds, "server").context()
+
+
+def passed_socket(text: str, passed: Mapping[str, int], option: str) -> socket.socket:
+    """A listening socket that was handed over, by its name or its number. Raises OptionError."""
+    try:
+        fd = passed[text] if text in passed else int(text)
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise ValueError
+        sock = socket.socket(fileno=fd)
+    except (ValueError, OSError):
+        names = f" ({', '.join(passed)})" if passed else ""
+        raise OptionError(option, text, f"the number or the name of a socket that was handed over{names}") from None
+    if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        sock.detach()
+        raise OptionError(option, text, "a stream socket that listens")
+    return sock
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
