@@ -30,7 +30,6 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
-from time import perf_counter
 from typing import ClassVar, Final, Protocol
 from weakref import WeakKeyDictionary
 
@@ -41,8 +40,6 @@ IOV_MAX: Final = 1024
 #: How often a channel receives before others have their turn. A peer that was just answered has often sent more
 #: by then, and a turn of the loop costs ten times a receive that finds nothing (4k, depth 1: 66 k IOPS to 77 k).
 _RECEIVES: Final = 4
-#: After so many times in a row that nothing came while looking out, one in 2^6 is looked out for.
-_MOST_MISSES: Final = 6
 #: Batches of up to this many bytes are joined.
 _JOIN: Final = 2048
 #: Under TLS small pieces are joined up to this many bytes: each call makes a record of its own.
@@ -63,29 +60,6 @@ class _Batch:
         self.at_end: list[Callable[[], None]] = []
 
 
-class Patience:
-    """How often to look out for what may not come in time: after n misses in a row, one time in 2^n."""
-
-    __slots__ = ("_misses", "_most", "_skip")
-
-    def __init__(self, most: int) -> None:
-        """``most``: the misses that count, at the most."""
-        self._most = most
-        self._misses = self._skip = 0
-
-    def allows(self) -> bool:
-        """Whether to look out this time."""
-        if self._skip:
-            self._skip -= 1
-            return False
-        return True
-
-    def learn(self, came: bool) -> None:
-        """What looking out has brought."""
-        self._misses = 0 if came else min(self._misses + 1, self._most)
-        self._skip = (1 << self._misses) - 1
-
-
 class Receiver(Protocol):
     """The owner of a channel."""
 
@@ -102,8 +76,8 @@ class Receiver(Protocol):
 class Channel:
     """A connected stream socket (TCP or unix), plain or TLS, driven by the running event loop."""
 
-    __slots__ = ("_batch", "_closed", "_closing", "_is_reading", "_is_writing", "_loop", "_lost", "_patience",
-                 "_queue", "_receiver", "_sock", "_starting_tls", "_tls", "busy_poll", "on_room", "unsent")
+    __slots__ = ("_batch", "_closed", "_closing", "_is_reading", "_is_writing", "_loop", "_lost", "_queue",
+                 "_receiver", "_sock", "_starting_tls", "_tls", "on_room", "unsent")
 
     def __init__(self, sock: socket.socket, receiver: Receiver) -> None:
         """Take over the connected ``sock`` and start reading."""
@@ -123,11 +97,6 @@ class Channel:
         self._closing = False
         self._lost = False
         self._closed: asyncio.Future[None] = self._loop.create_future()
-        #: Seconds to look out for more, after something was received, before the loop goes to sleep. Where falling
-        #: asleep and being woken takes longer than a peer needs for its next request, this halves the delay of one
-        #: request at a time, and burns the processor meanwhile.
-        self.busy_poll = 0.0
-        self._patience = Patience(_MOST_MISSES)
         #: Bytes that wait for room in the kernel's buffer.
         self.unsent = 0
         #: Called from the loop each time after some of them were sent.
@@ -169,8 +138,6 @@ class Channel:
             try:
                 count = recv_into(receiver.get_buffer())
             except (BlockingIOError, InterruptedError):
-                if self.busy_poll and left < _RECEIVES and self._look_out():
-                    continue
                 return
             except OSError as error:
                 self._end(error)
@@ -188,45 +155,6 @@ class Channel:
                     self._end_batch()
             if not self._is_reading:
                 return
-
-    def _look_out(self) -> bool:
-        """Stay awake for a moment, for a peer that was just answered; less and less often if it never comes in time."""
-        if not self._patience.allows():
-            return False
-        peek, end = self._sock.recv, perf_counter() + self.busy_poll
-        while perf_counter() < end:
-            try:
-                peek(1, socket.MSG_PEEK)
-            except (BlockingIOError, InterruptedError):
-                continue
-            except OSError:
-                pass  # the next receive will meet it as well
-            self._patience.learn(True)
-            return True
-        self._patience.learn(False)
-        return False
-
-    def poll(self, seconds: float) -> bool:
-        """Receive without the event loop, for at most ``seconds``: True after the first receive that got something.
-
-        Burns the processor, and holds up everybody else in the loop: for a peer whose answer is a few dozen
-        microseconds away, where falling asleep and being woken takes longer than that.
-        """
-        if self._tls is not None or not self._is_reading:
-            return False
-        receiver, recv_into = self._receiver, self._sock.recv_into
-        end = perf_counter() + seconds
-        while perf_counter() < end:
-            try:
-                count = recv_into(receiver.get_buffer())
-            except (BlockingIOError, InterruptedError):
-                continue
-            except OSError:
-                return False  # the loop will meet it as well
-            if count:
-                receiver.received(count)
-            return bool(count)
-        return False
 
     def after_batch(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` when what some channel of this loop has just received was dealt with, or else soon.

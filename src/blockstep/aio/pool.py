@@ -26,14 +26,24 @@ _releasing: Final = ThreadPoolExecutor(
     1, "blockstep-release", lambda: os.setpriority(os.PRIO_PROCESS, get_native_id(), 19))
 
 
+_at_work = 0
+
+
+def at_work() -> bool:
+    """Whether a request of this process is in a thread."""
+    return _at_work > 0
+
+
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run ``function(*args)`` in a thread of the pool, and return or raise what it does.
 
     May be awaited in a strand. A task that is cancelled here is cancelled only once the thread has ended: nobody
     finds a buffer still in use, or a range still being written, whose request has gone.
     """
+    global _at_work
     loop = asyncio.get_running_loop()
     future = loop.run_in_executor(_pool, lambda: function(*args, **kwargs))
+    _at_work += 1
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
@@ -44,6 +54,8 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
                 pass
         future.exception()
         raise
+    finally:
+        _at_work -= 1
 
 
 def in_background(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:

@@ -150,22 +150,6 @@ def test_sending_to_a_peer_that_is_gone_ends_the_channel_from_the_loop() -> None
     asyncio.run(main())
 
 
-def test_a_poll_receives_without_a_turn_of_the_loop_and_gives_up_in_time() -> None:
-    async def main() -> None:
-        left, _, right, other = pair()
-        assert not right.poll(0.0)
-        left.send([b"answer"])
-        assert right.poll(TIMEOUT)
-        assert other.got == b"answer"
-        right.pause()
-        left.send([b"more"])
-        assert not right.poll(TIMEOUT), "a paused channel does not wait"
-        left.abort()
-        right.abort()
-
-    asyncio.run(main())
-
-
 def test_what_a_batch_gives_rise_to_is_called_at_its_end_and_not_in_its_middle() -> None:
     async def main() -> None:
         left, _, right, other = pair()
@@ -182,26 +166,6 @@ def test_what_a_batch_gives_rise_to_is_called_at_its_end_and_not_in_its_middle()
         left.after_batch(lambda: order.append("soon"))
         assert order[-1] != "soon"
         await until(lambda: order[-1] == "soon")
-        left.abort()
-        right.abort()
-
-    asyncio.run(main())
-
-
-def test_a_channel_looks_out_for_the_next_request_and_tires_of_a_silent_peer() -> None:
-    async def main() -> None:
-        left, _, right, other = pair()
-        right.busy_poll = 1e-6
-        for looks_to_skip in (1, 0, 3):
-            left.send([b"x"])
-            before = len(other.got)
-            await until(lambda before=before: len(other.got) > before)  # type: ignore[misc]
-            assert right._patience._skip == looks_to_skip
-        right.busy_poll = TIMEOUT
-        right._patience._skip = 0
-        left.send([b"y"])
-        assert right._look_out(), "something is there"
-        assert right._patience._misses == 0
         left.abort()
         right.abort()
 
