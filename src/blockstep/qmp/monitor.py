@@ -7,8 +7,8 @@
 
 Three things wait for each other, and so nothing grows: the socket is not read while the queue is full and
 `READ_AHEAD` bytes have come; the worker begins nothing new while the transport holds back what the peer does
-not read; and an event that finds `EVENT_BACKLOG` bytes unsent cuts the monitor off. After `_TURN` requests the
-worker lets others run, so that a flood of requests does not hold the event loop.
+not read; and an event that finds `EVENT_BACKLOG` bytes unsent cuts the monitor off. For each request in order the
+worker takes a turn (`blockstep.qmp.turns`), so that a flood of requests does not hold the event loop.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ from typing import TYPE_CHECKING, Final
 from blockstep.qmp import wire
 from blockstep.qmp.errors import is_expected
 from blockstep.qmp.schema import Command, EventKind
-from blockstep.qmp.session import Call, Reply, Session
+from blockstep.qmp.session import OOB, Call, Reply, Session
 
 if TYPE_CHECKING:
     from blockstep.qmp.server import Listener
 
-#: Requests of one monitor that wait, or run out of band.
+#: Requests of one monitor that wait, or run out of band. One waits where nothing behind it could overtake it.
 QUEUE: Final = 8
 #: Bytes of unread input above which a monitor's socket is not read.
 READ_AHEAD: Final = 64 * 1024
 #: Bytes of unsent output above which an event cuts a monitor off.
 EVENT_BACKLOG: Final = 1 << 20
-#: Requests that a monitor may have answered before others get their turn: a flood does not hold the event loop.
-_TURN: Final = 8
 #: Bytes of unsent output above which a monitor's requests wait.
 _HIGH_WATER: Final = 64 * 1024
 #: Seconds that a peer on the network has to negotiate: those that say nothing must not take all places.
@@ -126,17 +124,13 @@ class Connection(asyncio.Protocol):
 
     def _pull(self) -> None:
         """Take requests out of the input as far as the bounds allow, and see that somebody works on them."""
-        turn = _TURN
-        while not self._finishing and len(self._queue) < QUEUE and self._out_of_band < QUEUE:
+        while not self._finishing and not self._full:
             item = self._session.next()
             if item is None:
                 break
             if isinstance(item, Call) and item.oob:
                 self._out_of_band += 1
                 self._server.spawn(self._run_out_of_band(item))
-            elif isinstance(item, Reply) and turn and not self._working and self._may_write.is_set():
-                self._answer(item)
-                turn -= 1
             else:
                 self._queue.append(item)
                 if not self._working:
@@ -144,9 +138,14 @@ class Connection(asyncio.Protocol):
                     self._server.spawn(self._work())
         self._balance()
 
+    @property
+    def _full(self) -> bool:
+        ahead = QUEUE if OOB in self._session.enabled else 1
+        return len(self._queue) >= ahead or self._out_of_band >= QUEUE
+
     def _balance(self) -> None:
         """Read the socket only while there is room for what comes."""
-        full = self._session.buffered > READ_AHEAD and (len(self._queue) >= QUEUE or self._out_of_band >= QUEUE)
+        full = self._session.buffered > READ_AHEAD and self._full
         if full != self._reading_paused and not self._transport.is_closing():
             self._reading_paused = full
             if full:
@@ -156,17 +155,15 @@ class Connection(asyncio.Protocol):
 
     async def _work(self) -> None:
         """Answer what is queued, in order. Exists only while there is something."""
-        turn = _TURN
         try:
             while self._queue and not self._transport.is_closing():
+                await self._server.turns.take()
+                if not self._queue:  # the peer went away meanwhile
+                    break
                 item = self._queue.popleft()
                 self._answer(item if isinstance(item, Reply) else Reply(await self._run(item)))
                 await self._may_write.wait()
                 self._pull()
-                turn -= 1
-                if not turn:
-                    turn = _TURN
-                    await asyncio.sleep(0)
         finally:
             self._working = False
             self._close_if_done()

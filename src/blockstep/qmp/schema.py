@@ -29,6 +29,7 @@ where QEMU has an underscore, give ``msgspec.field(name=...)``.
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -116,7 +117,10 @@ class Command:
             raise TypeError(f"{name}: a command takes (context, args), and monitor if it likes")
         self._wants_monitor = "monitor" in parameters
         self.arguments_type: Any = _evaluated(run, parameters[1])
-        self._decoder = msgspec.json.Decoder(self.arguments_type)
+
+    @functools.cached_property
+    def _decoder(self) -> msgspec.json.Decoder[Any]:  # when it is needed: there are many, and programs start often
+        return msgspec.json.Decoder(self.arguments_type)
 
     @property
     def result_type(self) -> Any:

@@ -46,6 +46,7 @@ from blockstep.qmp import wire
 from blockstep.qmp.events import Throttle
 from blockstep.qmp.monitor import Connection
 from blockstep.qmp.schema import Command, Event, Registry
+from blockstep.qmp.turns import Turns
 
 
 class Listener:
@@ -104,6 +105,7 @@ class Server:
         self.registry, self.context, self.version = registry, context, version
         self.listeners: list[Listener] = []
         self.cut_off = 0
+        self.turns = Turns()
         self._clock = clock
         self._throttle = Throttle()
         self._timer: asyncio.TimerHandle | None = None

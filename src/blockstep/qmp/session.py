@@ -201,8 +201,8 @@ def _bad(text: bytes) -> _BadRequest:
     """What is wrong with a text that is JSON but no request."""
     try:
         members = _decode_object(text)
-    except (*_NO_JSON, msgspec.ValidationError):
-        return _BadRequest("a request must be a JSON object")
+    except (*_NO_JSON, msgspec.ValidationError) as error:
+        return _BadRequest(f"this is no request: {error}" if text[:1] == b"{" else "a request must be a JSON object")
     unknown = sorted(set(members) - {"execute", "exec-oob", "arguments", "id"})
     return _BadRequest(f"a request has no member '{unknown[0]}'" if unknown else "this is no request",
                        members.get("id", UNSET))

@@ -1,0 +1,56 @@
+"""One request in each iteration of the event loop, in the order of asking."""
+
+from __future__ import annotations
+
+import asyncio
+
+from blockstep.qmp.turns import Turns
+from tests.scenarios import scenario
+
+
+async def iterations(count: int) -> list[int]:
+    """Count up by one in each iteration of the loop."""
+    seen = [0]
+
+    def step() -> None:
+        seen[0] += 1
+        if seen[0] < count:
+            asyncio.get_running_loop().call_soon(step)
+
+    asyncio.get_running_loop().call_soon(step)
+    return seen
+
+
+@scenario
+async def test_nobody_waits_who_asks_alone() -> None:
+    turns = Turns()
+    for _ in range(3):
+        await asyncio.wait_for(turns.take(), 1)
+        for _ in range(2):
+            await asyncio.sleep(0)
+
+
+@scenario
+async def test_many_get_one_turn_each_iteration_in_their_order() -> None:
+    turns, order = Turns(), list[tuple[str, int]]()
+    now = await iterations(50)
+
+    async def worker(name: str) -> None:
+        for _ in range(3):
+            await turns.take()
+            order.append((name, now[0]))
+
+    await asyncio.gather(*(worker(name) for name in "abc"))
+    assert [name for name, _ in order] == list("abcabcabc")
+    assert len({when for _, when in order}) == len(order)
+
+
+@scenario
+async def test_one_who_gives_up_holds_nobody() -> None:
+    turns = Turns()
+    await turns.take()
+    first, second = (asyncio.ensure_future(turns.take()) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait_for(second, 1)
+    assert first.cancelled()
