@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,13 +30,14 @@ def export(
     Listens where --socket or --listen say, or on the sockets that systemd passes, or else on a socket
     in the runtime directory.
     """
+    from blockstep.aio.loop import run
     from blockstep.daemon.export import ExportConfig, main
 
     config = ExportConfig(
         path=file, name=name, address=parse_served(socket, listen, "export.nbd"), read_only=read_only,
         direct=cache == "none", discard=discard, tls=tls, tls_certificates=tls_certificates,
         tls_verify_peer=tls_verify_peer, max_connections=max_connections, given=bool(socket or listen))
-    asyncio.run(main(config, lambda uris: typer.echo("\n".join(uris))))
+    run(main(config, lambda uris: typer.echo("\n".join(uris))))
 
 
 def add_to(app: typer.Typer) -> None:

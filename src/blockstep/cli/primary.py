@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Literal
 
 import typer
@@ -49,6 +48,7 @@ def primary(
     The disks are served where --socket or --listen say, or on the sockets that systemd passes, or else on a
     socket in the runtime directory.
     """
+    from blockstep.aio.loop import run
     from blockstep.daemon.primary import Primary, PrimaryConfig, main
 
     config = PrimaryConfig(
@@ -66,7 +66,7 @@ def primary(
         for uri in program.status().exports:
             typer.echo(uri)
 
-    asyncio.run(main(config, ready))
+    run(main(config, ready))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +48,7 @@ def standby(
     The disks' views (at the last checkpoint) are served where --socket or --listen say, or on the sockets
     that systemd passes, or else on a socket in the runtime directory; they may be read and written.
     """
+    from blockstep.aio.loop import run
     from blockstep.daemon.standby import Standby, StandbyConfig, main
 
     config = StandbyConfig(
@@ -65,7 +65,7 @@ def standby(
         for uri in program.exports:
             typer.echo(uri)
 
-    asyncio.run(main(config, ready))
+    run(main(config, ready))
 
 
 def add_to(app: typer.Typer) -> None:

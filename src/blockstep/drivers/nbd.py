@@ -71,8 +71,6 @@ class NbdOptions(NodeOptions, tag="nbd"):
     ``tls-hostname``: whom the server's certificate must name, if not the host. ``open-timeout``: how long to try
     at the start; 0: once. ``reconnect-delay``: how long requests wait for a lost connection; then they fail, and
     dialling goes on. ``timeout``: how long a request may stay unanswered before the connection is cut; 0: for ever.
-    ``busy-poll``: how long to look out for the answer to a lone request before sleeping, at the cost of the
-    processor; some 100 us halve the delay to a server on a fast network; 0: sleep at once.
     ``connections``: how many, if the server offers multi-conn. ``x-dirty-bitmap``: a metadata context that takes
     the place of ``base:allocation`` in block status.
     """
@@ -89,7 +87,6 @@ class NbdOptions(NodeOptions, tag="nbd"):
     reconnect_delay: float = 0.0
     timeout: float = 0.0
     connections: int = 1
-    busy_poll: float = 0.0
     x_dirty_bitmap: str | None = None
 
 
@@ -105,7 +102,7 @@ class Nbd(Driver):
 
     async def open(self) -> None:
         options = self.options
-        for name in ("open_timeout", "reconnect_delay", "timeout", "busy_poll"):
+        for name in ("open_timeout", "reconnect_delay", "timeout"):
             if getattr(options, name) < 0:
                 raise OptionError(name.replace("_", "-"), getattr(options, name), "0 or more seconds")
         if not 1 <= options.connections <= 16:
@@ -114,11 +111,12 @@ class Nbd(Driver):
         address = _address(options, uri)
         tls = _tls(options, uri, self.objects.get(options.tls_creds or ""))
         export = options.export if options.export is not None else uri.export if uri is not None else ""
+        #: Where the disk is, for people; empty if it was given as a connected socket.
+        self.uri = "" if callable(address) else str(NbdUri(address, export, tls=tls is not None))
         self._context = options.x_dirty_bitmap or c.BASE_ALLOCATION
         self.session = Session(
             lambda: Client.connect(address() if callable(address) else address, export, tls=tls,
-                                   contexts=(self._context,), timeout=options.timeout or None,
-                                   busy_poll=options.busy_poll),
+                                   contexts=(self._context,), timeout=options.timeout or None),
             connections=options.connections, reconnect_delay=options.reconnect_delay, on_state=self._state)
         await self.session.open(options.open_timeout)
         info = self.session.info

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable
 from struct import Struct
 from typing import Final
 
-from blockstep.aio.channel import Buffer, Channel, Patience
+from blockstep.aio.channel import Buffer, Channel
 from blockstep.aio.clock import Clock, Timer
 from blockstep.aio.inline import Completion, start
 from blockstep.aio.rangelock import RangeLock
@@ -56,8 +56,6 @@ from blockstep.nbd.wire import EXTENDED_REQUEST, REQUEST
 CORK: Final = 256 << 10
 #: The same while the server has nothing to do: it works on the first requests of a batch while we issue the others.
 EARLY: Final = 12 << 10
-#: After so many lone answers in a row that did not come in time, one in 2^10 is looked out for.
-_MOST_MISSES: Final = 10
 #: How often per ``timeout`` the oldest request is looked at.
 LOOKS: Final = 8
 #: Seconds that `Client.close` waits for a server that does not answer any more.
@@ -67,7 +65,7 @@ CLOSE_TIMEOUT: Final = 5.0
 class Client:
     """A connection in the transmission phase. Made by `connect`."""
 
-    def __init__(self, channel: Channel, info: ExportInfo, *, timeout: float | None = None, busy_poll: float = 0.0,
+    def __init__(self, channel: Channel, info: ExportInfo, *, timeout: float | None = None,
                  on_lost: Callable[[ConnectionLost], object] | None = None, clock: Clock | None = None) -> None:
         """Take over a channel whose handshake is done, paused as `dial` returns it."""
         #: What the server said about the export; `ExportInfo.size` is its length in bytes.
@@ -92,9 +90,6 @@ class Client:
         self._corked = 0
         self._cork_limit = EARLY
         self._in_batch = False
-        self._busy_poll = busy_poll
-        self._is_polling = False
-        self._patience = Patience(_MOST_MISSES)
         self._refusing: ConnectionLost | None = None
         self._reason: ConnectionLost | None = None
         self._saying_goodbye = False
@@ -112,13 +107,12 @@ class Client:
     @classmethod
     async def connect(cls, address: Address | socket.socket, export: str = "", *, tls: ClientTls | None = None,
                       contexts: Iterable[str] = (c.BASE_ALLOCATION,), handshake_timeout: float = 10.0,
-                      timeout: float | None = None, busy_poll: float = 0.0, structured: bool = True,
+                      timeout: float | None = None, structured: bool = True,
                       extended: bool = True, on_lost: Callable[[ConnectionLost], object] | None = None,
                       clock: Clock | None = None) -> Client:
         """Connect to ``export`` at ``address``, or over a socket that is connected.
 
         ``handshake_timeout`` bounds all of it, ``timeout`` each request later (None: for ever), both in seconds.
-        ``busy_poll``: how many seconds to look out for the answer to a lone request before sleeping.
         ``contexts`` are the metadata contexts to ask for; those that the server has are in ``info.contexts``.
         ``structured`` and ``extended`` False keep to older forms of the protocol.
 
@@ -131,7 +125,7 @@ class Client:
             lambda send: open_export(send, export, tls=tls_mode(tls), contexts=wanted, structured=structured,
                                      extended=extended),
             tls, handshake_timeout)
-        return cls(channel, info, timeout=timeout, busy_poll=busy_poll, on_lost=on_lost, clock=clock)
+        return cls(channel, info, timeout=timeout, on_lost=on_lost, clock=clock)
 
     @property
     def outstanding(self) -> int:
@@ -299,15 +293,6 @@ class Client:
             self._corked = 0
             self._cork_limit = CORK
             self._channel.send(cork)
-            if self._busy_poll and len(self._pending) == 1 and not self._is_polling:
-                self._poll()
-
-    def _poll(self) -> None:
-        """Look out for the one answer that somebody waits for; less and less often if it is never there in time."""
-        if self._patience.allows():
-            self._is_polling = True
-            self._patience.learn(self._channel.poll(self._busy_poll))
-            self._is_polling = False
 
     # The deadline.
 

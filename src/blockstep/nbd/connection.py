@@ -51,7 +51,6 @@ class Limits:
 
     requests: int = 1024  #: in flight in the backend
     memory: int = 64 << 20  #: bytes of payloads in flight and of replies not yet sent; exceeded by one request
-    busy_poll: float = 50e-6  #: seconds to look out for the next request before sleeping: `Channel.busy_poll`
     handshake: float = 10.0  #: seconds until the transmission phase; and for taking the last replies
 
 
@@ -112,7 +111,6 @@ class Connection:
         self._tls_task: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self.channel = Channel(sock, self)
-        self.channel.busy_poll = limits.busy_poll
         self.channel.on_room = self._go_on
         self._deadline: asyncio.TimerHandle | None = self._loop.call_later(limits.handshake, self._too_slow)
         self.channel.send([ServerHandshake.greeting()])
