@@ -42,9 +42,10 @@ class Server:
     def title(self) -> str:
         """Who it says that it is."""
         version = self.qmp.greeting["version"]
-        qemu = ".".join(str(version["qemu"][part]) for part in ("major", "minor", "micro"))
         package = str(version["package"])
-        return package if package.startswith("blockstep") else f"QEMU {qemu} {package}".strip()
+        if package.startswith("blockstep"):
+            return package
+        return "QEMU " + ".".join(str(version["qemu"][part]) for part in ("major", "minor", "micro"))
 
     async def execute(self, line: str) -> Any:
         """The result of a line. Raises WordError, then nothing was sent; or what `Connection.execute` does."""

@@ -95,7 +95,7 @@ async def interact(server: Server, prompt: str, history: History | None = None) 
     console = Console(highlight=False, soft_wrap=True)
     events = server.qmp.events()
     with patch_stdout(raw=True):
-        console.print(f"{server.title}. Tab completes, help COMMAND shows arguments, Ctrl-D leaves.")
+        console.print(f"{server.title}. Tab completes, help COMMAND explains, Ctrl-D leaves.")
         watcher = asyncio.ensure_future(_watch(events, console, session))
         try:
             while True:
