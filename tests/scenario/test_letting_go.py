@@ -71,7 +71,7 @@ def test_a_sync_that_ends_after_its_standby_was_let_go_leaves_the_link_off(tmp_p
         await until(lambda: guest.in_flight)
         await turns()
         closing = asyncio.Event()
-        control = primary._control
+        control = primary.standby.control
         assert control is not None
         close = control.close
 
@@ -128,12 +128,12 @@ def test_writes_held_for_a_checkpoint_whose_answer_is_unknown_are_not_sent(
             await primary.disks["a"].backend.pwrite(0, b"after the mark")
             raise error
 
-        primary._ask = unanswered  # type: ignore[method-assign]
+        primary.standby.ask = unanswered  # type: ignore[method-assign]
         primary._post(c.Due())
         await until(lambda: primary.coordinator.state is c.State.OFFLINE)
         assert not released
         monkeypatch.undo()
-        del primary._ask
+        del primary.standby.ask
         await until(lambda: primary.coordinator.protected)
 
     with_pair(tmp_path, test)

@@ -1,0 +1,64 @@
+"""How a primary is, in words: true at the moment in which they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from blockstep.daemon.primary_checkpoints import Checkpoints
+from blockstep.daemon.primary_setup import PrimaryConfig, PrimaryDisk
+from blockstep.daemon.primary_sync import Sync
+from blockstep.qmp.commands import replication as qmp
+from blockstep.replication import coordinator as c
+
+
+class PrimaryStatus:
+    """Reads what the parts of a primary know; changes nothing."""
+
+    def __init__(self, config: PrimaryConfig, disks: Mapping[str, PrimaryDisk], coordinator: c.Coordinator,
+                 checkpoints: Checkpoints, sync: Sync, clock: Callable[[], float]) -> None:
+        self._config, self._disks, self._coordinator = config, disks, coordinator
+        self._checkpoints, self._sync, self._clock = checkpoints, sync, clock
+
+    def health(self) -> tuple[qmp.Health, str]:
+        """How it is, and why it is not healthy."""
+        coordinator = self._coordinator
+        if coordinator.state in (c.State.OFFLINE, c.State.FENCED, c.State.STOPPED):
+            return "at-risk", coordinator.reason
+        if not coordinator.protected:
+            return "degraded", coordinator.reason or "the first checkpoint is being taken"
+        if coordinator.reason:
+            return "degraded", coordinator.reason
+        age, every = self._age(), self._config.checkpoint_every
+        if every and age > 3 * every + self._config.max_stall:
+            return "degraded", f"the last checkpoint is {age:.1f} s old"
+        return "healthy", ""
+
+    def _age(self) -> float:
+        committed_at = self._checkpoints.committed_at
+        return self._clock() - committed_at if committed_at is not None else 0.0
+
+    def status(self, exports: list[str]) -> qmp.PairStatus:
+        """The whole. ``exports``: where a guest finds the disks."""
+        config, coordinator = self._config, self._coordinator
+        health, reason = self.health()
+        checkpoint = None
+        if self._checkpoints.committed_at is not None:
+            checkpoint = qmp.CheckpointStatus(epoch=coordinator.epoch, age=self._age(), pause=self._checkpoints.pause)
+        return qmp.PairStatus(
+            pair=config.pair, role="primary", state=coordinator.state.value, health=health, reason=reason,
+            link="", peer=str(config.standby), ack=config.ack, checkpoint_every=config.checkpoint_every,
+            checkpoint_bytes=config.checkpoint_bytes, checkpoint=checkpoint,
+            disks=[self._disk_status(name, disk) for name, disk in self._disks.items()], work=self._sync.status(),
+            exports=exports)
+
+    def _disk_status(self, name: str, disk: PrimaryDisk) -> qmp.DiskStatus:
+        state = "replicating" if disk.link.on else "syncing" if disk.job else self._coordinator.state.value
+        return qmp.DiskStatus(name=name, size=disk.link.length, state=state, behind=disk.link.behind,
+                              buffer_used=0, buffer_limit=0, reason="")
+
+    def event(self) -> qmp.ReplicationState:
+        """The state as it is announced."""
+        health, reason = self.health()
+        return qmp.ReplicationState(
+            pair=self._config.pair, role="primary", state=self._coordinator.state.value, health=health, reason=reason,
+            epoch=self._coordinator.epoch)

@@ -1,0 +1,71 @@
+"""The first sync of a primary's disks, and every resync: a job for each disk, from NAME-disk to NAME-sync.
+
+A job (`CatchUp`) converges while the guest writes, and switches its link on when the two are the same. A full sync
+covers the disk; a resync covers what the link remembers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from blockstep.block.bitmap import DirtyBitmap
+from blockstep.block.graph import Graph
+from blockstep.daemon.disks import work_status
+from blockstep.daemon.primary_setup import PrimaryDisk
+from blockstep.jobs.registry import JobRegistry
+from blockstep.qmp.commands.replication import WorkStatus
+from blockstep.replication.catch_up import CatchUp
+from blockstep.replication.link import GRANULARITY
+
+
+class Sync:
+    """All disks' syncs as one."""
+
+    def __init__(self, graph: Graph, jobs: JobRegistry, disks: Mapping[str, PrimaryDisk]) -> None:
+        self._graph, self._jobs, self._disks = graph, jobs, disks
+        self._is_full = True
+
+    async def run(self, full: bool) -> None:
+        """Copy everything, or what the standby lacks. At return all links are on. Raises the first job's error."""
+        self._is_full = full
+        jobs = []
+        for name, disk in self._disks.items():
+            assert disk.sync is not None
+            source = self._graph.find(f"{name}-disk")
+            if not full:
+                disk.bitmap = DirtyBitmap(source, "resync", disk.link.length, GRANULARITY)
+                disk.bitmap.merge(disk.link.since)
+                disk.bitmap.merge(disk.link.closing)
+            job = CatchUp(f"sync-{name}", self._graph, source, disk.sync, disk.link, disk.bitmap)
+            disk.job = await self._jobs.create(job)
+            jobs.append(job)
+        for job in jobs:
+            error = await job.wait()
+            if error:
+                raise error
+        with self._graph.change() as change:
+            for disk in self._disks.values():
+                change.refresh(disk.link)
+        self._clear()
+
+    def cancel(self) -> None:
+        """Now: a sync that is about to end must not switch its link on. `cancelled` waits for what follows."""
+        for job in self._jobs.list():
+            job.end(force=True)
+
+    async def cancelled(self) -> None:
+        """Wait until nothing of it is left."""
+        await self._jobs.cancel_all()
+        self._clear()
+
+    def _clear(self) -> None:
+        for disk in self._disks.values():
+            disk.job = None
+            if disk.bitmap:
+                disk.bitmap.remove()
+                disk.bitmap = None
+
+    def status(self) -> WorkStatus | None:
+        """How far it is; None if none runs."""
+        jobs = [disk.job for disk in self._disks.values() if disk.job]
+        return work_status("sync" if self._is_full else "resync", jobs) if jobs else None
