@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks import qmp
 from benchmarks.measures import Bench, Measured, Race, checkpoint_pause, failover, first_sync, memory
 from benchmarks.tools import Workload
 from blockstep.units import KiB, MiB
@@ -88,4 +89,10 @@ ROWS = [
     Row("first-sync", "first sync of a half-empty disk", first_sync, {"ratio": Target(0.8, 1.0)}),
     race("cold-4k-read", "export of a file that is not cached", "blockstep export", ("qemu-nbd",), READ_4K, 1.0, 1.0,
          cold=True),
+    Row("qmp-round-trips", "query-block-jobs on one monitor, one after the other", qmp.round_trips,
+        {"rate": Target(5, 8, "k/s")}),
+    Row("qmp-read-delay", "4k reads, 99th percentile, while a monitor floods", qmp.read_delay,
+        {"growth": Target(2, 1.5, "x", lower=True)}),
+    Row("daemon-start", "from the start of the storage daemon to the first read", qmp.start,
+        {"start": Target(300, 200, "ms", lower=True)}),
 ]
