@@ -1,0 +1,472 @@
+"""``blockstep daemon`` as a process: every option, what is refused, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockstep.cli import daemon_line
+from blockstep.nbd.client import Client
+from blockstep.nbd.dial import ClientTls
+from blockstep.nbd.tls import client_context
+from blockstep.nbd.uri import InetAddress, UnixAddress
+from blockstep.qmp.client import connect
+from blockstep.testing.pair import environment
+from blockstep.testing.processes import QMP, Address, blockstep, free_ports, run, started
+from blockstep.units import KiB, MiB
+from tests import certificates
+from tests.peers import need
+from tests.scenarios import scenario
+
+#: Seconds until what has to happen has happened.
+LIMIT = 20.0
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(os.urandom(64 * KiB) + bytes(MiB - 64 * KiB))
+    return path
+
+
+@contextlib.contextmanager
+def running(*arguments: str | Path, listens_on: tuple[Address, ...] = (),
+            **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A daemon that lives as long as the block."""
+    with started(blockstep("daemon", *arguments), *listens_on, env=environment(), **options) as process:
+        yield process
+
+
+def ended(process: subprocess.Popen[bytes]) -> int:
+    return process.wait(LIMIT)
+
+
+def failing(*arguments: str | Path) -> str:
+    """What a daemon says that fails: one line, and exit code 1."""
+    done = subprocess.run([*map(str, blockstep("daemon", *arguments))], capture_output=True, text=True, timeout=LIMIT,
+                          env=environment(), stdin=subprocess.DEVNULL)
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    assert done.stderr.startswith("blockstep: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def file_node(image: Path, *more: str) -> tuple[str, str]:
+    return "--blockdev", ",".join((f"driver=file,node-name=file,filename={image},discard=unmap", *more))
+
+
+@scenario
+async def test_nodes_are_exported_and_monitors_served_as_the_options_say(tmp_path: Path, image: Path) -> None:
+    nbd, first, second = tmp_path / "nbd", tmp_path / "first.qmp", tmp_path / "second.qmp"
+    with running(
+            "--object", "throttle-group,id=slow,limits.iops-total=100000",
+            "--object", json.dumps({"qom-type": "secret", "id": "word", "data": "x"}),
+            *file_node(image),
+            "--blockdev", json.dumps({"driver": "throttle", "node-name": "disk", "throttle-group": "slow",
+                                      "file": {"driver": "raw", "file": "file"}}),
+            "--blockdev=null,node-name=nothing,size=64k",
+            "--nbd-server", f"addr.type=unix,addr.path={nbd},max-connections=2",
+            "--export", "type=nbd,id=one,node-name=disk,name=web,,1,writable=on,description=The disk",
+            "--export", json.dumps({"type": "nbd", "id": "two", "node-name": "nothing"}),
+            "--chardev", f"socket,id=control,path={first},server=on,wait=off",
+            "--monitor", "chardev=control,mode=control",
+            "--qmp", f"unix:{second},pretty=on",
+            "--name", "store", "--pidfile", tmp_path / "pid",
+            listens_on=(nbd, first, second)) as process:
+        with contextlib.closing(QMP(first)) as qmp:
+            assert qmp.execute("query-name") == {"name": "store"}
+            assert sorted(each["id"] for each in qmp.execute("query-block-exports")) == ["one", "two"]
+        assert (first.stat().st_mode & 0o777, second.stat().st_mode & 0o777) == (0o600, 0o600)
+        client = await Client.connect(UnixAddress(str(nbd)), "web,1")
+        assert client.info.size == MiB
+        assert bytes(await client.pread(0, 4096)) == image.read_bytes()[:4096]
+        await client.pwrite(4096, b"written")
+        await client.close()
+        other = await Client.connect(UnixAddress(str(nbd)), "nothing")
+        assert other.info.size == 64 * KiB
+        await other.close()
+        with socket.socket(socket.AF_UNIX) as pretty:
+            pretty.connect(str(second))
+            assert pretty.makefile().readline() == "{\n"
+        assert int((tmp_path / "pid").read_text()) == process.pid
+        process.terminate()
+        assert ended(process) == 0
+    assert image.read_bytes()[4096:].startswith(b"written")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.img"]
+
+
+def test_a_daemon_in_the_background_serves_when_its_parent_ends(tmp_path: Path, image: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    done = run(*blockstep("daemon", "--daemonize", *file_node(image), "--nbd-server", "addr.type=unix,addr.path=nbd",
+                          "--export", "nbd,id=e,node-name=file", "--qmp", "unix:qmp", "--pidfile", "pid"))
+    pid = int((tmp_path / "pid").read_text())
+    life = os.pidfd_open(pid)
+    try:
+        assert (done.stdout, done.stderr) == ("", "")
+        assert os.readlink(f"/proc/{pid}/cwd") == "/"
+        assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
+        assert os.getsid(pid) != os.getsid(0)
+        with contextlib.closing(QMP(tmp_path / "qmp")) as qmp:
+            [export] = qmp.execute("query-block-exports")
+            assert export["node-name"] == "file"
+            qmp.execute("quit")
+        assert select.select([life], [], [], LIMIT)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(life, signal.SIGKILL)
+        os.close(life)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.img"]
+
+
+def test_a_daemon_that_cannot_serve_says_so_before_its_parent_ends(tmp_path: Path) -> None:
+    said = failing("--daemonize", "--qmp", f"unix:{tmp_path}/qmp", "--pidfile", tmp_path / "pid",
+                   "--blockdev", f"file,node-name=f,filename={tmp_path}/missing")
+    assert f"{tmp_path}/missing" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+WRONG: list[tuple[tuple[str, ...], str, str]] = [
+    (("--nonsense",), "--nonsense", "--blockdev"),
+    (("--qm",), "--qmp", "value"),
+    (("nonsense",), "nonsense", "--help"),
+    (("--blockdev",), "--blockdev", "value"),
+    (("--blockdev", "nonsense,node-name=n"), "nonsense", "file"),
+    (("--blockdev", "driver=null"), "node-name", "given"),
+    (("--blockdev", "null,node-name=1n"), "node-name", "beginning with a letter"),
+    (("--blockdev", "file,node-name=n"), "filename", ""),
+    (("--blockdev", "file,node-name=n,filename={tmp}/missing"), "{tmp}/missing", "No such file"),
+    (("--blockdev", "null,node-name=n,sise=1"), "sise", ""),
+    (("--blockdev", "null,node-name=n,size=big"), "size", ""),
+    (("--blockdev", "null,node-name=n,read-only=maybe"), "read-only", ""),
+    (("--blockdev", "raw,node-name=n,file=m"), "'m'", ""),
+    (("--blockdev", '{"driver": '), "--blockdev", "JSON"),
+    (("--blockdev", '{"driver": "null", "node-name": "n", "size": "1"}'), "size", "int"),
+    (("--blockdev", "null,node-name=n,cache=1,cache.direct=on"), "cache", "one way"),
+    (("--blockdev", "quorum,node-name=n,vote-threshold=1,children.0=a,children.2=b"), "children.1", "gap"),
+    (("--blockdev", "null,node-name=n", "--blockdev", "null,node-name=n"), "node-name", "no other node"),
+    (("--object", "secret,data=x"), "id", "given"),
+    (("--object", "iothread,id=i"), "qom-type", "secret, throttle-group, tls-creds-x509"),
+    (("--object", "secret,id=s"), "data", "given"),
+    (("--object", "tls-creds-x509,id=t,dir={tmp}/none,endpoint=server"), "dir", "server-cert.pem"),
+    (("--object", "throttle-group,id=t,x-iops-total=many"), "x-iops-total", "an integer"),
+    (("--nbd-server", "addr.type=unix"), "addr.path", "given"),
+    (("--nbd-server", "addr.type=inet,addr.host=localhost"), "addr.port", "given"),
+    (("--nbd-server", "addr.type=tcp,addr.host=localhost"), "addr.type", "inet, unix, fd"),
+    (("--nbd-server", "addr.type=unix,addr.path={tmp}/none/nbd"), "{tmp}/none/nbd", "No such file"),
+    (("--nbd-server", "addr.type=unix,addr.path={tmp}/nbd,tls-creds=nobody"), "tls-creds", "tls-creds-x509"),
+    (("--nbd-server", "addr.type=unix,addr.path={tmp}/nbd,tls-authz=nobody"), "tls-authz", "verify-peer"),
+    (("--nbd-server", "max-connections=1"), "addr", "given"),
+    (("--nbd-server", "addr.type=fd,addr.str=web"), "addr.str", "handed over"),
+    (("--nbd-server", "addr.type=unix,addr.path={tmp}/nbd", "--nbd-server", "addr.type=unix,addr.path={tmp}/nbd2"),
+     "nbd2", "already"),
+    (("--export", "nbd,id=e,node-name=n"), "n", ""),
+    (("--export", "fuse,id=e,node-name=n"), "type", "nbd"),
+    (("--nbd-server", "addr.type=unix,addr.path={tmp}/nbd", "--blockdev", "null,node-name=n", "--export",
+      "nbd,id=e,node-name=n,bitmap=b"), "bitmap", "bitmaps"),
+    (("--nbd-server", "addr.type=unix,addr.path={tmp}/nbd", "--export", "nbd,id=e,node-name=n"), "node-name", "a node"),
+    (("--chardev", "socket,path={tmp}/c,server=on,wait=off"), "id", "given"),
+    (("--chardev", "stdio,id=c"), "backend", "socket"),
+    (("--chardev", "socket,id=c,server=on,wait=off"), "path", "host"),
+    (("--chardev", "socket,id=c,path={tmp}/c,host=h,port=1,server=on"), "path", "one of"),
+    (("--chardev", "socket,id=c,host=localhost,server=on"), "port", "given"),
+    (("--chardev", "socket,id=c,host=localhost,port=http,server=on"), "port", "0 to 65535"),
+    (("--chardev", "socket,id=c,path={tmp}/c"), "server", "on"),
+    (("--chardev", "socket,id=c,path={tmp}/c,server=on,wait=later"), "wait", "on or off"),
+    (("--chardev", "socket,id=c,path={tmp}/c,server=on,wait=off,waitt=off"), "waitt", "'wait'"),
+    (("--chardev", "socket,id=c,path={tmp}/c,server=on,wait=off,tls-creds=t"), "tls-creds", "TCP"),
+    (("--chardev", "socket,id=c,host=127.0.0.1,port=0,server=on,wait=off,tls-creds=t"), "tls-creds", "tls-creds-x509"),
+    (("--chardev", "socket,id=c,path={tmp}/none/c,server=on,wait=off"), "{tmp}/none/c", "No such file"),
+    (("--chardev", "socket,id=c,path={image},server=on,wait=off"), "{image}", "in use"),
+    (("--chardev", "socket,id=c,path={tmp}/c,server=on,wait=off",
+      "--chardev", "socket,id=c,path={tmp}/d,server=on,wait=off"), "id", "no other"),
+    (("--monitor", "c"), "chardev", "--chardev"),
+    (("--chardev", "socket,id=c,path={tmp}/c,server=on,wait=off", "--monitor", "c,mode=readline"), "mode", "control"),
+    (("--chardev", "socket,id=c,path={tmp}/c,server=on,wait=off", "--monitor", "c", "--monitor", "c"),
+     "chardev", "no other monitor"),
+    (("--qmp", "{tmp}/qmp"), "{tmp}/qmp", "unix:PATH"),
+    (("--qmp", "unix:{tmp}/qmp,server=off"), "server", "on"),
+    (("--qmp", "tcp:localhost"), "tcp:localhost", "tcp:HOST:PORT"),
+    (("--pidfile", "{tmp}/none/pid"), "{tmp}/none/pid", "No such file"),
+    (("--daemonize=yes",), "--daemonize", "no value"),
+    (("--trace", "x"), "--trace", "--pidfile"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "names", "says"), WRONG,
+                         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+def test_a_wrong_option_gets_one_line_and_leaves_nothing_behind(
+        tmp_path: Path, image: Path, capsys: pytest.CaptureFixture[str], names: str, says: str,
+        arguments: tuple[str, ...]) -> None:
+    def filled(text: str) -> str:
+        return text.replace("{tmp}", str(tmp_path)).replace("{image}", str(image))
+
+    words = ["--qmp", f"unix:{tmp_path}/first", "--pidfile", f"{tmp_path}/pid", *map(filled, arguments)]
+    assert daemon_line.main(words) == 1
+    out, said = capsys.readouterr()
+    assert out == ""
+    assert said.startswith("blockstep: ")
+    assert said.count("\n") == 1
+    assert filled(names) in said
+    assert filled(says) in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.img"]
+
+
+#: What QEMU takes, or has not: other kinds of objects and devices, --qmp, a file in the place of a socket (it removes
+#: the file), and what it looks at only when it is used.
+QEMU_TAKES = ("--qm", "--qmp", "--trace", "--daemonize=yes", "iothread,id=i", "stdio,id=c",
+              "socket,id=c,server=on,wait=off", "socket,id=c,path={image},server=on,wait=off",
+              "socket,id=c,host=localhost,port=http,server=on", "socket,id=c,path={tmp}/c",
+              "addr.type=unix,addr.path={tmp}/nbd,tls-authz=nobody")
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("arguments", [row[0] for row in WRONG if not {*row[0]} & {*QEMU_TAKES}], ids=" ".join)
+def test_what_is_refused_is_refused_by_qemus_daemon_too(tmp_path: Path, image: Path,
+                                                       arguments: tuple[str, ...]) -> None:
+    need("qemu-storage-daemon")
+    words = [word.replace("{tmp}", str(tmp_path)).replace("{image}", str(image)).replace("null,", "null-co,")
+             for word in arguments]
+    assert run("qemu-storage-daemon", *words, timeout=LIMIT, check=False).returncode == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@scenario
+async def test_a_signal_finishes_what_clients_have_sent(tmp_path: Path, image: Path, number: signal.Signals) -> None:
+    nbd, qmp = tmp_path / "nbd", tmp_path / "qmp"
+    with running(*file_node(image), "--blockdev", "throttle,node-name=slow,file=file,limits.iops-write=5",
+                 "--nbd-server", f"addr.type=unix,addr.path={nbd}",
+                 "--export", "nbd,id=e,node-name=slow,name=d,writable=on", "--qmp", f"unix:{qmp}",
+                 listens_on=(nbd, qmp)) as process:
+        async with connect(qmp) as monitor:
+            client = await Client.connect(UnixAddress(str(nbd)), "d")
+            writes = [asyncio.ensure_future(client.pwrite(index * 4096, b"%04d" % index)) for index in range(4)]
+            await writes[0]  # all were sent together; the limit holds the others back
+            assert not writes[3].done()
+            shutdown = monitor.events("SHUTDOWN")
+            process.send_signal(number)
+            await asyncio.gather(*writes)
+            assert (await anext(shutdown))["event"] == "SHUTDOWN"
+        assert await asyncio.to_thread(ended, process) == 0
+        await client.close()
+    for index in range(4):
+        assert image.read_bytes()[index * 4096:][:4] == b"%04d" % index
+
+
+def activated(listeners: list[socket.socket], names: str, *arguments: str | Path) -> subprocess.Popen[bytes]:
+    """A daemon that gets two sockets as systemd hands them over."""
+    # LISTEN_PID is the pid of the process itself: a shell knows it before it becomes blockstep.
+    script = 'exec 3<&"$1" 4<&"$2"; export LISTEN_FDS=2 LISTEN_FDNAMES="$3" LISTEN_PID=$$; shift 3; exec "$@"'
+    fds = [listener.fileno() for listener in listeners]
+    words = [*map(str, fds), names, *map(str, blockstep("daemon", *arguments))]
+    return subprocess.Popen(["bash", "-c", script, "-", *words], env=environment(), pass_fds=fds)
+
+
+@scenario
+async def test_sockets_of_systemd_are_served_by_number_and_by_name(tmp_path: Path, image: Path) -> None:
+    listeners = []
+    for name in ("nbd", "qmp"):
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(tmp_path / name))
+        listener.listen()
+        listeners.append(listener)
+    process = activated(listeners, "disks:control", *file_node(image), "--nbd-server", "addr.type=fd,addr.str=disks",
+                        "--export", "nbd,id=e,node-name=file,name=d",
+                        "--chardev", "socket,id=c,fd=control,server=on,wait=on", "--monitor", "c")
+    try:
+        async with connect(tmp_path / "qmp") as monitor:  # it waits in the listener's queue
+            assert [each["id"] for each in await monitor.execute("query-block-exports")] == ["e"]
+            client = await Client.connect(UnixAddress(str(tmp_path / "nbd")), "d")
+            assert client.info.size == MiB
+            await client.close()
+            await monitor.execute("quit")
+        assert await asyncio.to_thread(ended, process) == 0
+        assert (tmp_path / "nbd").exists()  # it is systemd's
+    finally:
+        process.kill()
+        process.wait()
+        for listener in listeners:
+            listener.close()
+
+
+@scenario
+async def test_an_nbd_server_without_an_address_takes_all_sockets_of_systemd(tmp_path: Path, image: Path) -> None:
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    process = activated(listeners, "", *file_node(image), "--nbd-server", "max-connections=9",
+                        "--export", "nbd,id=e,node-name=file")
+    try:
+        for listener in listeners:
+            client = await Client.connect(InetAddress(*listener.getsockname()), "file")
+            assert client.info.size == MiB
+            await client.close()
+        process.terminate()
+        assert await asyncio.to_thread(ended, process) == 0
+    finally:
+        process.kill()
+        process.wait()
+        for listener in listeners:
+            listener.close()
+
+
+def test_systemd_is_told_when_everything_is_served_and_when_it_ends(tmp_path: Path, image: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "notify"))
+        told.settimeout(LIMIT)
+        command = blockstep("daemon", *file_node(image), "--qmp", f"unix:{tmp_path}/qmp")
+        with started(command, env={**environment(), "NOTIFY_SOCKET": str(tmp_path / "notify")}) as process:
+            assert told.recv(100) == b"READY=1"
+            with contextlib.closing(QMP(tmp_path / "qmp")) as qmp:
+                qmp.execute("query-status")
+            process.terminate()
+            assert told.recv(100) == b"STOPPING=1"
+            assert ended(process) == 0
+
+
+@scenario
+async def test_monitors_over_tcp_speak_tls(tmp_path: Path) -> None:
+    folder = certificates.make(tmp_path / "pki", "server", "client")
+    port = free_ports(2)
+    with running("--object", f"tls-creds-x509,id=tls,dir={folder},endpoint=server",
+                 "--chardev", f"socket,id=c,host=127.0.0.1,port={port},server=on,wait=off,tls-creds=tls",
+                 "--monitor", "c", "--qmp", f"tcp:127.0.0.1:{port + 1},tls-creds=tls",
+                 listens_on=(("127.0.0.1", port), ("127.0.0.1", port + 1))):
+        for each in (port, port + 1):
+            async with connect(("127.0.0.1", each), ssl=client_context(folder)) as monitor:
+                assert await monitor.execute("query-status")
+            reader, writer = await asyncio.open_connection("127.0.0.1", each)  # without TLS
+            writer.write(b'{"execute": "qmp_capabilities"}\n')
+            with contextlib.suppress(ConnectionResetError):
+                assert b"QMP" not in await reader.read()
+            writer.close()
+            with pytest.raises(OSError):  # without a certificate
+                (folder / "client-key.pem").rename(folder / "key")
+                (folder / "client-cert.pem").rename(folder / "cert")
+                try:
+                    async with connect(("127.0.0.1", each), ssl=client_context(folder)) as monitor:
+                        await monitor.execute("query-status")
+                finally:
+                    (folder / "key").rename(folder / "client-key.pem")
+                    (folder / "cert").rename(folder / "client-cert.pem")
+
+
+@scenario
+async def test_disks_over_tls_from_end_to_end(tmp_path: Path, image: Path) -> None:
+    folder = certificates.make(tmp_path / "pki", "server", "client")
+    port, nbd = free_ports(), tmp_path / "nbd"
+    with running("--object", f"tls-creds-x509,id=tls,dir={folder},endpoint=server", *file_node(image),
+                 "--nbd-server", f"addr.type=inet,addr.host=127.0.0.1,addr.port={port},tls-creds=tls",
+                 "--export", "nbd,id=e,node-name=file,name=d", listens_on=(("127.0.0.1", port),)):
+        with running("--object", f"tls-creds-x509,id=tls,dir={folder},endpoint=client",
+                     "--blockdev", f"nbd,node-name=far,server.type=inet,server.host=127.0.0.1,server.port={port},"
+                     "export=d,tls-creds=tls,read-only=on",
+                     "--nbd-server", f"addr.type=unix,addr.path={nbd}", "--export", "nbd,id=e,node-name=far",
+                     listens_on=(nbd,)):
+            client = await Client.connect(UnixAddress(str(nbd)), "far")
+            assert bytes(await client.pread(0, 64 * KiB)) == image.read_bytes()[:64 * KiB]
+            await client.close()
+        client = await Client.connect(InetAddress("127.0.0.1", port), "d", tls=ClientTls(client_context(folder)))
+        await client.close()
+
+
+@scenario
+async def test_monitors_do_not_disturb_each_other(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.qmp" for number in range(3)]
+    words = [word for path in paths for word in ("--qmp", f"unix:{path}")]
+    with running(*words, listens_on=tuple(paths)) as process:
+        async with connect(paths[0]) as one, connect(paths[1]) as two, connect(paths[1]) as three:
+            await one.execute("blockdev-add", {"driver": "null", "node-name": "disk"})
+            for monitor in (two, three):
+                with pytest.raises(Exception, match="disk"):
+                    await monitor.execute("blockdev-add", {"driver": "null", "node-name": "disk"})
+            ends = [monitor.events("SHUTDOWN") for monitor in (one, two, three)]
+            await three.execute("quit")
+            for events in ends:
+                assert (await anext(events))["event"] == "SHUTDOWN"
+        assert await asyncio.to_thread(ended, process) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_wait_the_options_that_follow_wait_for_somebody_to_connect(tmp_path: Path) -> None:
+    qmp, nbd = tmp_path / "qmp", tmp_path / "nbd"
+    with running("--chardev", f"socket,id=c,path={qmp},server", "--monitor", "c",
+                 "--nbd-server", f"addr.type=unix,addr.path={nbd}") as process:
+        with socket.socket(socket.AF_UNIX) as sock:
+            while True:  # `listens_on` would connect, and hang up
+                with contextlib.suppress(OSError):
+                    sock.connect(str(qmp))
+                    break
+                assert process.poll() is None
+            with contextlib.closing(QMP(qmp)) as monitor:
+                assert "data" not in monitor.execute("query-status")
+                monitor.execute("quit")
+        assert ended(process) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_daemon_that_waits_for_somebody_ends_at_a_signal(tmp_path: Path) -> None:
+    with running("--chardev", f"socket,id=c,path={tmp_path}/qmp,server=on", "--pidfile", tmp_path / "pid") as process:
+        while not (tmp_path / "qmp").exists():
+            assert process.poll() is None
+        process.terminate()
+        assert ended(process) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pidfile_belongs_to_one_that_lives(tmp_path: Path) -> None:
+    (tmp_path / "pid").write_text("999999\n")  # of one that was killed
+    qmp = tmp_path / "qmp"
+    with running("--qmp", f"unix:{qmp}", "--pidfile", tmp_path / "pid", listens_on=(qmp,)) as process:
+        with contextlib.closing(QMP(qmp)) as monitor:
+            monitor.execute("query-status")
+        assert (tmp_path / "pid").read_text() == f"{process.pid}\n"
+        said = failing("--pidfile", tmp_path / "pid", "--qmp", f"unix:{tmp_path}/other")
+        assert f"{tmp_path}/pid" in said
+        assert not (tmp_path / "other").exists()
+        assert (tmp_path / "pid").read_text() == f"{process.pid}\n"
+
+
+def test_help_and_version_are_printed_and_nothing_is_done(tmp_path: Path) -> None:
+    def says(*arguments: str | Path) -> str:
+        done = subprocess.run([*map(str, blockstep("daemon", *arguments))], capture_output=True, text=True,
+                              timeout=LIMIT, env=environment(), check=True)
+        assert done.stderr == ""
+        return done.stdout
+
+    from blockstep.block.registry import driver_names
+
+    whole = says("--qmp", f"unix:{tmp_path}/qmp", "--help")
+    for name in driver_names():
+        assert f"--blockdev {name}:" in whole
+    assert "--object tls-creds-x509:" in whole
+    assert says("-V").startswith("blockstep daemon ")
+    assert "filename=TEXT" in says("--blockdev", "driver=file,help")
+    assert "throttle " in says("--blockdev", "help")
+    assert "verify-peer=on|off" in says("--object", "tls-creds-x509,help")
+    assert says("--object", "help") == "secret\nthrottle-group\ntls-creds-x509\n"
+    assert "max-connections=N" in says("--nbd-server", "help")
+    assert "writable=on|off" in says("--export", "nbd,help")
+    assert "pretty=on|off" in says("--monitor", "help")
+    assert "tls-creds=TEXT" in says("--chardev", "socket,help")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_daemon_imports_nothing_of_other_commands() -> None:
+    """It is what makes its start quick: typer and rich alone cost more than the protocol."""
+    script = ("import sys, blockstep.cli.daemon_line, blockstep.daemon.startup; "
+              "print(*sorted({name.partition('.')[0] for name in sys.modules}))")
+    loaded = set(run("env", f"PYTHONPATH={environment()['PYTHONPATH']}", sys.executable, "-c", script).stdout.split())
+    assert not loaded & {"typer", "click", "rich", "qemu", "argparse", "unittest"}
