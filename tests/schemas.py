@@ -130,20 +130,30 @@ class _Comparison:
             yield Difference(where, f"also value {value}")
 
     def _object(self, where: str, a: Entry, b: Entry, way: Direction) -> Iterator[Difference]:
+        mine, others = _members(a), _members(b)
         if a.get("tag") == b.get("tag"):
-            yield from self._members(where, _members(a), _members(b), way)
-            mine, others = _cases(a), _cases(b)
-            for case in sorted(others.keys() & mine.keys()):
-                yield from self._case(f"{where}[{case}]", mine[case], others[case], way)
+            # What all cases have on one side may be in each case on the other.
+            inner = {*self._flat(self.ours, a)} - {*mine}, {*self._flat(self.theirs, b)} - {*others}
+            mine_here = {name: member for name, member in mine.items() if name not in inner[1]}
+            others_here = {name: member for name, member in others.items() if name not in inner[0]}
+            yield from self._members(where, mine_here, others_here, way)
+            cases = _cases(a), _cases(b)
+            for case in sorted(cases[0].keys() & cases[1].keys()):
+                yield from self._case(f"{where}[{case}]", (cases[0][case], _less(mine, mine_here)),
+                                      (cases[1][case], _less(others, others_here)), way)
             return
         # One of the two tells its cases apart, and the other does not: all members count as those of one object.
         yield from self._members(where, self._flat(self.ours, a), self._flat(self.theirs, b), way)
 
-    def _case(self, where: str, mine: str, other: str, way: Direction) -> Iterator[Difference]:
-        """The members of one case: compared wherever it is met, under the name of the case."""
-        if (mine, other, way) not in self._seen:
-            self._seen.add((mine, other, way))
-            yield from self._object(where, self.ours.entries[mine], self.theirs.entries[other], way)
+    def _case(self, where: str, mine: tuple[str, dict[str, Entry]], others: tuple[str, dict[str, Entry]],
+              way: Direction) -> Iterator[Difference]:
+        """The members of one case, with those that only one side has in every case."""
+        a, b = self.ours.entries[mine[0]], self.theirs.entries[others[0]]
+        if mine[1] or others[1]:
+            yield from self._members(where, {**_members(a), **mine[1]}, {**_members(b), **others[1]}, way)
+        elif (mine[0], others[0], way) not in self._seen:
+            self._seen.add((mine[0], others[0], way))
+            yield from self._object(where, a, b, way)
 
     def _flat(self, schema: Schema, entry: Entry) -> dict[str, Entry]:
         found = _members(entry)
@@ -174,6 +184,10 @@ class _Comparison:
 
 def _members(entry: Entry) -> dict[str, Entry]:
     return {member["name"]: member for member in entry["members"]}
+
+
+def _less(all_of: dict[str, Entry], without: Mapping[str, Entry]) -> dict[str, Entry]:
+    return {name: member for name, member in all_of.items() if name not in without}
 
 
 def _cases(entry: Entry) -> dict[str, str]:

@@ -78,11 +78,11 @@ class InjectError(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_f
 
 
 class SetState(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True):
-    """A rule that, at an event, moves the filter from ``state`` (0: from any) to ``new-state``."""
+    """A rule that, at an event, moves the filter from ``state`` (0: from any) to ``new_state``."""
 
     event: str
     state: int = 0
-    new_state: int
+    new_state: int = msgspec.field(name="new_state")  # as QEMU spells it
 
 
 class BlkdebugOptions(NodeOptions, tag="blkdebug"):

@@ -117,8 +117,8 @@ def test_rules_hold_in_their_state_and_events_change_it() -> None:
     async def main() -> None:
         node, _ = await opened(**{
             "inject-error": [{"event": "write", "state": 2}],
-            "set-state": [{"event": "flush", "state": 1, "new-state": 2},
-                          {"event": "flush", "state": 2, "new-state": 3}],
+            "set-state": [{"event": "flush", "state": 1, "new_state": 2},
+                          {"event": "flush", "state": 2, "new_state": 3}],
         })
         await node.pwrite(0, b"x")
         await node.flush()

@@ -104,7 +104,7 @@ class ExportInfo(Result):
     """One export, in the result of query-block-exports."""
 
     id: str
-    type: str
+    type: Literal["nbd"]
     node_name: str
     #: It was removed, and what its clients had started has not ended yet.
     shutting_down: bool
@@ -141,7 +141,7 @@ async def nbd_server_stop(context: Holder, args: Arguments) -> None:
     await context.inventory.exports.stop_server()
 
 
-@commands.command("nbd-server-add")
+@commands.command("nbd-server-add", features=["deprecated"])
 async def nbd_server_add(context: Holder, args: AddArguments) -> None:
     """Export a device or a node; the older form of block-export-add."""
     inventory = context.inventory
@@ -153,7 +153,7 @@ async def nbd_server_add(context: Holder, args: AddArguments) -> None:
         bitmaps=[] if args.bitmap is None else [args.bitmap]))
 
 
-@commands.command("nbd-server-remove")
+@commands.command("nbd-server-remove", features=["deprecated"])
 async def nbd_server_remove(context: Holder, args: RemoveArguments) -> None:
     """Remove an export; the older form of block-export-del."""
     await context.inventory.exports.remove(args.name, args.mode)
