@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+from blockstep.block.accounting import Account, CountedBackend
 from blockstep.block.driver import Driver, Prepared
 from blockstep.block.io import Backend
 from blockstep.block.node import CacheOptions, Child, Node, NodeOptions, NodeRef
@@ -165,6 +166,10 @@ class Graph:
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         #: What the options of nodes refer to by id: throttle groups, TLS credentials.
         self.objects: dict[str, Any] = {}
+        #: What counted users have asked of the nodes to which they came, by the names of these.
+        self.accounts: dict[str, Account] = {}
+        #: Nodes by name -> the filter that counted users of the node are sent through.
+        self.entrances: dict[str, Driver] = {}
         self._numbers = itertools.count(1)
         # Of each drained section: the nodes (by id) and the users that are held back.
         self._drains: list[tuple[set[int], list[Backend]]] = []
@@ -239,7 +244,8 @@ class Graph:
         try:
             await node.close()
         finally:
-            self.nodes.pop(node.name, None)
+            for table in (self.nodes, self.accounts, self.entrances):
+                table.pop(node.name, None)
             await self._close_children(node)
 
     async def _close_children(self, node: Driver) -> None:
@@ -256,13 +262,33 @@ class Graph:
         While the node is drained the new user's requests wait as those of the others do.
         """
         backend = Backend(name, node, taken, shared)
+        self._let_in(backend)
+        return backend
+
+    def attach_counted(self, node: Driver, name: str, taken: Permission = READ, shared: Permission = ALL) -> Backend:
+        """As `attach_backend`, for users whose requests are counted (`accounts`) and limited (`entrances`)."""
+        account = self.accounts.get(node.name)
+        if account is None:
+            account = Account(node.name)
+            account.on_error = lambda operation, error: self._io_error(node.name, operation, error)
+        backend = CountedBackend(name, self.entrances.get(node.name, node), taken, shared, account)
+        self._let_in(backend)
+        self.accounts[node.name] = account
+        return backend
+
+    def _io_error(self, name: str, operation: str, error: OSError) -> None:
+        self.report("BLOCK_IO_ERROR", {
+            "device": name, "node-name": name, "operation": "read" if operation == "read" else "write",
+            "action": "report", "nospace": error.errno == errno.ENOSPC, "reason": error.strerror or str(error)})
+
+    def _let_in(self, backend: Backend) -> None:
+        node = backend.node
         with self.change() as change:
             change.attach_backend(backend)
         for nodes, held in self._drains:
             if id(node) in nodes:
                 backend.pause()
                 held.append(backend)
-        return backend
 
     async def detach_backend(self, backend: Backend) -> None:
         """Stop using a node: waits for what is in flight, and closes the node if it belonged to nobody else.

@@ -1,0 +1,123 @@
+"""Counters of a disk's users: exact counts, failures apart from refusals, and one account for all users of a node."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from blockstep import drivers  # noqa: F401  registers them
+from blockstep.block.accounting import SAMPLE, Account
+from blockstep.block.graph import Graph
+from blockstep.block.io import Backend
+from blockstep.block.permissions import READ, WRITE, Permission
+from tests.scenarios import scenario
+
+MiB = 1 << 20
+
+
+@asynccontextmanager
+async def counted(taken: Permission = READ | WRITE) -> AsyncIterator[tuple[Graph, Backend, Account, Any]]:
+    """A user of a blkdebug node, its account, and the node."""
+    graph = Graph()
+    node: Any = await graph.open({"driver": "blkdebug", "node-name": "disk",
+                                  "file": {"driver": "memory", "size": MiB}})
+    user = graph.attach_counted(node, "user", taken)
+    yield graph, user, graph.accounts["disk"], node
+    await graph.detach_backend(user)
+    await graph.close(node)
+    assert not graph.accounts
+
+
+@scenario
+async def test_counts_and_bytes_are_exact() -> None:
+    async with counted() as (_, user, account, _):
+        for _ in range(3):
+            await user.pwrite(4096, b"x" * 100)
+        await user.write_zeroes(8192, 4096)
+        assert bytes(await user.pread(4096, 100)) == b"x" * 100
+        await user.discard(0, 512)
+        await user.flush()
+        assert (account.write.operations, account.write.bytes) == (4, 4396)
+        assert (account.read.operations, account.read.bytes) == (1, 100)
+        assert (account.unmap.operations, account.unmap.bytes) == (1, 512)
+        assert (account.flush.operations, account.flush.bytes) == (1, 0)
+        assert account.highest == 12288
+        assert account.write.nanoseconds > 0
+
+
+@scenario
+async def test_time_is_taken_of_every_sixteenth_request() -> None:
+    async with counted() as (_, user, account, _):
+        await user.pread(0, 512)
+        first = account.read.nanoseconds
+        assert first > 0
+        for _ in range(SAMPLE - 1):
+            await user.pread(0, 512)
+        assert account.read.nanoseconds == first
+        await user.pread(0, 512)
+        assert account.read.nanoseconds > first
+
+
+@scenario
+async def test_a_failure_is_counted_apart_and_told() -> None:
+    async with counted() as (_, user, account, node):
+        told: list[str] = []
+        account.on_error = lambda operation, error: told.append(operation)
+        for event in ("read", "write", "write_zeroes", "discard", "flush"):
+            node.fail(event)
+        for request in (user.pread(0, 1), user.pwrite(0, b"x"), user.write_zeroes(0, 1), user.discard(0, 1),
+                        user.flush()):
+            with pytest.raises(OSError, match="injected"):
+                await request
+        assert told == ["read", "write", "write", "unmap", "flush"]
+        tallies = (account.read, account.write, account.unmap, account.flush)
+        assert [tally.failed for tally in tallies] == [1, 2, 1, 1]
+        assert [tally.operations for tally in tallies] == [0, 0, 0, 0]
+        assert not user.in_flight
+
+
+@scenario
+async def test_a_request_that_makes_no_sense_is_no_failure() -> None:
+    async with counted(READ) as (_, user, account, _):
+        for request in (user.pread(MiB, 1), user.pread(-1, 1), user.pwrite(0, b"x"), user.discard(0, 1)):
+            with pytest.raises(OSError):
+                await request
+        assert bytes(await user.pread(0, 0)) == b""
+        assert (account.read.invalid, account.write.invalid, account.unmap.invalid) == (2, 1, 1)
+        assert not account.read.failed + account.write.failed + account.unmap.failed + account.read.operations
+
+
+@scenario
+async def test_users_that_come_and_go_share_the_account() -> None:
+    async with counted() as (graph, user, account, node):
+        await user.pread(0, 1)
+        other = graph.attach_counted(node, "other", READ)
+        await other.pread(0, 1)
+        await graph.detach_backend(other)
+        plain = graph.attach_backend(node, "job", READ)
+        await plain.pread(0, 1)
+        await graph.detach_backend(plain)
+        assert account.read.operations == 2
+
+
+@scenario
+async def test_a_counted_user_is_drained_as_others_are() -> None:
+    async with counted() as (graph, user, account, node):
+        node.suspend("read", "here")
+        reading = user.pread(0, 1)
+        waits_for = reading.send(None)
+        assert user.in_flight == 1
+        node.resume("here")
+        assert waits_for.done()
+        with pytest.raises(StopIteration):
+            reading.send(None)
+        async with graph.drained(node):
+            held = user.pwrite(0, b"x")
+            held.send(None)
+            assert not user.in_flight
+        with pytest.raises(StopIteration):
+            held.send(None)
+        assert (account.read.operations, account.write.operations) == (1, 1)
