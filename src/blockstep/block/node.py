@@ -149,6 +149,7 @@ class Node:
         self.children: dict[str, Child] = {}
         self.parents: list[Child] = []
         self.watchers: list[Watcher] = []
+        self._indifferent: list[Watcher] = []  # those of them that do not want to hear of discards
         self.bitmaps: dict[str, Any] = {}
         #: Where `report` sends events; set by the graph that opened the node.
         self.on_event: Callable[[str, dict[str, Any]], None] | None = None
@@ -222,14 +223,17 @@ class Node:
 
     # --- watchers ---
 
-    def watch(self, watcher: Watcher) -> None:
-        """Tell ``watcher`` of all writes, zeroes and discards that end from now on."""
+    def watch(self, watcher: Watcher, discards: bool = True) -> None:
+        """Tell ``watcher`` of all writes, zeroes and (unless it does not want them) discards that end from now on."""
         self.watchers.append(watcher)
+        if not discards:
+            self._indifferent.append(watcher)
         self._rebind()
 
     def unwatch(self, watcher: Watcher) -> None:
         """The opposite of `watch`."""
         self.watchers.remove(watcher)
+        self._indifferent = [each for each in self._indifferent if each is not watcher]
         self._rebind()
 
     def _rebind(self) -> None:
@@ -260,7 +264,8 @@ class Node:
             await self.discard(offset, length)
         finally:
             for watcher in self.watchers:
-                watcher.wrote(offset, length)
+                if watcher not in self._indifferent:
+                    watcher.wrote(offset, length)
 
     # --- events ---
 
