@@ -59,6 +59,8 @@ class Job:
 
     #: QEMU's "JobType".
     kind: ClassVar[str]
+    #: Whether it is one of those that ``query-block-jobs`` shows and that have BLOCK_JOB events.
+    is_block_job: ClassVar[bool] = True
 
     def __init__(self, id: str, *, speed: int = 0, auto_finalize: bool = True, auto_dismiss: bool = True,
                  transaction: JobTransaction | None = None, on_event: OnEvent | None = None,
@@ -301,6 +303,16 @@ class Job:
         """Whether somebody has paused it; it may still be on its way to rest."""
         return self._paused
 
+    @property
+    def busy(self) -> bool:
+        """Whether something of it is in flight."""
+        return self._busy > 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the target is in sync: ready, or standby."""
+        return self.status in (JobStatus.READY, JobStatus.STANDBY)
+
     def ready(self) -> None:
         """The target is in sync: `complete` is possible from now on."""
         self.enter_status(JobStatus.READY)
@@ -328,6 +340,8 @@ class Job:
         if self.status not in VERBS[JobVerb.SET_SPEED]:
             return
         while (delay := self._limit.wait(self.clock.time())) > 0:
+            if self.cancelled:  # since the last pause point: nobody would wake this sleeper
+                raise JobCancelled(self.id)
             await self.sleep(delay)
             await self.pause_point()
         self._limit.charge(self.clock.time(), count)
@@ -397,8 +411,8 @@ class Job:
     def block_info(self) -> dict[str, Any]:
         """QEMU's "BlockJobInfo" (query-block-jobs), and ``rate`` and ``time-left`` when they are known."""
         measured = {"rate": self.rate, "time-left": self.time_left}
-        return {**self._event(), "busy": self._busy > 0, "paused": self._paused, "io-status": self.io_status,
-                "ready": self.status in (JobStatus.READY, JobStatus.STANDBY), "status": str(self.status),
+        return {**self._event(), "busy": self.busy, "paused": self._paused, "io-status": self.io_status,
+                "ready": self.is_ready, "status": str(self.status),
                 "auto-finalize": self.auto_finalize, "auto-dismiss": self.auto_dismiss, **self._error(),
                 **{name: value for name, value in measured.items() if value is not None}}
 

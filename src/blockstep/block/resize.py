@@ -1,0 +1,26 @@
+"""Change the length of a node that may be in use."""
+
+from __future__ import annotations
+
+from blockstep.block.bitmap import DirtyBitmap
+from blockstep.block.driver import Driver
+from blockstep.block.graph import Graph
+from blockstep.block.permissions import RESIZE
+
+
+async def resize(graph: Graph, node: Driver, length: int) -> None:
+    """Give ``node`` another length; what is added reads as zeroes. Nothing is in flight meanwhile.
+
+    Raises OperationBlocked; PermissionConflict if a user does not put up with it; GraphError if the node is read-only;
+    OSError if the storage cannot do it (ENOTSUP, ENOSPC). Then the length is what it was.
+    """
+    node.check_operation("resize")
+    door = graph.attach_backend(node, "block_resize", RESIZE)
+    try:
+        async with graph.drained(node):
+            await door.edge.truncate(length)
+            for bitmap in node.bitmaps.values():
+                if isinstance(bitmap, DirtyBitmap):
+                    bitmap.resize(length)
+    finally:
+        await graph.detach_backend(door)

@@ -1,0 +1,94 @@
+"""New image files: what each driver that has files needs to know to make one, and how it is made.
+
+A driver is here with a struct of options, told apart by ``driver``, whose method `create` makes the file; it waits
+for the device, so it is called in a thread. One more format is one more struct in `CreateOptions`.
+
+An existing file is made anew: what was in it is gone. A file that somebody writes to is left alone (EBUSY).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from blockstep.aio.posix import OpenFile, write_whole
+from blockstep.drivers.overlay_image import OverlayImage
+from blockstep.errors import OptionError
+
+_PIECE: Final = 1 << 20
+
+
+class _Create(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, tag_field="driver"):
+    """What all have."""
+
+    filename: Annotated[str, Meta(description="The file; one that exists is made anew.")]
+    size: Annotated[int, Meta(description="Length of the disk in bytes.")]
+
+    def check(self) -> None:
+        """Raises OptionError for values that make no sense; before there is a job."""
+        if self.size < 0:
+            raise OptionError("size", self.size, "0 or more bytes")
+
+    def create(self) -> None:
+        """Make the file. Raises OSError that names it."""
+        raise NotImplementedError
+
+
+class CreateFile(_Create, tag="file"):
+    """A raw file."""
+
+    preallocation: Annotated[Literal["off", "metadata", "falloc", "full"], Meta(
+        description="off: a hole; falloc: with room for all of it; full: zeroes are written. metadata is refused.")
+        ] = "off"
+    nocow: Annotated[bool, Meta(description="Taken, and of no effect.")] = False
+    extent_size_hint: Annotated[int, Meta(description="Taken, and of no effect.")] = 0
+
+    def check(self) -> None:
+        super().check()
+        if self.preallocation == "metadata":
+            raise OptionError("preallocation", self.preallocation, "off, falloc or full: a raw file has no metadata")
+
+    def create(self) -> None:
+        file = OpenFile(self.filename, writable=True, create=True)
+        try:
+            os.ftruncate(file.fd, 0)
+            os.ftruncate(file.fd, self.size)
+            if self.preallocation == "falloc" and self.size:
+                os.posix_fallocate(file.fd, 0, self.size)
+            elif self.preallocation == "full":
+                for offset in range(0, self.size, _PIECE):
+                    write_whole(file.fd, bytes(min(_PIECE, self.size - offset)), offset)
+            os.fsync(file.fd)
+        finally:
+            file.close()
+
+
+class CreateOverlay(_Create, tag="overlay"):
+    """An overlay image that holds nothing."""
+
+    cluster_size: Annotated[int, Meta(description="Bytes, a power of two from 512 to 2 MiB.")] = 4096
+
+    def check(self) -> None:
+        super().check()
+        if self.cluster_size & (self.cluster_size - 1) or not 512 <= self.cluster_size <= 2 << 20:
+            raise OptionError("cluster-size", self.cluster_size, "a power of two from 512 to 2 MiB")
+
+    def create(self) -> None:
+        file = OpenFile(self.filename, writable=True, create=True)
+        try:
+            os.ftruncate(file.fd, 0)
+        finally:
+            file.close()
+        image = OverlayImage(self.filename, writable=True, locking="auto", length=self.size,
+                             cluster_size=self.cluster_size)
+        try:
+            os.fsync(image.fd)
+        finally:
+            image.close()
+
+
+#: The options of all drivers that can make files.
+CreateOptions = CreateFile | CreateOverlay

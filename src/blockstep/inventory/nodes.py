@@ -1,0 +1,19 @@
+"""Nodes that users have added by name."""
+
+from __future__ import annotations
+
+from blockstep.block.driver import Driver
+from blockstep.block.graph import Graph
+from blockstep.errors import GraphError
+from blockstep.inventory.limits import lift_limits
+
+
+async def remove_node(graph: Graph, node: Driver) -> None:
+    """Close a node that nobody uses, its limits, and those of its children that came with it. Raises GraphError."""
+    if not node.owned:
+        raise GraphError(f"node '{node.name}' belongs to the node that it was added with, and goes with it")
+    entrance = graph.entrances.get(node.name)
+    if entrance is not None and not entrance.parents and len(node.parents) == 1:
+        node.check_operation("remove")
+        await lift_limits(graph, node)
+    await graph.close(node)
