@@ -17,8 +17,11 @@ from blockstep.qmp.commands import (
     colo,
     core,
     exports,
+    human,
     introspection,
+    nodes,
     objects,
+    query_nodes,
     run_state,
     yank,
 )
@@ -29,6 +32,9 @@ from blockstep.qmp.server import Server
 AREAS: tuple[Registry, ...] = (
     core.commands,
     objects.commands,
+    nodes.commands,
+    query_nodes.commands,
+    human.commands,
     exports.commands,
     run_state.commands,
     yank.commands,
