@@ -7,6 +7,9 @@ What was negotiated picks the form once, for the whole connection:
                  which the protocol allows and which are shorter
     EXTENDED     EXTENDED_HEADERS: chunks for everything, with the request's offset and 64-bit lengths
 
+A read is always answered with data, in one chunk: to send a hole as one it would have to be known before the read that
+it is one, and asking costs each read more than the rare hole saves. Clients that copy ask for block status first.
+
 Every function takes the request's cookie and offset first. Those that announce data return only the header: the
 data goes to the socket as it is.
 """
@@ -23,7 +26,6 @@ from blockstep.nbd.wire import CHUNK, EXTENDED_CHUNK, SIMPLE_REPLY
 
 _DATA: Final = Struct(">IHHQIQ")  # CHUNK, then the offset of the data
 _EXTENDED_DATA: Final = Struct(">IHHQQQQ")  # EXTENDED_CHUNK, then the offset of the data
-_HOLE: Final = Struct(">QI")
 _ERROR: Final = Struct(">IH")
 
 #: (length, flags) of consecutive runs of bytes.
@@ -106,11 +108,6 @@ def _error_payload(error: int, message: str) -> bytes:
     # The limit may have cut a character in two: the second round drops its beginning.
     text = message.encode("utf-8", "replace")[:c.MAX_STRING].decode("utf-8", "ignore").encode()
     return _ERROR.pack(error, len(text)) + text
-
-
-def hole_payload(offset: int, length: int) -> bytes:
-    """The payload of an OFFSET_HOLE chunk: ``length`` bytes from ``offset`` on are zeroes."""
-    return _HOLE.pack(offset, length)
 
 
 def status_payload(context: int, extents: Extents, extended: bool) -> bytes:

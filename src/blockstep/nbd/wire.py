@@ -136,13 +136,6 @@ def encode_status_query(length: int, ids: Sequence[int]) -> bytes:
 
 # What is in the payload of a chunk. Each raises ProtocolError if the payload has not the shape of its type.
 
-def parse_data(payload: memoryview | None) -> tuple[int, memoryview]:
-    """OFFSET_DATA: offset in the export, and the data, at least one byte."""
-    if payload is None or len(payload) < 9:
-        raise ProtocolError("a data chunk without data")
-    return _U64.unpack_from(payload)[0], payload[8:]
-
-
 def parse_hole(payload: memoryview | None) -> tuple[int, int]:
     """OFFSET_HOLE: offset in the export, and how many bytes there are zeroes."""
     if payload is None or len(payload) != 12:

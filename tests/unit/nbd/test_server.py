@@ -20,7 +20,7 @@ from blockstep.nbd import constants as c
 from blockstep.nbd.connection import Limits
 from blockstep.nbd.export import Export, ExportInUse
 from blockstep.nbd.server import ClientEvent, Server, passed_sockets
-from blockstep.nbd.wire import parse_data, parse_error, parse_status
+from blockstep.nbd.wire import parse_error, parse_status
 from tests.unit.nbd.storage import SIMPLE, TIMEOUT, Client, Storage, served
 
 Scenario = Callable[[], Coroutine[Any, Any, None]]
@@ -54,8 +54,7 @@ def test_what_was_written_is_read(form: dict[str, bool]) -> None:
             assert error_of(await client.ask(c.CMD_WRITE, 1000, payload=b"hello")) == 0
             reply = (await client.ask(c.CMD_READ, 999, 7, cookie=9, reads={9: 7}))[-1]
             if form.get("structured") or form.get("extended"):
-                offset, data = parse_data(memoryview(reply[2]))
-                assert (offset, bytes(data)) == (999, b"\0hello\0")
+                assert reply[2] == struct.pack(">Q", 999) + b"\0hello\0"
             else:
                 assert reply == (SIMPLE, 0, b"\0hello\0")
 
