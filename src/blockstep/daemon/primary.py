@@ -22,7 +22,6 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Literal
 
-from blockstep.block.graph import Graph
 from blockstep.daemon.disks import serve, uris
 from blockstep.daemon.primary_checkpoints import Checkpoints, ended
 from blockstep.daemon.primary_setup import PrimaryConfig, PrimaryDisk, open_disk
@@ -31,12 +30,13 @@ from blockstep.daemon.primary_status import PrimaryStatus
 from blockstep.daemon.primary_sync import Sync
 from blockstep.daemon.service import Service
 from blockstep.errors import BlockstepError, NodeNotFound
-from blockstep.jobs.registry import JobRegistry
+from blockstep.inventory.inventory import Inventory
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
 from blockstep.nbd.tls import server_context
 from blockstep.nbd.uri import Address
 from blockstep.qmp.client import Connection
+from blockstep.qmp.commands import looking
 from blockstep.qmp.commands import replication as qmp
 from blockstep.replication import coordinator as c
 from blockstep.replication.link import LOOKS
@@ -51,8 +51,8 @@ class Primary(Service):
     def __init__(self, config: PrimaryConfig, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(config.pair)
         self.config = config
-        self.graph = Graph()
-        self.jobs = JobRegistry()
+        self.inventory = Inventory()
+        self.graph, self.jobs = self.inventory.graph, self.inventory.jobs
         self.disks: dict[str, PrimaryDisk] = {}
         self.coordinator = c.Coordinator()
         self.standby = StandbySide(config, self.graph, self.disks, self._post, self._spawn)
@@ -85,7 +85,7 @@ class Primary(Service):
             for name, disk in self.disks.items():
                 self._server.add(Export(name, disk.backend, description=f"pair {self.config.pair}, primary"))
             self._addresses = await serve(self._server, self.config.export, self.config.export_given)
-            await self.serve_qmp(self.config.qmp, qmp.commands)
+            await self.serve_qmp(self.config.qmp, qmp.commands, looking.commands)
         except BaseException:
             await self.close()
             raise

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
-from blockstep.block.graph import Graph
 from blockstep.daemon import promotion
 from blockstep.daemon.disks import serve, uris
 from blockstep.daemon.service import Service
@@ -26,13 +25,13 @@ from blockstep.daemon.standby_setup import StandbyConfig, StandbyDisk, open_disk
 from blockstep.daemon.standby_status import Situation
 from blockstep.drivers.replication import Stage
 from blockstep.errors import BlockstepError, NodeNotFound, OperationBlocked
-from blockstep.jobs.registry import JobRegistry
+from blockstep.inventory.inventory import Inventory
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
 from blockstep.nbd.tls import server_context
 from blockstep.nbd.uri import Address
+from blockstep.qmp.commands import looking
 from blockstep.qmp.commands import replication as qmp
-from blockstep.replication.registry import ReplicationRegistry
 from blockstep.replication.resize import check_growth
 
 __all__ = ["Standby", "StandbyConfig", "main"]
@@ -44,9 +43,9 @@ class Standby(Service):
     def __init__(self, config: StandbyConfig, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(config.pair)
         self.config = config
-        self.graph = Graph()
-        self.jobs = JobRegistry(on_event=self._job_event)
-        self.registry = ReplicationRegistry(self.graph, self.jobs)
+        self.inventory = Inventory()
+        self.inventory.on_event = self._happened
+        self.graph, self.jobs, self.registry = self.inventory.graph, self.inventory.jobs, self.inventory.replication
         self.situation = Situation(config, clock)
         self.link = PrimarysSide(self.situation, self.graph, self.registry, self._tell, self.status)
         self.ends = Ends(self.situation, self.registry, self.link.revoke, self.emit, self._tell)
@@ -73,7 +72,7 @@ class Standby(Service):
             tls = server_context(self.config.tls, verify_peer=True) if self.config.tls else None
             await self.link.listen(self.version, tls)
             await self._serve_views()
-            await self.serve_qmp(self.config.qmp, qmp.commands)
+            await self.serve_qmp(self.config.qmp, qmp.commands, looking.commands)
         except BaseException:
             await self.close()
             raise
@@ -155,7 +154,7 @@ class Standby(Service):
         self.emit(qmp.ReplicationIoError(pair=self.config.pair, disk=disk.spec.name, reason=reason))
         self._tell()
 
-    def _job_event(self, name: str, data: Mapping[str, Any]) -> None:
+    def _happened(self, name: str, data: Mapping[str, Any]) -> None:
         self._tell()
 
     def _tell(self) -> None:
