@@ -15,19 +15,24 @@ How the calls are chosen: `blockstep.aio.posix`. Nothing is promised between ove
 back it reports that once, to one fdatasync, and forgets the data: to try again would report success. So after a
 failed flush (or a FUA write that failed in the device) this node's flushes and FUA writes fail with that error
 until it is closed and opened again, and its user knows that what was written since the last good flush is
-uncertain. ``cache.no-flush`` gives all of that up: flush and FUA then mean nothing.
+uncertain. Of two syncs in flight one is told, and which of them is heard of first is chance: so flushes come one
+after the other (those that wait share the next one), a FUA write's success counts when no flush is in flight any more,
+and a failure is written down in the thread that met it. What is left is a FUA write beside a FUA write: the one that
+was told would have to be held up, between the kernel and the next line, until the other has been answered.
+``cache.no-flush`` gives all of that up: flush and FUA then mean nothing.
 
 The end of the file may lie before the node's end (somebody shortened it): what is missing reads as zeroes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Final, Literal
 
 from blockstep.aio.cold import ColdReads
@@ -100,6 +105,9 @@ class File(Driver):
         self.length = length_of(self.fd)
         self._is_device = is_block_device(self.fd)
         self._lost: OSError | None = None
+        # Flushes: one at a time, numbered when they begin; the last one that ended well.
+        self._flushing = asyncio.Lock()
+        self._flushes = self._good_flush = 0
         self._lock = RangeLock()
         self._cold = ColdReads()
         self._choose_calls()
@@ -131,17 +139,16 @@ class File(Driver):
         if durable and self._lost:
             raise self._lost
         sync = os.RWF_DSYNC if durable else 0
-        try:
-            if self._alignment > 1:
-                await self._pwrite_direct(offset, data, sync)
-            else:
-                await in_thread(write_whole, self.fd, data, offset, sync)
-        except OSError as error:
-            if durable and error.errno not in _OWN_FAULT:
-                self._lost = error
-            raise
-        if durable and self._lost:  # meanwhile: one of several syncs is told, and it may have been about these pages
-            raise self._lost
+        if self._alignment > 1:
+            await self._pwrite_direct(offset, data, sync)
+        else:
+            await self._writing(write_whole, self.fd, data, offset, sync)
+        if durable:
+            if self._flushing.locked():
+                async with self._flushing:
+                    pass
+            if self._lost:  # meanwhile: it may have been about these pages
+                raise self._lost
 
     async def _pwrite_direct(self, offset: int, data: Buffer, sync: int) -> None:
         start = offset & -self._alignment
@@ -149,24 +156,39 @@ class File(Driver):
         token = self._lock.try_take(start, end) or await self._lock.take(start, end)
         try:
             if end > self.length:  # the last block is not whole: O_DIRECT cannot write it
-                await in_thread(_write_through_cache, self.fd, data, offset, sync)
+                await self._writing(_write_through_cache, self.fd, data, offset, sync)
             else:
-                await in_thread(_write_direct, self.fd, data, offset, start, end, self._alignment, sync)
+                await self._writing(_write_direct, self.fd, data, offset, start, end, self._alignment, sync)
         finally:
             self._lock.give_back(token)
 
     async def flush(self) -> None:
         if self.options.cache.no_flush or self.read_only:
             return
+        before = self._flushes
+        async with self._flushing:
+            if not self._lost and self._good_flush <= before:  # none has begun since that was good
+                self._flushes = number = self._flushes + 1
+                await in_thread(self._noting, (), os.fdatasync, self.fd)
+                self._good_flush = number
         if self._lost:
             raise self._lost
+
+    async def _writing(self, call: Callable[..., None], *args: Any) -> None:
+        """A write in a thread; the last argument says whether it syncs."""
+        if args[-1]:
+            await in_thread(self._noting, _OWN_FAULT, call, *args)
+        else:
+            await in_thread(call, *args)
+
+    def _noting(self, harmless: Collection[int], call: Callable[..., None], *args: Any) -> None:
+        """A call that syncs, in its thread: note its failure before anybody hears of another's success."""
         try:
-            await in_thread(os.fdatasync, self.fd)
+            call(*args)
         except OSError as error:
-            self._lost = error
+            if error.errno not in harmless:
+                self._lost = error
             raise
-        if self._lost:  # as above
-            raise self._lost
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         unmap = flags & MAY_UNMAP and self.options.discard == "unmap"

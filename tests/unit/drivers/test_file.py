@@ -212,6 +212,62 @@ def test_a_sync_in_flight_beside_one_that_failed_fails_too(
     asyncio.run(scenario())
 
 
+def test_flushes_that_wait_for_one_share_the_next(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a sync that began after it came, and two syncs never race for the kernel's one report."""
+    begun: list[int] = []
+    go_on = threading.Semaphore(0)
+
+    def sync(fd: int) -> None:
+        begun.append(fd)
+        assert go_on.acquire(timeout=20)
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+        monkeypatch.setattr(os, "fdatasync", sync)
+        first = asyncio.create_task(node.flush())
+        await asyncio.sleep(0)
+        others = [asyncio.create_task(node.flush()) for _ in range(5)]
+        await asyncio.sleep(0)
+        go_on.release()
+        await first
+        assert not any(other.done() for other in others)
+        go_on.release()
+        await asyncio.gather(*others)
+        assert len(begun) == 2
+        go_on.release()
+        await node.flush()
+        assert len(begun) == 3
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_a_write_with_fua_that_succeeds_beside_a_flush_waits_for_what_that_is_told(
+        image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells the flush that pages were lost; the write's success is heard of first."""
+    written = threading.Event()
+
+    def sync(fd: int) -> None:
+        assert written.wait(20)
+        raise OSError(errno.EIO, "the device lost a page")
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+        monkeypatch.setattr(os, "fdatasync", sync)
+        monkeypatch.setattr("blockstep.drivers.file.write_whole", lambda *_: written.set())
+        flush = asyncio.create_task(node.flush())
+        await asyncio.sleep(0)
+        with pytest.raises(OSError, match="lost a page"):
+            await node.pwrite(0, b"x", FUA)
+        with pytest.raises(OSError, match="lost a page"):
+            await flush
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
 def test_without_flush_nothing_is_synced(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         graph = Graph()
