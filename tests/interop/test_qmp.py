@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +170,89 @@ def test_the_librarys_shell_with_our_server(tmp_path: Path) -> None:
         assert context.log == ["abc"]
 
     served(tmp_path, scenario)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Path]:
+    """The socket of a running storage daemon."""
+    path = tmp_path / "daemon.qmp"
+    with peers.started(peers.blockstep("daemon", "--qmp", f"unix:{path}"), path):
+        yield path
+
+
+def shell(path: Path, lines: str, *options: str) -> str:
+    """What the library's shell prints when it reads ``lines``."""
+    done = subprocess.run([sys.executable, "-m", "qemu.qmp.qmp_shell", *options, str(path)], input=lines, text=True,
+                          capture_output=True, timeout=30, env={"HOME": str(path.parent), "TERM": "dumb"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_librarys_shell_drives_the_storage_daemon(daemon: Path) -> None:
+    printed = shell(daemon, """\
+blockdev-add driver=null-co node-name=disk size=1048576
+block-dirty-bitmap-add node=disk name=first
+transaction(
+block-dirty-bitmap-add node=disk name=second persistent=false
+block-dirty-bitmap-disable node=disk name=first
+)
+blockdev-add driver=raw node-name=window file={'driver':'null-co','size':65536} offset=4096
+query-named-block-nodes flat=true
+blockdev-del node-name=nobody
+query-block-jobs
+""")
+    assert "connected to QEMU" in printed.lower() or "Connected" in printed
+    assert '"node-name": "window"' in printed
+    assert '"name": "second"' in printed
+    assert '"status": "disabled"' in printed or '"recording": false' in printed
+    assert "GenericError" in printed
+    assert printed.count('{"return": {}}') + printed.count('"return": {}') >= 4
+
+
+def test_the_librarys_shell_has_the_human_monitors_commands_too(daemon: Path) -> None:
+    printed = shell(daemon, "info block-jobs\ndrive_add 0 if=none,id=disk,driver=null-co\ninfo block\n", "-H")
+    assert "No active jobs" in printed
+    assert "OK" in printed
+    assert "disk (disk): " in printed
+
+
+OLDER_CLIENT = """
+import json, sys
+from qemu.qmp import ExecuteError
+from qemu.qmp.legacy import QEMUMonitorProtocol
+with QEMUMonitorProtocol(sys.argv[1]) as qmp:
+    said = [qmp.connect()["QMP"]["capabilities"], qmp.cmd("query-status")]
+    try:
+        qmp.cmd("no-such-command")
+    except ExecuteError as error:
+        said.append(error.error_class)
+    said += [qmp.cmd("stop"), qmp.cmd_obj({"execute": "cont", "id": "mine"}), qmp.pull_event(wait=10.0)]
+print(json.dumps(said))
+"""
+
+
+def test_the_librarys_older_client_with_the_storage_daemon(daemon: Path) -> None:
+    # A process of its own: that client leaves an event loop open behind it.
+    said = json.loads(peers.run(sys.executable, "-c", OLDER_CLIENT, daemon).stdout)
+    event = said.pop()
+    assert said == [["oob"], {"running": True, "singlestep": False, "status": "running"}, "CommandNotFound", {},
+                    {"return": {}, "id": "mine"}]
+    assert event["event"] == "STOP"
+    assert event["timestamp"].keys() == {"seconds", "microseconds"}
+
+
+def test_the_librarys_client_sees_the_daemon_off(daemon: Path) -> None:
+    async def scenario() -> None:
+        qmp = QMPClient("test")
+        await qmp.connect(str(daemon))
+        with qmp.listener("SHUTDOWN") as events:
+            replies = await asyncio.gather(*(qmp.execute("query-block-jobs") for _ in range(50)))
+            assert replies == [[]] * 50
+            assert await qmp.execute("query-yank", oob=True) == []
+            await qmp.execute("quit")
+            assert (await events.get())["data"] == {"guest": False, "reason": "host-qmp-quit"}
+        await qmp.runstate_changed()
+        with contextlib.suppress(EOFError):
+            await qmp.disconnect()
+
+    asyncio.run(scenario())
