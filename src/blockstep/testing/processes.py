@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,8 +165,11 @@ class QMP:
         Raises RuntimeError with the peer's class and description when it answers with an error, EOFError when it
         hangs up.
         """
-        words = {name.replace("_", "-"): value for name, value in arguments.items()}
-        self._file.write(json.dumps({"execute": command, "arguments": words}).encode() + b"\n")
+        return self.ask(command, {name.replace("_", "-"): value for name, value in arguments.items()})
+
+    def ask(self, command: str, arguments: Mapping[str, Any]) -> Any:
+        """`execute`, with the names of the arguments as they are."""
+        self._file.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
         self._file.flush()
         while True:
             line = self._file.readline()

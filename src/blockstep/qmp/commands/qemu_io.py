@@ -127,7 +127,7 @@ async def qemu_io(graph: Graph, node: Driver, line: str) -> str:
         return _help(words[1:])
     try:
         call = _Call(words[0], words[1:])
-        backend = graph.attach_counted(node, "qemu-io", call.command.permission)
+        backend = graph.attach_backend(node, "qemu-io", call.command.permission)
     except (_Complaint, BlockstepError) as error:
         return f"{error}\n"
     call.backend = backend

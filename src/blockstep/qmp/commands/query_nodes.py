@@ -3,8 +3,8 @@
 There are no guest devices. Where QEMU shows devices, a *disk* is shown, under its node name: a node that was added by
 name and that no other such node stands on, or one that clients use or have used.
 
-Counters are of clients (exports, qemu-io), from the first on, for as long as the node is open; jobs are not counted.
-A node that no client came to has zeroes, as with QEMU.
+Counters are of clients (exports), from the first on, for as long as the node is open; jobs are not counted, nor is
+what the human monitor's qemu-io does. A node that no client came to has zeroes, as with QEMU.
 
 Source: QEMU's QMP reference, "Block core", for names and results.
 """
@@ -163,7 +163,8 @@ def node_info(graph: Graph, node: Driver, flat: bool = False) -> NodeInfo:
     cache = node.options.cache
     info = NodeInfo(
         file=filename_of(node), node_name=node.name, ro=node.read_only, drv=node.driver,
-        backing_file=UNSET if backing is None else filename_of(backing), backing_file_depth=_depth(node),
+        backing_file=UNSET if backing is None else filename_of(backing),
+        backing_file_depth=0 if flat else _depth(node),  # so QEMU counts
         encrypted=False, detect_zeroes="off", bps=0, bps_rd=0, bps_wr=0, iops=0, iops_rd=0, iops_wr=0,
         image=image_info(node, flat),
         group=UNSET if group is None else group.name,
@@ -199,6 +200,8 @@ def image_info(node: Driver, flat: bool = False) -> ImageInfo:
                      actual_size=UNSET if occupied is None else occupied)
     if node.can_be_emptied:
         info.cluster_size = node.cluster_size
+    if node.is_filter and not flat and "file" in node.children:  # QEMU shows what is filtered in that place, too
+        info.backing_image = image_info(node.children["file"].node)
     if backing is not None:
         info.backing_filename = info.full_backing_filename = filename_of(backing)
         info.backing_filename_format = backing.driver
@@ -208,11 +211,9 @@ def image_info(node: Driver, flat: bool = False) -> ImageInfo:
 
 
 def _depth(node: Driver) -> int:
-    depth = 0
-    backing = backing_of(node)
-    while backing is not None:
-        depth, backing = depth + 1, backing_of(backing)
-    return depth
+    """How many layers lie below; filters count, as with QEMU."""
+    below = node.children["file"].node if node.is_filter and "file" in node.children else backing_of(node)
+    return 0 if below is None else 1 + _depth(below)
 
 
 # --- counters ---
