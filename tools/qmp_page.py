@@ -31,9 +31,9 @@ from blockstep.qmp.schema import Arguments, Command, EventKind, Registry
 TITLES = {
     "core": "The program", "introspection": "What a monitor can do", "run_state": "Run state", "objects": "Objects",
     "nodes": "Nodes", "query_nodes": "Looking at nodes", "exports": "The NBD server and its exports",
-    "jobs": "Jobs", "block_jobs": "Block jobs", "transaction": "Transactions", "bitmaps": "Dirty bitmaps",
-    "colo": "Replication, with QEMU's commands", "replication": "A pair", "yank": "Yank",
-    "human": "The human monitor's commands",
+    "jobs": "Jobs", "block_jobs": "Block jobs", "copying": "Copying disks", "snapshots": "Snapshots",
+    "transaction": "Transactions", "bitmaps": "Dirty bitmaps", "colo": "Replication in the daemon", "yank": "Yank",
+    "human": "The human monitor's commands", "replication": "A pair",
 }
 
 
@@ -85,7 +85,7 @@ def _title(area: Registry) -> str:
 
 def _order(area: Registry) -> tuple[int, str]:
     name = _module(area).rpartition(".")[2]
-    return ([*TITLES, name].index(name), name)
+    return (list(TITLES).index(name) if name in TITLES else len(TITLES) - 1, name)
 
 
 def _introduction(area: Registry) -> str:
@@ -233,6 +233,8 @@ class _Types:
 
     def _struct(self, kind: kinds.StructType, here: bool) -> str:
         name = kind.cls.__name__
+        if not kind.fields and not kind.tag_field:
+            return "an empty object"
         self.mentions[name] += 1
         if here and self._counts[name] == 1 and name not in self._done:
             self._done.add(name)
