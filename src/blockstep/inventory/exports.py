@@ -52,6 +52,8 @@ from blockstep.nbd.uri import Address, InetAddress, NbdUri, UnixAddress
 
 #: Seconds that clients get to take the answers to what they have sent, when the server is stopped by a command.
 STOP_DEADLINE: Final = 1.0
+#: The same at the end of the process.
+CLOSE_DEADLINE: Final = 10.0
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 
@@ -214,7 +216,7 @@ class ExportTable:
                 listening += await _listen(server, address)
         except BaseException:
             self._server = None
-            await server.stop()
+            await self._end(server, 0.0)
             raise
         self.addresses = listening
         return listening
@@ -229,14 +231,17 @@ class ExportTable:
         if server is None:
             raise NotRunning
         self.addresses = []
-        mine = [export for export in self._exports.values() if export.server is server]
+        await self._end(server, deadline)
+
+    async def _end(self, server: Server, deadline: float) -> None:
+        mine = [export for export in self._exports.values() if export.server is server and not export.shutting_down]
         for export in mine:
             export.shutting_down = True
         await server.stop(deadline)
         for export in mine:
             await self._let_go(export)
 
-    async def close(self, deadline: float = 10.0) -> None:
+    async def close(self, deadline: float = CLOSE_DEADLINE) -> None:
         """The end of the process: stop the server if there is one, and wait until all exports are gone.
 
         Requests that are held back fail.
@@ -246,7 +251,7 @@ class ExportTable:
                 export.backend.forget_held()
         if self._server is not None:
             await self.stop_server(deadline)
-        for export in list(self._exports.values()):
+        for export in self:
             await export.gone.wait()
 
     # --- guests ---

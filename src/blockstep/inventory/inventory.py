@@ -5,14 +5,16 @@ Nothing here is global: a process can hold two inventories, and a test does.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.block.node import Node
+from blockstep.drivers.nbd import Nbd
 from blockstep.inventory.colo import Colo
-from blockstep.inventory.exports import ExportTable
+from blockstep.inventory.exports import CLOSE_DEADLINE, ExportTable
 from blockstep.inventory.objects import Objects
 from blockstep.jobs.registry import JobRegistry
 from blockstep.replication.registry import ReplicationRegistry
@@ -39,16 +41,27 @@ class Inventory:
     async def close(self) -> list[OSError]:
         """End everything in good order: exports, then jobs; make durable what was written; close all nodes.
 
-        Returns an error for each disk that could not be flushed or closed; nothing is kept open for it.
+        Returns an error for each disk that could not be flushed or closed; nothing is kept open for it. What waits for
+        an NBD server that does not answer fails after `CLOSE_DEADLINE`.
         """
-        await self.exports.close()
-        await self.jobs.cancel_all()
-        await self.colo.close()
-        ends = [await _tried(node, node.flush()) for node in self._tops()]
-        for node in self.graph.nodes.values():
-            node.owned = False
-        ends += [await _tried(node, self.graph.close_unused(node)) for node in list(self.graph.nodes.values())]
+        watchdog = asyncio.get_running_loop().call_later(CLOSE_DEADLINE, self._cut_off)
+        try:
+            await self.exports.close()
+            await self.jobs.cancel_all()
+            await self.colo.close()
+            ends = [await _tried(node, node.flush()) for node in self._tops()]
+            for node in self.graph.nodes.values():
+                node.owned = False
+            ends += [await _tried(node, self.graph.close_unused(node)) for node in list(self.graph.nodes.values())]
+        finally:
+            watchdog.cancel()
         return [error for error in ends if error is not None]
+
+    def _cut_off(self) -> None:
+        """Let requests fail that wait for servers."""
+        for node in self.graph.nodes.values():
+            if isinstance(node, Nbd):
+                node.yank()
 
     def _tops(self) -> list[Driver]:
         """The nodes that no other node uses and that can be written to."""

@@ -12,6 +12,7 @@ import pytest
 
 from blockstep.block.bitmap import DirtyBitmap
 from blockstep.errors import ConnectionLost, PeerRefused
+from blockstep.inventory import inventory
 from blockstep.nbd import constants as c
 from blockstep.nbd.client import Client
 from blockstep.nbd.dial import ClientTls
@@ -327,3 +328,26 @@ async def test_clients_are_cut_off_when_the_right_to_write_is_taken_away(tmp_pat
         assert client.info.flags & c.FLAG_READ_ONLY
         await client.close()
         assert await exports(d) == ["e"]
+
+
+@scenario
+async def test_the_end_does_not_wait_for_a_server_that_does_not_answer(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory, "CLOSE_DEADLINE", 0.05)
+    async with daemon(tmp_path, "far") as far:
+        debug, _ = await faulty(far.inventory.graph, "disk")
+        address = await start(far)
+        await add(far, "e", "disk", writable=True)
+        async with daemon(tmp_path, "near") as d:
+            await d.inventory.graph.open({"driver": "nbd", "node-name": "near", "export": "disk",
+                                          "server": {"type": "unix", "path": address.path}})
+            here = await start(d)
+            await add(d, "n", "near", writable=True)
+            client = await Client.connect(here, "near")
+            debug.suspend("write", "hangs")
+            write = asyncio.ensure_future(client.pwrite(0, bytes(512)))
+            await debug.suspended("hangs")
+        with pytest.raises(OSError):
+            await write
+        await client.close()
+        debug.resume("hangs")
