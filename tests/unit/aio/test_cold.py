@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from blockstep.aio.cold import BATCH, THREADS, ColdReads
 
 
 def test_each_read_gets_its_own_bytes_however_many_there_are(tmp_path: Path) -> None:
-    content = os.urandom(64 * 4096)
+    content = os.urandom(256 * 4096)
     (tmp_path / "disk").write_bytes(content)
     fd = os.open(tmp_path / "disk", os.O_RDONLY)
 
@@ -55,6 +56,27 @@ def test_an_error_is_that_of_its_read_and_not_of_its_neighbours(tmp_path: Path) 
     finally:
         os.close(good)
         os.close(bad)
+
+
+def test_on_a_slow_device_a_read_does_not_wait_for_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    first_ended = threading.Event()
+
+    def read_slowly(fd: int, length: int, offset: int) -> bytes:
+        if offset:
+            assert first_ended.wait(30)
+        return bytes([offset]) * length
+
+    monkeypatch.setattr("blockstep.aio.cold.read_whole", read_slowly)
+    monkeypatch.setattr("blockstep.aio.cold.REPORT", -1.0)
+
+    async def main() -> None:
+        cold = ColdReads()
+        first, second = (asyncio.ensure_future(cold.read(-1, 2, offset)) for offset in (0, 1))
+        assert await first == b"\0\0"
+        first_ended.set()
+        assert await second == b"\1\1"
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("rounds", [3])
