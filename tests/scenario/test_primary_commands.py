@@ -11,7 +11,9 @@ import pytest
 
 from blockstep.daemon.disks import DiskSpec
 from blockstep.daemon.primary import Primary, PrimaryConfig
+from blockstep.daemon.standby import Standby
 from blockstep.nbd.uri import InetAddress, UnixAddress
+from tests.scenario.pair import until, with_pair
 
 
 def config(directory: Path) -> PrimaryConfig:
@@ -35,3 +37,14 @@ def test_a_primary_that_is_told_to_end_at_once_ends_quietly(tmp_path: Path, turn
         asyncio.run(main())
         gc.collect()
     assert [str(one.message) for one in told if issubclass(one.category, RuntimeWarning)] == []
+
+
+def test_many_requests_at_a_time_are_few_checkpoints(tmp_path: Path) -> None:
+    async def test(primary: Primary, standby: Standby) -> None:
+        await primary.open()
+        await until(lambda: primary.coordinator.protected)
+        epoch = primary.coordinator.epoch
+        answers = await asyncio.gather(*(primary.checkpoint() for _ in range(8)))
+        assert {answer.epoch for answer in answers} == {epoch + 1}
+
+    with_pair(tmp_path, test)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -13,25 +12,15 @@ from blockstep.testing.pair import Pair
 from tests.scenarios import scenario
 
 
+@pytest.mark.parametrize("ack", ["local", "both"])
 @scenario
-async def test_several_disks_share_one_point_in_time_at_every_checkpoint(tmp_path: Path) -> None:
+async def test_several_disks_share_one_point_in_time_at_every_checkpoint(tmp_path: Path, ack: str) -> None:
     async with Pair(tmp_path, disks=3) as pair:
-        await pair.start()
+        await pair.start("--ack", ack)
         await pair.primary.until(health="healthy")
         async with pair.writing():
             for _ in range(4):
                 await pair.written(200)
-                await pair.checkpoint_shows()
-
-
-@scenario
-async def test_acknowledged_on_both_sides_several_disks_share_one_point_as_well(tmp_path: Path) -> None:
-    async with Pair(tmp_path, disks=2) as pair:
-        await pair.start("--ack", "both")
-        await pair.primary.until(health="healthy")
-        async with pair.writing():
-            for _ in range(3):
-                await pair.written(100)
                 await pair.checkpoint_shows()
 
 
@@ -60,44 +49,25 @@ async def test_a_checkpoint_is_taken_by_time(tmp_path: Path) -> None:
         await pair.primary.heard("REPLICATION_CHECKPOINT", epoch=first["checkpoint"]["epoch"] + 2)
 
 
+@pytest.mark.parametrize("written", [1, 4])
 @scenario
-async def test_a_checkpoint_is_taken_by_bytes_over_all_disks(tmp_path: Path) -> None:
-    async with Pair(tmp_path, disks=2) as pair:
-        await pair.start("--checkpoint-bytes", "400k")
-        epoch = (await pair.primary.until(health="healthy"))["checkpoint"]["epoch"]
-        async with pair.primary.clients() as clients:
-            for number in range(90):  # 360 KiB: not yet
-                await clients[number % 2].pwrite(0, pair.writes.block(0, number))
-            assert (await pair.primary.status())["checkpoint"]["epoch"] == epoch
-            for number in range(90):
-                await clients[number % 2].pwrite(0, pair.writes.block(0, number))
-            await pair.primary.until(lambda status: status["checkpoint"]["epoch"] == epoch + 1)
-
-
-@scenario
-async def test_a_disk_that_is_written_alone_is_due_by_bytes_as_well(tmp_path: Path) -> None:
+async def test_a_checkpoint_is_taken_by_bytes_over_all_disks(tmp_path: Path, written: int) -> None:
+    """However many of the four disks are written to; and again after that."""
     async with Pair(tmp_path, disks=4) as pair:
         await pair.start("--checkpoint-bytes", "200k")
         epoch = (await pair.primary.until(health="healthy"))["checkpoint"]["epoch"]
         async with pair.primary.clients() as clients:
-            for number in range(40):  # 160 KiB, of 200
-                await clients[0].pwrite(0, pair.writes.block(0, number))
+
+            async def write(count: int) -> None:
+                for number in range(count):
+                    await clients[number % written].pwrite(0, pair.writes.block(0, number))
+
+            await write(40)  # 160 KiB, of 200
             assert (await pair.primary.status())["checkpoint"]["epoch"] == epoch
-            for number in range(12):
-                await clients[0].pwrite(0, pair.writes.block(0, number))
+            await write(12)
             await pair.primary.until(lambda status: status["checkpoint"]["epoch"] == epoch + 1)
-            for number in range(52):  # and again after that
-                await clients[0].pwrite(0, pair.writes.block(0, number))
+            await write(52)
             await pair.primary.until(lambda status: status["checkpoint"]["epoch"] == epoch + 2)
-
-
-@scenario
-async def test_many_requests_at_a_time_are_few_checkpoints(tmp_path: Path) -> None:
-    async with Pair(tmp_path) as pair:
-        await pair.start()
-        epoch = (await pair.primary.until(health="healthy"))["checkpoint"]["epoch"]
-        answers = await asyncio.gather(*(pair.primary.begin("replication-checkpoint") for _ in range(8)))
-        assert {answer["epoch"] for answer in answers} <= {epoch + 1, epoch + 2}
 
 
 @scenario

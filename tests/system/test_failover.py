@@ -100,8 +100,9 @@ async def test_a_promoted_standby_refuses_the_old_primarys_writes_which_goes_on_
             low, high = await pair.checkpoint()
             await pair.written(50)
             await pair.standby.execute("replication-failover")
-            with pytest.raises(OSError):
+            with pytest.raises(OSError) as refused:
                 await stale.pwrite(0, bytes(BLOCK))
+            assert refused.value.errno in (errno.ENOTCONN, errno.EPERM, errno.ESHUTDOWN, errno.ECONNRESET)
             status = await pair.primary.until(state="fenced")
             assert status["health"] == "at-risk"
             assert "promoted" in status["reason"]
@@ -214,18 +215,3 @@ async def test_status_is_true_at_every_moment_of_a_failover(tmp_path: Path) -> N
         await failing_over
         assert {status["state"] for status in seen} <= {"replicating", "lost", "failover", "promoted"}
         await pair.standby.heard("REPLICATION_FAILOVER", stage="done", reason="")
-
-
-@scenario
-async def test_the_old_primary_cannot_write_even_while_the_merge_runs(tmp_path: Path) -> None:
-    async with Pair(tmp_path, size=4 << 20) as pair:
-        await pair.start()
-        await pair.primary.until(health="healthy")
-        address = parse_address(pair.link)
-        stale = await Client.connect(address, "disk0")
-        await pair.standby.execute("replication-failover")
-        with pytest.raises(OSError) as caught:
-            await stale.pwrite(0, b"stale")
-        assert caught.value.errno in (errno.ENOTCONN, errno.EPERM, errno.ESHUTDOWN, errno.ECONNRESET)
-        [content] = await pair.standby.read_disks()
-        assert not content[0].startswith(b"stale")

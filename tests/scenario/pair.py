@@ -1,0 +1,50 @@
+"""A primary and its standby as two programs in one process: tests reach into both, turn by turn of the loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from blockstep.daemon.disks import DiskSpec
+from blockstep.daemon.primary import Primary, PrimaryConfig
+from blockstep.daemon.standby import Standby, StandbyConfig
+from blockstep.nbd.uri import InetAddress, UnixAddress
+
+SIZE = 1 << 20
+
+
+def with_pair(tmp_path: Path, test: Callable[[Primary, Standby], Awaitable[None]]) -> None:
+    """The primary is not opened yet: `test` does that."""
+
+    async def main() -> None:
+        standby = Standby(StandbyConfig(
+            pair="p", disks=tuple(DiskSpec(name, tmp_path / f"{name}.standby", SIZE) for name in "ab"),
+            link=InetAddress("127.0.0.1", 0), view=UnixAddress(str(tmp_path / "view")), qmp=tmp_path / "s.qmp",
+            state=tmp_path / "promoted",
+            buffer_memory=SIZE, buffer_dir=None))
+        await standby.open()
+        primary = Primary(PrimaryConfig(
+            pair="p", disks=tuple(DiskSpec(name, tmp_path / f"{name}.primary", SIZE) for name in "ab"),
+            standby=InetAddress("127.0.0.1", standby.link.port), export=UnixAddress(str(tmp_path / "export")),
+            qmp=tmp_path / "p.qmp", checkpoint_every=0.0, checkpoint_bytes=0))
+        try:
+            await test(primary, standby)
+        finally:
+            await primary.close()
+            await standby.close()
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], object], limit: float = 10.0) -> None:
+    async with asyncio.timeout(limit):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.005)
+
+
+async def turns() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
