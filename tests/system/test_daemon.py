@@ -260,7 +260,7 @@ async def test_a_signal_finishes_what_clients_have_sent(tmp_path: Path, image: P
             shutdown = monitor.events("SHUTDOWN")
             process.send_signal(number)
             await asyncio.gather(*writes)
-            assert (await anext(shutdown))["event"] == "SHUTDOWN"
+            assert (await anext(shutdown))["data"] == {"guest": False, "reason": "host-signal"}
         assert await asyncio.to_thread(ended, process) == 0
         await client.close()
     for index in range(4):

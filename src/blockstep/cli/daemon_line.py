@@ -110,8 +110,7 @@ def _wanted_help(line: CommandLine) -> tuple[str, str] | None:
 
 
 def _serve(line: CommandLine) -> None:
-    import asyncio
-
+    from blockstep.aio.loop import run
     from blockstep.daemon.background import daemonize
     from blockstep.daemon.startup import DaemonConfig, main
     from blockstep.nbd.server import passed_sockets
@@ -122,4 +121,4 @@ def _serve(line: CommandLine) -> None:
     passed = {names[index] if index < len(names) and names.count(names[index]) == 1 and names[index] else str(fd): fd
               for index, fd in enumerate(fds)}
     serving = daemonize() if "daemonize" in line.whole else lambda: None
-    asyncio.run(main(DaemonConfig(line.steps, line.whole.get("name"), line.whole.get("pidfile"), passed), serving))
+    run(main(DaemonConfig(line.steps, line.whole.get("name"), line.whole.get("pidfile"), passed), serving))

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Literal
 
 from blockstep import __version__
 from blockstep.aio.memory import keep_freed_memory
@@ -68,16 +69,21 @@ class Service:
         )
         self.qmp: Server | None = None
         self._quit = asyncio.Event()
+        self._reason: Literal["host-qmp-quit", "host-signal"] = "host-qmp-quit"
         # From the beginning: what is half open when the signal comes is closed in good order as well. A terminal
         # that is closed is no reason to leave disks unmerged; nohup's wish is respected.
         self._signals = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
                          if signal.getsignal(number) != signal.SIG_IGN]
         for number in self._signals:
-            asyncio.get_running_loop().add_signal_handler(number, self.request_quit)
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
 
     def request_quit(self) -> None:
         """Begin a clean stop."""
         self._quit.set()
+
+    def _signalled(self) -> None:
+        self._reason = "host-signal"
+        self.request_quit()
 
     async def serve_qmp(self, path: Path, *areas: Registry) -> None:
         """Open the control socket with the commands of ``areas`` and those that every program has."""
@@ -108,6 +114,6 @@ class Service:
     async def stop_qmp(self) -> None:
         """Close the control socket, after its answers have gone out."""
         if self.qmp:
-            self.emit(core.Shutdown())
+            self.emit(core.Shutdown(reason=self._reason))
             await self.qmp.stop()
 

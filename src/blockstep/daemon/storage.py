@@ -4,9 +4,9 @@
          ▲                                            │
          └──────────────── events ◄───────────────────┘
 
-The end, in this order, so that nobody is told "written" of what is not: exports finish what clients have sent and
-close; jobs are cancelled; what the users of the disks wrote is flushed, and all nodes are closed; the monitors go
-last, so that they hear of it.
+The end, in this order, so that nobody is told "written" of what is not: no command begins any more, and those that
+have begun end; exports finish what clients have sent and close; jobs are cancelled; what the users of the disks wrote
+is flushed, and all nodes are closed; the monitors go last, so that they hear of it.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class StorageDaemon(Service):
 
     async def close(self) -> list[OSError]:
         """A clean stop; see the module. Returns what could not be flushed: one error for each node."""
+        await self.qmp.finish()
         try:
             return await self.inventory.close()
         finally:

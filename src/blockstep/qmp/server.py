@@ -191,28 +191,36 @@ class Server:
             self._broadcast(event)
         self._arm()
 
-    async def stop(self, grace: float = 2.0) -> None:
-        """Stop listening, let commands that have begun end and answers go out, close all monitors.
+    async def finish(self, grace: float = 2.0) -> None:
+        """Stop listening, begin no more commands, and let those that have begun end. Events still go out.
 
         What has not ended after ``grace`` seconds is cancelled. Called from a command it does not wait for that
-        command, whose answer is lost then: let the command return first.
+        command.
         """
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         for listener in self.listeners:
             listener.close()
-        monitors = self.monitors
-        for monitor in monitors:
+        for monitor in self.monitors:
             monitor.finish()
         waiting = self._tasks - {task for task in (asyncio.current_task(),) if task is not None}
-        deadline = asyncio.get_running_loop().time() + grace
         if waiting:
             _, late = await asyncio.wait(waiting, timeout=grace)
             for task in late:
                 task.cancel()
             if late:
                 await asyncio.wait(late)
+
+    async def stop(self, grace: float = 2.0) -> None:
+        """Stop listening, let commands that have begun end and answers go out, close all monitors.
+
+        What has not ended after ``grace`` seconds is cancelled. Called from a command it does not wait for that
+        command, whose answer is lost then: let the command return first.
+        """
+        deadline = asyncio.get_running_loop().time() + grace
+        await self.finish(grace)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        monitors = self.monitors
         for monitor in monitors:
             monitor.close()
         if gone := [asyncio.ensure_future(monitor.gone.wait()) for monitor in monitors]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from pathlib import Path
 
+import pytest
+
+from blockstep.block.permissions import READ, WRITE
 from blockstep.daemon.storage import AREAS
+from blockstep.errors import ConnectionLost
+from blockstep.jobs.mirror import MirrorJob
 from blockstep.qmp.client import connect
 from blockstep.qmp.schema import Registry
 from tests.daemon import daemon, refused
@@ -73,3 +79,37 @@ async def test_monitors_hear_of_the_end(tmp_path: Path) -> None:
             events = other.events("SHUTDOWN")
             await d.program.close()
             assert (await anext(events))["data"]["reason"] == "host-qmp-quit"
+
+
+@scenario
+async def test_no_command_begins_once_the_end_has_begun(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        ending = asyncio.ensure_future(d.program.close())
+        await asyncio.sleep(0)  # it has begun
+        with pytest.raises(ConnectionLost):
+            await d.qmp("object-add", {"qom-type": "secret", "id": "late", "data": "x"})
+        assert await ending == []
+        assert not list(d.inventory.objects)
+
+
+@scenario
+async def test_a_stop_ends_replication_and_jobs_in_good_order(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        graph = d.inventory.graph
+        for name in ("secondary", "hidden", "active"):
+            (tmp_path / name).write_bytes(bytes(1 << 20))
+        await graph.open({"driver": "file", "node-name": "secondary", "filename": str(tmp_path / "secondary")})
+        await graph.open({
+            "driver": "replication", "node-name": "top", "mode": "secondary", "top-id": "top",
+            "file": {"driver": "overlay", "node-name": "active", "memory-limit": 1 << 20,
+                     "backing": {"driver": "overlay", "node-name": "hidden", "backing": "secondary",
+                                 "memory-limit": 1 << 20}}})
+        link = graph.attach_backend(graph.find("secondary"), "link", READ | WRITE)
+        await d.inventory.replication.start_all("secondary")
+        source, target = [await graph.open({"driver": "memory", "node-name": name, "size": 1 << 20})
+                          for name in ("source", "target")]
+        await d.inventory.jobs.create(MirrorJob("mirror", graph, source, target))
+        await link.pwrite(0, b"from the primary")
+        await graph.detach_backend(link)
+    assert d.inventory.jobs.list() == []
+    assert (tmp_path / "secondary").read_bytes().startswith(b"from the primary")
