@@ -54,13 +54,14 @@ def parse(text: str, option: str, implied: str | None = None, switches: Collecti
     """
     if is_json(text):
         return _parse_json(text.removeprefix("json:"), option)
+    keys = f"{option}:" if option else ""
     tree: dict[str, Any] = {}
     for number, word in enumerate(_words(text)):
         key, equals, value = word.partition("=")
         if not equals:
             key, value = _alone(word, option, implied if number == 0 else None, switches)
-        _put(tree, key, value, option)
-    whole: dict[str, Any] = _listed(tree, option, "")
+        _put(tree, key, value, keys)
+    whole: dict[str, Any] = _listed(tree, keys, "")
     return whole
 
 
@@ -89,7 +90,7 @@ def _alone(word: str, option: str, implied: str | None, switches: Collection[str
 def _put(tree: dict[str, Any], key: str, value: str, option: str) -> None:
     steps = key.split(".")
     if not all(_FRAGMENT.fullmatch(step) for step in steps) or steps[0].isdigit():
-        raise OptionError(option, key, "the name of an option, or several with dots between them")
+        raise OptionError(option.rstrip(":"), key, "the name of an option, or several with dots between them")
     level = tree
     for depth, step in enumerate(steps[:-1], 1):
         level = level.setdefault(step, {})
@@ -137,7 +138,8 @@ def fit(value: Any, kind: type[T], option: str, words: bool) -> T:
 
     Raises OptionError that names what is wrong by its path in ``option``.
     """
-    fitted = understood(value, inspect.type_info(kind), option, words)
+    option = f"{option}:" if option else ""
+    fitted = _understood(value, inspect.type_info(kind), option, words)
     try:
         return msgspec.convert(fitted, kind)
     except msgspec.ValidationError as error:
@@ -147,10 +149,12 @@ def fit(value: Any, kind: type[T], option: str, words: bool) -> T:
         raise OptionError(_path(option, path), _at(value, path), right) from None
 
 
-def understood(value: Any, kind: inspect.Type, option: str, words: bool) -> Any:
+def _understood(value: Any, kind: inspect.Type, option: str, words: bool) -> Any:
     """``value`` as msgspec converts it to ``kind``. Raises OptionError for what it never could."""
     if isinstance(kind, inspect.Metadata):
-        return understood(value, kind.type, option, words)
+        return _understood(value, kind.type, option, words)
+    if isinstance(value, msgspec.Struct):
+        return value
     kinds = [one.type if isinstance(one, inspect.Metadata) else one
              for one in (kind.types if isinstance(kind, inspect.UnionType) else (kind,))]
     if isinstance(value, Mapping):
@@ -158,7 +162,7 @@ def understood(value: Any, kind: inspect.Type, option: str, words: bool) -> Any:
     if isinstance(value, list):
         for one in kinds:
             if isinstance(one, inspect.ListType):
-                return [understood(item, one.item_type, f"{option}.{index}", words)
+                return [_understood(item, one.item_type, f"{option}.{index}", words)
                         for index, item in enumerate(value)]
     if isinstance(value, str):
         return _understood_word(value, kinds, option, words)
@@ -180,7 +184,7 @@ def _understood_object(value: dict[str, Any], kinds: list[inspect.Type], option:
     for field in fields.values():
         if field.required and field.encode_name not in value:
             raise OptionError(_path(option, field.encode_name), None, f"given: {_expected([field.type], words)}")
-    return {name: item if name == struct.tag_field else understood(item, fields[name].type, _path(option, name), words)
+    return {name: item if name == struct.tag_field else _understood(item, fields[name].type, _path(option, name), words)
             for name, item in value.items()}
 
 
@@ -236,7 +240,7 @@ def _check(value: Any, kinds: list[inspect.Type], option: str, words: bool) -> N
         for kind, types in _PYTHON:
             if isinstance(one, kind) and isinstance(value, types) and (bool in types or not isinstance(value, bool)):
                 return
-    raise OptionError(option, value, _expected(kinds, words))
+    raise OptionError(option.rstrip(":"), value, _expected(kinds, words))
 
 
 def _expected(kinds: list[inspect.Type], words: bool) -> str:
@@ -279,10 +283,10 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _path(option: str, path: str) -> str:
-    """``--option: path.to.it``; without an option's name the path alone."""
-    if option.startswith("--") and ":" not in option and path:
-        return f"{option}: {path}"
-    return ".".join(filter(None, (option, path)))
+    """``--option: path.to.it``: ``option`` ends with a colon while there is no path."""
+    if not path:
+        return option.rstrip(":")
+    return f"{option} {path}" if option.endswith(":") else ".".join(filter(None, (option, path)))
 
 
 def _at(value: Any, path: str) -> Any:

@@ -5,25 +5,20 @@ A driver registers itself when its module is imported; `blockstep.drivers` impor
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from functools import reduce
 from operator import or_
 from typing import Any, Final, TypeVar
 
-import msgspec
-
+from blockstep import keyval
 from blockstep.block.driver import Driver
 from blockstep.block.node import NodeOptions
 from blockstep.errors import OptionError
-from blockstep.units import parse_size
 
 D = TypeVar("D", bound=type[Driver])
 
 _drivers: dict[str, type[Driver]] = {}
 
-#: How a command line says yes and no.
-_SWITCH: Final = {"on": True, "yes": True, "y": True, "off": False, "no": False, "n": False}
 #: Drivers that people who come from QEMU ask for -> what there is for them.
 _INSTEAD: Final = {
     "qcow2": "qcow2 images cannot be used yet; an overlay keeps what was written over a backing node, too",
@@ -72,42 +67,4 @@ def parse_options(options: Mapping[str, Any] | NodeOptions, strict: bool = True)
     if "driver" not in options:
         raise OptionError("driver", None, "given: one of " + ", ".join(driver_names()))
     driver = find_driver(options["driver"])
-    given = dict(options) if strict else _understood(options, msgspec.inspect.type_info(driver.Options))
-    try:
-        return driver, msgspec.convert(given, driver.Options, strict=strict)
-    except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$")
-        name = where.strip("`.") or "options"
-        expected = f"as its driver takes it: {what}"
-        raise OptionError(f"{driver.driver}: {name}", _value_at(options, name), expected) from None
-
-
-def _understood(value: Any, wanted: msgspec.inspect.Type) -> Any:
-    """The words of a command line as what ``wanted`` says they stand for; what makes no sense stays as it is."""
-    if isinstance(wanted, msgspec.inspect.Metadata):
-        return _understood(value, wanted.type)
-    if isinstance(wanted, msgspec.inspect.UnionType):
-        for alternative in wanted.types:
-            value = _understood(value, alternative)
-        return value
-    if isinstance(value, str):
-        if isinstance(wanted, msgspec.inspect.BoolType):
-            return _SWITCH.get(value, value)
-        if isinstance(wanted, msgspec.inspect.IntType) and not value.lstrip("-").isdigit():
-            with contextlib.suppress(OptionError):
-                return parse_size(value)
-    if isinstance(value, Mapping) and isinstance(wanted, msgspec.inspect.StructType):
-        fields = {field.encode_name: field.type for field in wanted.fields}
-        return {name: _understood(item, fields[name]) if name in fields else item for name, item in value.items()}
-    if isinstance(value, list) and isinstance(wanted, msgspec.inspect.ListType):
-        return [_understood(item, wanted.item_type) for item in value]
-    return value
-
-
-def _value_at(options: Mapping[str, Any], path: str) -> Any:
-    value: Any = options
-    for part in path.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return dict(options)
-        value = value[part]
-    return value
+    return driver, keyval.fit(dict(options), driver.Options, driver.driver, words=not strict)

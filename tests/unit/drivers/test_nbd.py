@@ -25,7 +25,7 @@ def node(**options: Any) -> Nbd:
     ({"path": "/p", "port": 10809}, "together with host"),
     ({"host": "h", "port": "http"}, "port number"),
     ({"server": {"type": "inet", "host": "h", "port": "70000"}}, "port number"),
-    ({"server": {"type": "vsock", "cid": 3}}, "driver takes it"),
+    ({"server": {"type": "vsock", "cid": 3}}, "inet, unix, fd"),
     ({"server": {"type": "fd", "str": "none"}}, "file descriptor"),
     ({"uri": "nbd+unix:///"}, "socket=PATH"),
     ({"uri": "nbds://h/?tls-psk-file=/k"}, "X.509"),
