@@ -111,6 +111,9 @@ class BackupJob(Job):
             node = await self.graph.open(self._filter_options, owned=False)
             assert isinstance(node, CopyBeforeWrite)
             undo.push_async_callback(self.graph.close_unused, node)
+            node.owned = True  # by this job: it stays when the last user of the source goes
+            undo.callback(setattr, node, "owned", False)
+            undo.callback(node.block_operations(f"job '{self.id}' uses it"))
             doors = []
             for used in (self.source, self.target):
                 # Only for drains: the requests are the filter's, on its edges.

@@ -227,11 +227,14 @@ class SyncJob(Job):
         except BaseException:
             del self.graph.nodes[name]
             raise
+        node.owned = True  # by this job: it stays when the last user of the source goes
+        node.block_operations(f"job '{self.id}' uses it")
         self.filter = node
 
     async def _remove_filter(self) -> None:
         if self.filter is not None:
             node, self.filter = self.filter, None
+            node.owned = False
             async with self.graph.drained(node):
                 node.tracker = None
                 with self.graph.change() as change:

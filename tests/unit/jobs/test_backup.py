@@ -302,3 +302,24 @@ def test_a_target_that_is_too_small_is_refused() -> None:
         assert picture(p.graph) == was
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("sync", ["none", "full"])
+def test_the_job_goes_on_when_the_last_user_of_the_source_goes(sync: Any) -> None:
+    async def main() -> None:
+        p = await Pair().open()
+        p.target.suspend("write", "held")
+        job = p.job(sync=sync)
+        await job.launch()
+        if sync == "full":
+            await p.target.suspended("held")
+        await p.graph.detach_backend(p.guest)
+        p.target.resume("held")
+        if sync == "none":
+            job.cancel()
+        error = await job.wait()
+        assert (error is None) is (sync == "full")
+        assert job.cancelled is (sync == "none")
+        assert p.source.parents == []
+
+    asyncio.run(main())

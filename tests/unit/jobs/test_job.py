@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from blockstep.errors import JobError, JobNotFound, OptionError
-from blockstep.jobs.job import Job
+from blockstep.jobs.job import Job, JobCancelled
 from blockstep.jobs.registry import JobRegistry
 from blockstep.jobs.states import TRANSITIONS, VERBS, JobStatus, JobVerb, OnError
 from blockstep.jobs.transaction import JobTransaction
@@ -296,6 +296,18 @@ def test_a_job_that_waits_for_its_speed_is_paused_and_cancelled_at_once() -> Non
         await job.wait()
         assert job.cancelled
         assert job.current == 100
+
+    asyncio.run(main())
+
+
+def test_a_cancel_between_a_pause_point_and_the_speed_limit_is_not_slept_over() -> None:
+    async def main() -> None:
+        job = await in_state(JobStatus.RUNNING, speed=1, clock=HandClock())
+        await job.throttle(100)
+        job.cancel()
+        with pytest.raises(JobCancelled):
+            await job.throttle(100)
+        await end(job)
 
     asyncio.run(main())
 

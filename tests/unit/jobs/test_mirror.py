@@ -454,3 +454,19 @@ def test_the_target_can_take_the_place_of_a_node_that_the_source_shows() -> None
             await p.job(replaces=other, pivot=True).launch()
 
     asyncio.run(main())
+
+
+def test_a_job_whose_filter_has_no_users_any_more_goes_on() -> None:
+    async def main() -> None:
+        p = await Pair().open()
+        job = p.job(copy_mode="write-blocking")
+        await job.launch()
+        await reach(job, "ready")
+        await p.graph.detach_backend(p.guest)
+        assert "#mirror-top-mirror" in p.graph.nodes
+        job.complete()
+        assert await job.wait() is None
+        assert p.copy.content == p.disk.content
+        assert sorted(p.graph.nodes) == sorted({*p.graph.nodes} - {"#mirror-top-mirror"})
+
+    asyncio.run(main())
