@@ -22,6 +22,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+import msgspec
+
 from blockstep.block.accounting import Account, CountedBackend
 from blockstep.block.driver import Driver, Prepared
 from blockstep.block.io import Backend
@@ -213,7 +215,7 @@ class Graph:
                 if isinstance(ref, str):
                     child = self.find(ref)
                 else:
-                    child = await self.open({**inherited_options(checked, role), **ref}, owned=False, strict=strict)
+                    child = await self.open(child_options(checked, role, ref), owned=False, strict=strict)
                 try:
                     with self.change() as change:
                         change.attach(node, child_name, role, child)
@@ -408,20 +410,20 @@ def child_references(driver: type[Driver], options: NodeOptions) -> Iterator[tup
             yield field, role, ref
 
 
-def inherited_options(options: NodeOptions, role: Role) -> dict[str, Any]:
-    """What a child that is given as options takes over from its parent's, unless its own say otherwise."""
-    inherited: dict[str, Any] = {}
+def child_options(options: NodeOptions, role: Role, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a child that is given as options: those, and what it takes over from its parent's."""
+    whole = dict(given)
     if options.read_only or role is Role.BACKING:
-        inherited["read-only"] = True
+        whole.setdefault("read-only", True)
     elif options.discard != "ignore":
-        inherited["discard"] = options.discard
+        whole.setdefault("discard", options.discard)
     if options.auto_read_only:
-        inherited["auto-read-only"] = True
+        whole.setdefault("auto-read-only", True)
     if options.force_share:
-        inherited["force-share"] = True
-    if options.cache != CacheOptions():
-        inherited["cache"] = options.cache
-    return inherited
+        whole.setdefault("force-share", True)
+    if options.cache != CacheOptions() and isinstance(own := whole.get("cache", {}), Mapping):
+        whole["cache"] = {**msgspec.to_builtins(options.cache), **own}
+    return whole
 
 
 async def _open(node: Driver) -> None:

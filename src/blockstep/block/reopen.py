@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from blockstep.block.driver import Driver
-from blockstep.block.graph import Change, Graph, inherited_options
+from blockstep.block.graph import Change, Graph, child_options
 from blockstep.block.node import Child, NodeOptions
 from blockstep.block.permissions import Role
 from blockstep.block.registry import parse_options
@@ -113,7 +113,7 @@ def _plan_child(graph: Graph, plan: _Plan, name: str, role: Role, options: Mappi
     elif edge is None or edge.node.owned or reference.get("node-name", edge.node.name) != edge.node.name:
         raise OptionError(name, reference, "the name of a node, or the options of the child that came with its parent")
     else:
-        _plan(graph, edge.node, {**inherited_options(plan.options, role), **reference}, plans, strict)
+        _plan(graph, edge.node, child_options(plan.options, role, reference), plans, strict)
 
 
 def _same_children(node: Driver, name: str, references: Sequence[Any]) -> None:

@@ -88,9 +88,11 @@ async def test_a_child_given_as_options_takes_over_what_its_parent_says(tmp_path
 async def test_what_a_child_says_itself_holds(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(MiB))
     graph = Graph()
-    raw = await graph.open({"driver": "raw", "discard": "unmap",
-                            "file": {"driver": "file", "filename": str(tmp_path / "disk"), "discard": "ignore"}})
-    assert raw.children["file"].node.options.discard == "ignore"
+    raw = await graph.open({"driver": "raw", "discard": "unmap", "cache": {"no-flush": True},
+                            "file": {"driver": "file", "filename": str(tmp_path / "disk"), "discard": "ignore",
+                                     "cache": {"direct": False}}})
+    child = raw.children["file"].node.options
+    assert (child.discard, child.cache.direct, child.cache.no_flush) == ("ignore", False, True)
     await graph.close(raw)
 
 
