@@ -14,15 +14,21 @@ from __future__ import annotations
 from blockstep.daemon.service import Service
 from blockstep.inventory.inventory import Inventory
 from blockstep.qmp.commands import (
+    bitmaps,
+    block_jobs,
     colo,
+    copying,
     core,
     exports,
     human,
     introspection,
+    jobs,
     nodes,
     objects,
     query_nodes,
     run_state,
+    snapshots,
+    transaction,
     yank,
 )
 from blockstep.qmp.schema import Registry
@@ -39,6 +45,12 @@ AREAS: tuple[Registry, ...] = (
     run_state.commands,
     yank.commands,
     colo.commands,
+    jobs.commands,
+    block_jobs.commands,
+    copying.commands,
+    snapshots.commands,
+    bitmaps.commands,
+    transaction.commands,
     introspection.commands,
 )
 
