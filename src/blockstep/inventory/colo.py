@@ -10,8 +10,9 @@ removes the filter of a primary before it says that the standby is lost.
     reason      none: never ended; request: a command ended it; processing: a promotion is being merged;
                 error: that failed
 
-Events for managers: REPLICATION_CHECKPOINT, REPLICATION_FAILOVER (begun, done, failed), REPLICATION_IO_ERROR (a request
-failed of which no guest is told: the standby is not complete any more), COLO_EXIT.
+Events for managers: REPLICATION_STATE when `Colo.how` has changed by an operation or an error, REPLICATION_CHECKPOINT,
+REPLICATION_FAILOVER (begun, done, failed), REPLICATION_IO_ERROR (a request failed of which no guest is told: the
+standby is not complete any more), COLO_EXIT.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from blockstep.drivers.replication import DiskBuffer, Mode, Replication, Stage
 from blockstep.errors import BlockstepError
@@ -28,7 +29,17 @@ from blockstep.replication.registry import ReplicationRegistry
 
 Role = Literal["none", "primary", "secondary"]
 Reason = Literal["none", "request", "error", "processing"]
+Health = Literal["healthy", "degraded", "at-risk"]
 Report = Callable[[str, Mapping[str, Any]], None]
+
+
+class How(NamedTuple):
+    """How replication is here, in the words of a pair's status. ``reason``: why it is not healthy; else empty."""
+
+    role: Literal["primary", "standby", "promoted"]
+    state: str
+    health: Health
+    reason: str
 
 
 class Colo:
@@ -48,6 +59,7 @@ class Colo:
         self._clock = clock
         self._reason: Reason = "none"
         self._merging: asyncio.Task[None] | None = None
+        self._told: How | None = None
 
     @property
     def reason(self) -> Reason:
@@ -65,12 +77,12 @@ class Colo:
         await self.registry.start_all(mode)
         running = [filter for filter in self.registry.filters if filter.stage is Stage.RUNNING]
         for filter in running:
-            filter.on_error = lambda error, disk=filter.name: self._report(  # type: ignore[misc]
-                "REPLICATION_IO_ERROR", {"pair": self.name, "disk": disk, "reason": str(error)})
+            filter.on_error = lambda error, disk=filter.name: self._failed(disk, error)  # type: ignore[misc]
         if running:
             self.mode, self.epoch = mode, 0
             if mode == "secondary":
                 self._committed(began)
+            self._tell_state()
 
     async def checkpoint(self) -> None:
         """A checkpoint of all filters, or of none: see `ReplicationRegistry.checkpoint_all`."""
@@ -123,7 +135,44 @@ class Colo:
             await asyncio.wait([self._merging])
             self._merging = None
 
+    def how(self) -> How:
+        """See `How`. There is at least one filter. A promoted standby that has a standby of its own is a primary."""
+        filters = self.registry.filters
+        primary = [filter for filter in filters if filter.mode == "primary"]
+        stages = {filter.stage for filter in primary or filters}
+        failed = [f"'{filter.name}': {filter.error}" for filter in primary or filters if filter.error]
+        if primary:
+            if Stage.NONE in stages:
+                return How("primary", "waiting", "at-risk", "replication has not been started")
+            if stages != {Stage.RUNNING}:
+                return How("primary", "stopped", "at-risk", "replication was stopped")
+            return How("primary", *(("offline", "at-risk", failed[0]) if failed else ("replicating", "healthy", "")))
+        if Stage.FAILOVER_FAILED in stages:
+            return How("promoted", "failover-failed", "at-risk", failed[0] if failed else "a merge has failed")
+        if Stage.FAILOVER in stages:
+            return How("promoted", "failover", "degraded", "it has no standby of its own")
+        if stages == {Stage.DONE}:
+            promoted = any(filter.failed_over for filter in filters)
+            return How("promoted" if promoted else "standby", "promoted" if promoted else "stopped", "degraded",
+                       "it has no standby of its own")
+        if stages == {Stage.RUNNING}:
+            return How("standby", "replicating", "degraded" if failed else "healthy", failed[0] if failed else "")
+        return How("standby", "waiting", "at-risk", "there is no checkpoint yet")
+
+    def _tell_state(self) -> None:
+        if not self.registry.filters:
+            return
+        how = self.how()
+        if how != self._told:
+            self._told = how
+            self._report("REPLICATION_STATE", {"pair": self.name, **how._asdict(), "epoch": self.epoch})
+
+    def _failed(self, disk: str, error: OSError) -> None:
+        self._report("REPLICATION_IO_ERROR", {"pair": self.name, "disk": disk, "reason": str(error)})
+        self._tell_state()
+
     def _exit(self) -> None:
+        self._tell_state()
         if self.mode != "none":
             self.last_mode, self.mode, self._reason = self.mode, "none", "request"
             self._report("COLO_EXIT", {"mode": self.last_mode, "reason": "request"})
@@ -139,6 +188,7 @@ class Colo:
             if isinstance(buffer, HiddenDiskBuffer):
                 await buffer.merged()
         self._merging = None
+        self._tell_state()
         failed = [filter for filter, _ in merging if filter.stage is Stage.FAILOVER_FAILED]
         if failed:
             self._reason = "error"

@@ -86,6 +86,8 @@ def test_a_standby_lives_through_start_checkpoint_and_failover(
             assert await s.d.event("COLO_EXIT") == {"mode": "secondary", "reason": "request"}
             assert await s.qmp("query-xen-replication-status") == {"error": False}
             await s.d.event("REPLICATION_CHECKPOINT", epoch=2)
+            assert [event["data"]["state"] for event in s.d.events if event["event"] == "REPLICATION_STATE"] == [
+                "replicating", "failover", "promoted"]
 
     run()
 
@@ -215,6 +217,7 @@ async def test_a_primary_whose_standby_is_lost_lives_on_alone(tmp_path: Path) ->
         await guest.pwrite(0, b"only one")
         error = await d.event("REPLICATION_IO_ERROR", disk="replication0")
         assert error["pair"] == "daemon"
+        assert (await d.event("REPLICATION_STATE", state="offline"))["health"] == "at-risk"
         status = await d.qmp("query-replication")
         assert (status["state"], status["health"]) == ("offline", "at-risk")
         assert (await d.qmp("query-xen-replication-status"))["error"]

@@ -39,7 +39,7 @@ from blockstep.qmp.errors import CommandError
 from blockstep.qmp.schema import Arguments, Event, Registry, Result
 
 commands = Registry()
-for shared in (pair.ReplicationCheckpoint, pair.ReplicationFailover, pair.ReplicationIoError):
+for shared in (pair.ReplicationState, pair.ReplicationCheckpoint, pair.ReplicationFailover, pair.ReplicationIoError):
     commands.events[shared.kind.name] = shared.kind
 
 ColoMode = Literal["none", "primary", "secondary"]
@@ -141,11 +141,11 @@ async def query_replication(context: Holder, args: Arguments) -> pair.PairStatus
     """How replication is, as seen from this end. An error if there is no replication filter."""
     inventory = context.inventory
     filters = _some_filter(inventory, "status")
-    role, state, health, reason = _how(filters)
     colo = inventory.colo
+    how = colo.how()
     return pair.PairStatus(
-        pair=colo.name, role=role, state=state, health=health, reason=reason, link="", peer="",
-        ack="both" if role == "primary" else "", checkpoint_every=0.0, checkpoint_bytes=0,
+        pair=colo.name, role=how.role, state=how.state, health=how.health, reason=how.reason, link="", peer="",
+        ack="both" if how.role == "primary" else "", checkpoint_every=0.0, checkpoint_bytes=0,
         checkpoint=pair.CheckpointStatus(epoch=colo.epoch, age=colo.age, pause=colo.pause) if colo.epoch else None,
         disks=[_disk_status(filter) for filter in filters], work=_work(inventory),
         exports=_uris(inventory, filters))
@@ -207,30 +207,6 @@ def _some_filter(inventory: Inventory, step: str) -> list[Replication]:
     if not inventory.replication.filters:
         raise CommandError(f"{step}: there is no replication filter")
     return inventory.replication.filters
-
-
-def _how(filters: list[Replication]) -> tuple[Literal["primary", "standby", "promoted"], str, pair.Health, str]:
-    """Role, state, health and the reason for that. A promoted standby that has a standby of its own is a primary."""
-    primary = [filter for filter in filters if filter.mode == "primary"]
-    stages = {filter.stage for filter in primary or filters}
-    failed = [f"'{filter.name}': {filter.error}" for filter in primary or filters if filter.error]
-    if primary:
-        if stages == {Stage.RUNNING}:
-            return "primary", *(("offline", "at-risk", failed[0]) if failed else ("replicating", "healthy", ""))
-        if Stage.NONE in stages:
-            return "primary", "waiting", "at-risk", "replication has not been started"
-        return "primary", "stopped", "at-risk", "replication was stopped"
-    if Stage.FAILOVER_FAILED in stages:
-        return "promoted", "failover-failed", "at-risk", failed[0] if failed else "a merge has failed"
-    if Stage.FAILOVER in stages:
-        return "promoted", "failover", "degraded", "it has no standby of its own"
-    if stages == {Stage.DONE}:
-        if any(filter.failed_over for filter in filters):
-            return "promoted", "promoted", "degraded", "it has no standby of its own"
-        return "standby", "stopped", "degraded", "it has no standby of its own"
-    if stages == {Stage.RUNNING}:
-        return "standby", *(("replicating", "degraded", failed[0]) if failed else ("replicating", "healthy", ""))
-    return "standby", "waiting", "at-risk", "there is no checkpoint yet"
 
 
 def _disk_status(filter: Replication) -> pair.DiskStatus:
