@@ -13,7 +13,8 @@ sent. Beyond them the rest of the batch waits undone in the *backlog*, and nothi
 room again. The backlog also takes what is left of a batch when it has cost a turn, so that others have theirs. The
 handshake has a deadline; after it a client may be silent for as long as it likes.
 
-The end: DISC and `finish` let what is in flight end, send its replies, then close. `abort` and a client that goes
+The end: DISC and `finish` let what is in flight end, send its replies, then close. What comes after `finish` while
+something is in flight is answered with ESHUTDOWN, an option with REP_ERR_SHUTDOWN. `abort` and a client that goes
 away drop the replies; the requests run to their end in the backend all the same, counted in `Export.in_flight`.
 """
 
@@ -41,6 +42,8 @@ from blockstep.nbd.wire import Request, decode_extended_requests, decode_request
 _SEND_EARLY: Final = 1 << 20
 #: After so many replies of a batch they are sent: the client goes on while the others are made.
 _FIRST: Final = 8
+#: Seconds that a client has to hear, in the handshake, that the server is shutting down.
+_LAST_WORDS: Final = 0.1
 #: What a connection's requests may cost (`commands.cost`) before others have their turn. Some 10 ms.
 _TURN: Final = 16 << 20
 
@@ -107,6 +110,7 @@ class Connection:
         self._running = False
         self._flush_planned = False
         self._finishing = False
+        self._refusing = False
         self._is_gone = False
         self._tls_task: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -123,10 +127,11 @@ class Connection:
             self._handshake.shutting_down = True
             if self._tls_task is not None:
                 self._tls_task.cancel()
-            self.channel.close()
+                self.channel.close()
+            else:
+                self._loop.call_later(_LAST_WORDS, self.channel.close)
             return
-        self._finishing = True
-        self.channel.pause()
+        self._finishing = self._refusing = True
         self._close_if_idle()
 
     def abort(self, error: BaseException | None = None) -> None:
@@ -173,6 +178,9 @@ class Connection:
         for event in handshake.receive(data):
             if isinstance(event, Send):
                 self.channel.send([event.data])
+                if handshake.shutting_down:
+                    self.channel.close()
+                    return
             elif isinstance(event, Go):
                 self._begin(handshake, event)
             elif isinstance(event, StartTls):
@@ -224,8 +232,24 @@ class Connection:
             buffer.end = buffer.start
             self._finishing = True
             self.channel.pause()
-        self._requests = requests
-        self._run(iter(requests))
+        if self._refusing:
+            self._refuse(requests)
+        else:
+            self._requests = requests
+            self._run(iter(requests))
+
+    def _refuse(self, requests: list[Request]) -> None:
+        """The server is being stopped, and something is still in flight."""
+        for type, _, cookie, offset, *_ in requests:
+            if type == c.CMD_DISC:
+                self.channel.pause()
+                break
+            self._out.append(self._form.error(cookie, offset, c.ESHUTDOWN, "the server is shutting down"))
+        self._buffer.settle()
+        self._flush()
+        if self._room() <= 0:
+            self.channel.pause()
+        self._close_if_idle()
 
     def _run(self, requests: Iterator[Request]) -> None:
         """Run requests until there are no more, or no more room; the rest goes to the backlog."""

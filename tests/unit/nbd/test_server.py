@@ -582,6 +582,56 @@ def test_stop_answers_what_was_received_then_closes() -> None:
     asyncio.run(main())
 
 
+@form
+def test_what_comes_while_a_stopping_server_waits_is_answered_with_eshutdown(form: dict[str, bool]) -> None:
+    async def main() -> None:
+        storage = Storage()
+        async with served(storage) as (server, client):
+            await client.go(**form)
+            storage.hold = True
+            await client.send(client.request(c.CMD_WRITE, 0, cookie=5, payload=b"x"))
+            await until(lambda: storage.waiting)
+            stopping = asyncio.ensure_future(server.stop())
+            await asyncio.sleep(0)
+            calls = len(storage.calls)
+            for type in (c.CMD_READ, c.CMD_WRITE, c.CMD_FLUSH):
+                payload = b"y" * 5000 if type == c.CMD_WRITE else b""
+                reply = await client.ask(type, 0, 0 if type == c.CMD_FLUSH else 5000, cookie=6, payload=payload)
+                assert error_of(reply) == c.ESHUTDOWN
+            assert len(storage.calls) == calls
+            storage.release()
+            [(kind, _, cookie, error, data)] = await client.replies(1)
+            assert (cookie, error_of([(kind, error, data)])) == (5, 0)
+            assert await client.rest() == b""
+            await stopping
+
+    asyncio.run(main())
+
+
+def test_a_client_in_the_handshake_is_told_that_the_server_is_shutting_down() -> None:
+    async def main() -> None:
+        async with served(Storage()) as (server, client):
+            await client.greet()
+            stopping = asyncio.ensure_future(server.stop())
+            await asyncio.sleep(0)
+            assert await client.option(c.OPT_LIST) == [(c.REP_ERR_SHUTDOWN, b"the server is shutting down")]
+            assert await client.rest() == b""
+            await stopping
+
+    asyncio.run(main())
+
+
+def test_a_silent_client_in_the_handshake_holds_no_stop_up() -> None:
+    async def main() -> None:
+        async with served(Storage()) as (server, client):
+            await client.greet()
+            async with asyncio.timeout(5):
+                await server.stop()
+            assert not server.connections
+
+    asyncio.run(main())
+
+
 def test_stop_cuts_off_after_its_deadline() -> None:
     async def main() -> None:
         storage, events = Storage(), []
