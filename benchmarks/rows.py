@@ -94,5 +94,5 @@ ROWS = [
     Row("qmp-read-delay", "4k reads, 99th percentile, while a monitor floods", qmp.read_delay,
         {"growth": Target(2, 1.5, "x", lower=True)}),
     Row("daemon-start", "from the start of the storage daemon to the first read", qmp.start,
-        {"start": Target(300, 200, "ms", lower=True)}),
+        {"start": Target(300, 150, "ms", lower=True)}),
 ]
