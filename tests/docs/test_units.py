@@ -30,9 +30,10 @@ def test_systemd_understands_a_unit(unit: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
-def test_a_unit_starts_its_role_for_the_pair_of_its_name(unit: Path) -> None:
+def test_a_unit_starts_its_role_for_what_its_name_says(unit: Path) -> None:
     role = unit.name.removeprefix("blockstep-").removesuffix("@.service")
     text = unit.read_text()
-    assert f"ExecStart=/usr/local/bin/blockstep {role} --pair %i $OPTIONS" in text
+    name = "--name" if role == "daemon" else "--pair"
+    assert f"ExecStart=/usr/local/bin/blockstep {role} {name} %i $OPTIONS" in text
     assert f"EnvironmentFile=/etc/blockstep/%i.{role}" in text
     assert "Type=notify" in text
