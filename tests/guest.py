@@ -35,6 +35,7 @@ from typing import Final
 
 import pytest
 
+from blockstep.testing.processes import Address
 from tests.peers import need, run
 
 #: The packages, and where they may have been unpacked.
@@ -120,17 +121,19 @@ class Guest:
         self._reader = asyncio.ensure_future(self._read())
 
     @classmethod
-    async def boot(cls, directory: Path, socket: Path, export: str, task: str) -> Guest:
-        """Start a machine whose disk is an NBD export on a unix socket. It is not up yet: see `until`."""
+    async def boot(cls, directory: Path, server: Address, export: str, task: str) -> Guest:
+        """Start a machine whose disk is an NBD export. It is not up yet: see `until`."""
         parts = need_guest()
         image = directory / "initramfs"
         if not image.exists():
             image.write_bytes(initramfs(parts))
+        where = (f"server.type=unix,server.path={server}" if isinstance(server, Path)
+                 else f"server.type=inet,server.host={server[0]},server.port={server[1]}")
         process = await asyncio.create_subprocess_exec(
             "qemu-system-x86_64", "-accel", "tcg", "-m", "192", "-nodefaults", "-display", "none", "-serial", "stdio",
             "-no-reboot", "-kernel", parts.kernel, "-initrd", image,
             "-append", f"console=ttyS0 quiet panic=-1 task={task}",
-            "-blockdev", f"driver=nbd,node-name=disk,server.type=unix,server.path={socket},export={export}",
+            "-blockdev", f"driver=nbd,node-name=disk,export={export},{where}",
             "-device", "virtio-blk-pci,drive=disk",
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
         return cls(process)
