@@ -10,7 +10,8 @@ two hosts of the text, and what they left behind (running programs, files) is th
                                                ``...`` stands for anything
 
 ``sh`` blocks are run as scripts of hosta. A command that ends in ``&`` is a program that goes on running: the story
-goes on when it has printed its first URI, and, for a primary, when its pair is healthy.
+goes on when it has printed its first URI, and, for a primary, when its pair is healthy; or, for a daemon, when its
+control socket is there.
 
 Comments of HTML, which a reader of the page does not see, direct the test:
 
@@ -18,9 +19,11 @@ Comments of HTML, which a reader of the page does not see, direct the test:
     <!-- test: kill hosta -->        SIGKILL for all programs of a host, and an empty /run: it is dead
     <!-- test: exit 1 -->            the last command of the next block ends with this code (otherwise: 0)
     <!-- test: gone hosta -->        the programs of this host end, each with code 0
+    <!-- test: until hosta COMMAND -->   wait until the command succeeds there
 
 What names a host in the text is put in its place here: the paths of `PLACES` lie in the host's own directory, and
-``hosta:PORT``, ``hostb:PORT`` and ``0.0.0.0:PORT`` become ports of this machine that are free.
+``hosta:PORT``, ``hostb:PORT`` and ``0.0.0.0:PORT`` become ports of this machine that are free; so do the forms
+``host=...,PREFIX.port=PORT`` and ``"host": "...", "port": "PORT"``.
 """
 
 from __future__ import annotations
@@ -138,7 +141,10 @@ class Story:
         home = str(self.directory / host)
         for place in PLACES:
             text = re.sub(rf"(?<![\w:.~]){re.escape(place)}(?=[/\s\"']|$)", home + place, text)
-        text = re.sub(r"\b(hosta|hostb|0\.0\.0\.0):(\d+)", lambda m: self._address(host, m[1], m[2]), text)
+        text = re.sub(r"\bunix:(?=/run/blockstep/)", f"unix:{home}", text)
+        for between in (r":", r",(?:\w+\.)*port=", r'", "port": "'):
+            text = re.sub(rf"\b(hosta|hostb|0\.0\.0\.0)({between})(\d+)",
+                          lambda m: m[2].join(self._address(host, m[1], m[3]).split(":")), text)
         return text.replace("DNS:$host", "DNS:$host,IP:127.0.0.1")
 
     def _address(self, host: str, name: str, port: str) -> str:
@@ -170,6 +176,8 @@ class Story:
                                 f"{block.where}: {host} still runs")
                     assert all(one.poll() == 0 for one in self.programs[host]), f"{block.where}: did not end well"
                     self.programs[host].clear()
+                case ["until", host, *_]:
+                    self._wait_for(block, host, directive.split(maxsplit=2)[2])
                 case _:
                     raise AssertionError(f"{block.where}: unknown directive '{directive}'")
         if block.not_run:
@@ -205,12 +213,20 @@ class Story:
                                        env=self._environment(host), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
         self.programs[host].append(process)
         serves = re.compile(r"^nbds?(\+unix)?://.*\n", re.M)
-        self._until(lambda: bool(serves.search(log.read_text())) or process.poll() is not None,
-                    f"{block.where}: {command}: no URI")
+        control = re.search(r"--qmp unix:(\S+)", command)
+        self._until(lambda: bool(serves.search(log.read_text())) or process.poll() is not None
+                    or (control is not None and Path(control[1]).exists()), f"{block.where}: {command}: does not serve")
         assert process.poll() is None, f"{block.where}: {command}\n{log.read_text()}"
         if command.split()[1] == "primary":
             self.wait_healthy(host)
         return log.read_text()
+
+    def _wait_for(self, block: Block, host: str, command: str) -> None:
+        def succeeds() -> bool:
+            return subprocess.run(["bash", "-c", self.here(host, command)], env=self._environment(host),
+                                  capture_output=True).returncode == 0
+
+        self._until(succeeds, f"{block.where}: {command}\n{self._logs()}")
 
     def _logs(self) -> str:
         """What the programs have printed, and how those ended that did."""
