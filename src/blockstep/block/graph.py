@@ -273,7 +273,10 @@ class Graph:
         if account is None:
             account = Account(node.name)
             account.on_error = lambda operation, error: self._io_error(node.name, operation, error)
-        backend = CountedBackend(name, self.entrances.get(node.name, node), taken, shared, account)
+        entrance = self.entrances.get(node.name)
+        if entrance is not None and entrance.children["file"].node is not node:  # the disk is another node by now
+            entrance = None
+        backend = CountedBackend(name, entrance or node, taken, shared, account)
         self._let_in(backend)
         self.accounts[node.name] = account
         return backend

@@ -68,6 +68,16 @@ async def test_the_standbys_disks_of_the_guide_with_overlays_for_qcow2(tmp_path:
         assert len(d.inventory.graph.nodes) == 6
 
 
+@scenario
+async def test_a_drive_without_an_id_gets_one(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        for _ in range(2):
+            assert await hmp(d, "drive_add 0 if=none,driver=null-co") == "OK\n"
+        assert [*d.inventory.graph.nodes] == ["none0", "none1"]
+        assert "ide" in await hmp(d, "drive_add 0 id=x,driver=null-co")
+        assert "x" not in d.inventory.graph.nodes
+
+
 @pytest.mark.parametrize(("line", "answer"), [
     ("drive_add", f"drive_add: string expected\n{try_help('drive_add')}"),
     ("drive_add buddy", f"drive_add: string expected\n{try_help('drive_add')}"),

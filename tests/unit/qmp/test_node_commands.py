@@ -337,6 +337,22 @@ async def test_a_disk_with_limits_can_be_deleted(tmp_path: Path) -> None:
 
 
 @scenario
+async def test_the_filter_that_holds_limits_goes_with_them_only(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        graph = d.inventory.graph
+        await memory(d, "disk", "other")
+        await d.qmp("block_set_io_throttle", {**NONE, "id": "disk", "iops": 10})
+        entrance = graph.entrances["disk"]
+        with refused(match="limits of disk 'disk'"):
+            await d.qmp("blockdev-del", {"node-name": entrance.name})
+        with graph.change() as change:  # a snapshot: another node takes the disk's place
+            change.move(entrance.children["file"], graph.find("other"))
+        user = client(d, "disk")
+        assert user.node is graph.find("disk")
+        await graph.detach_backend(user)
+
+
+@scenario
 async def test_limits_that_make_no_sense(tmp_path: Path) -> None:
     async with daemon(tmp_path) as d:
         await memory(d, "disk")

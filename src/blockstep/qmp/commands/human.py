@@ -15,6 +15,7 @@ Source: QEMU's COLO guide, the help texts of its monitor, and the answers of QEM
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
+from itertools import count
 from typing import Annotated, Any, Final
 
 from msgspec import UNSET, Meta
@@ -167,13 +168,12 @@ def _drive(context: Holder, given: dict[str, Any]) -> dict[str, Any]:
         raise _Complaint(f"Can't hot-add drive to type {options.get('if', 'ide')}: only if=none has a meaning here")
     for name in _PLACE:
         options.pop(name, None)
-    id = options.pop("id", None)
-    if id is None:
-        raise _Complaint("'id' needs to be specified")
-    if id in context.inventory.graph.nodes:
+    nodes = context.inventory.graph.nodes
+    id = options.pop("id", None) or next(name for number in count() if (name := f"none{number}") not in nodes)
+    if id in nodes:
         raise _Complaint(f"Duplicate ID '{id}' for drive")
     options["node-name"] = id
-    if isinstance(options.get("file"), str) and options["file"] not in context.inventory.graph.nodes:
+    if isinstance(options.get("file"), str) and options["file"] not in nodes:
         options["file"] = {"filename": options["file"]}
     if "format" in options:
         options["driver"] = options.pop("format")
