@@ -12,7 +12,8 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncGenerator
+import signal
+from collections.abc import AsyncGenerator, Coroutine
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -122,7 +123,9 @@ async def _run(server: Server, line: str, console: Console) -> bool:
         console.print(Text(server.help(line)))
         return True
     try:
-        console.print(JSON.from_data(await server.execute(line)))
+        console.print(JSON.from_data(await _unless_interrupted(server.execute(line))))
+    except _Interrupted:
+        console.print(Text("not waited for any longer; the server may still be at it", "yellow"))
     except CommandRefused as error:
         console.print(Text(f"{error.error_class}: {error.description}", "red"))
     except (WordError, TimeoutError) as error:
@@ -130,6 +133,31 @@ async def _run(server: Server, line: str, console: Console) -> bool:
     else:
         return True
     return False
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, while an answer was waited for."""
+
+
+async def _unless_interrupted(answer: Coroutine[Any, Any, Any]) -> Any:
+    """What is awaited. Raises _Interrupted at Ctrl-C, which is a signal here: there is no prompt to read the key."""
+    loop, waiting = asyncio.get_running_loop(), asyncio.ensure_future(answer)
+    interrupted = False
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        interrupted = True
+        waiting.cancel()
+
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    try:
+        return await waiting
+    except asyncio.CancelledError:
+        if interrupted:
+            raise _Interrupted from None
+        raise
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
 
 
 async def _watch(events: Events, console: Console, session: PromptSession[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import signal
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,8 +23,9 @@ from blockstep.qmp.client import connect
 from blockstep.qmp.commands import core
 from blockstep.shell.server import Server
 from blockstep.shell.session import history_file, interact, open_history
-from tests.daemon import Daemon, daemon
+from tests.daemon import daemon
 from tests.scenarios import scenario
+from tests.unit.qmp.support import serving, until
 
 TAB, ENTER, CTRL_C, CTRL_D = "\t", "\r", "\x03", "\x04"
 
@@ -57,11 +60,11 @@ class Terminal:
 
 
 @asynccontextmanager
-async def terminal(d: Daemon, history: InMemoryHistory | None = None) -> AsyncIterator[Terminal]:
+async def terminal(server: Path) -> AsyncIterator[Terminal]:
     screen = Screen()
     with create_pipe_input() as keys, create_app_session(input=keys, output=PlainTextOutput(screen)):
-        async with connect(d.path) as qmp:
-            shell = asyncio.ensure_future(interact(await Server.of(qmp), "test> ", history or InMemoryHistory()))
+        async with connect(server) as qmp:
+            shell = asyncio.ensure_future(interact(await Server.of(qmp), "test> ", InMemoryHistory()))
             try:
                 yield Terminal(keys, screen, shell)
                 async with asyncio.timeout(10):
@@ -72,7 +75,7 @@ async def terminal(d: Daemon, history: InMemoryHistory | None = None) -> AsyncIt
 
 @scenario
 async def test_commands_are_executed_until_control_d(tmp_path: Path) -> None:
-    async with daemon(tmp_path) as d, terminal(d) as user:
+    async with daemon(tmp_path) as d, terminal(d.path) as user:
         user.type("query-version", ENTER, "nonsense", ENTER, "query-version x", ENTER)
         await user.until(lambda text: '"qemu"' in text and "CommandNotFound" in text and "column 15" in text)
         user.type(CTRL_C, CTRL_D)
@@ -80,7 +83,7 @@ async def test_commands_are_executed_until_control_d(tmp_path: Path) -> None:
 
 @scenario
 async def test_tab_completes_and_exit_leaves(tmp_path: Path) -> None:
-    async with daemon(tmp_path) as d, terminal(d) as user:
+    async with daemon(tmp_path) as d, terminal(d.path) as user:
         user.type("query-vers", TAB)
         await user.until(lambda text: "ion" in text)
         user.type(ENTER)
@@ -100,7 +103,7 @@ async def test_names_of_what_the_server_holds_are_asked_for(tmp_path: Path) -> N
 
 @scenario
 async def test_events_are_printed_while_a_line_is_typed(tmp_path: Path) -> None:
-    async with daemon(tmp_path) as d, terminal(d) as user:
+    async with daemon(tmp_path) as d, terminal(d.path) as user:
         user.type("query-na")
         await user.until(lambda text: "query-na" in text)
         d.program.emit(core.Shutdown(reason="host-error"))
@@ -111,10 +114,23 @@ async def test_events_are_printed_while_a_line_is_typed(tmp_path: Path) -> None:
 
 
 @scenario
+async def test_control_c_ends_the_waiting_for_an_answer_and_nothing_else(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (_, context, path), terminal(path) as user:
+        user.type("wait", ENTER)
+        await until(lambda: context.running)
+        os.kill(os.getpid(), signal.SIGINT)
+        await user.until(lambda text: "not waited for any longer" in text)
+        context.gate.set()
+        user.type("query-name", ENTER)
+        await user.until(lambda text: '"name": "test"' in text)
+        user.type(CTRL_D)
+
+
+@scenario
 async def test_the_shell_ends_with_its_server(tmp_path: Path) -> None:
     async with daemon(tmp_path) as d:
         with pytest.raises(ConnectionLost):
-            async with terminal(d) as user:
+            async with terminal(d.path) as user:
                 await user.until(lambda text: "test>" in text)
                 await d.program.qmp.stop()
 
