@@ -11,11 +11,17 @@ at the front only when nobody uses what is in it.
 When the free space runs short and somebody still uses what lies before, the arena is left to its users and the tail
 moves to another one; the last user gives it back to the pool. A request that does not fit into an arena gets a
 larger one, and the connection goes on with that size for as long as such requests come.
+
+Large arenas are what clients can make a server hold: all connections together have one *budget* for them. A
+connection that gets none receives nothing until others have given theirs back, first come, first served; small
+requests need none. One is always given, whatever the budget.
 """
 
 from __future__ import annotations
 
 import mmap
+from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 #: Sizes of arenas: room for a batch of small requests, then for one request of up to 1, 4, 16 and 32 MiB.
@@ -49,19 +55,33 @@ class Arena:
 
 
 class Pool:
-    """Spare arenas, so that memory is not mapped and cleared anew for each batch. Keeps ``limit`` bytes at most."""
+    """Spare arenas, so that memory is not mapped and cleared anew for each batch. Keeps ``limit`` bytes at most.
 
-    __slots__ = ("_limit", "_spare", "kept")
+    ``budget``: bytes of large arenas that may be out.
+    """
 
-    def __init__(self, limit: int = 16 << 20) -> None:
-        self._limit = limit
+    __slots__ = ("_budget", "_limit", "_out", "_spare", "_waiting", "kept")
+
+    def __init__(self, limit: int = 16 << 20, budget: int = 1 << 30) -> None:
+        self._limit, self._budget = limit, budget
+        #: Bytes of large arenas that are out, and who waits for some of them to come back.
+        self._out = 0
+        self._waiting: deque[Callable[[], bool]] = deque()
         self._spare: dict[int, list[Arena]] = {size: [] for size in SIZES}
         #: Bytes in spare arenas.
         self.kept = 0
 
-    def take(self, least: int) -> Arena:
-        """An arena of at least ``least`` bytes that nobody uses."""
+    def take(self, least: int, instead: Arena | None = None) -> Arena:
+        """An arena of at least ``least`` bytes that nobody uses. ``instead``: that one will come back for it.
+
+        Raises MemoryError if the budget has not so much.
+        """
         size = next((size for size in SIZES if size >= least), least)
+        if size > SIZES[0]:
+            others = self._out - (instead.size if instead is not None and instead.size > SIZES[0] else 0)
+            if others and others + size > self._budget:
+                raise MemoryError(size)
+            self._out += size
         spare = self._spare.get(size)
         if spare:
             self.kept -= size
@@ -72,10 +92,20 @@ class Pool:
 
     def give_back(self, arena: Arena) -> None:
         """Take an arena back that nobody uses or receives into."""
+        if arena.size > SIZES[0]:
+            self._out -= arena.size
         spare = self._spare.get(arena.size)
         if spare is not None and self.kept + arena.size <= self._limit:
             self.kept += arena.size
             spare.append(arena)
+        while self._waiting and arena.size > SIZES[0]:
+            if not self._waiting[0]():
+                break
+            self._waiting.popleft()
+
+    def wait(self, again: Callable[[], bool]) -> None:
+        """Call ``again`` when large arenas come back, until it says that it needs none any more."""
+        self._waiting.append(again)
 
 
 class ReceiveBuffer:
@@ -108,8 +138,11 @@ class ReceiveBuffer:
         self.end += len(data)
         self.need = 0
 
-    def settle(self) -> None:
-        """After a batch: make room for what comes next. ``need`` bytes at least will fit behind ``end``."""
+    def settle(self) -> bool:
+        """After a batch: make room for what comes next. ``need`` bytes at least will fit behind ``end``.
+
+        False: not now, the budget of large arenas is used up (see `Pool.wait`). Receive nothing, and settle again.
+        """
         arena, tail = self.arena, self.end - self.start
         if arena.size > SIZES[0] or self.need > SIZES[0]:
             self._large = _QUIET_BATCHES if self.need > SIZES[0] else self._large - 1
@@ -118,18 +151,22 @@ class ReceiveBuffer:
                 if arena.size > SIZES[0] and self._large <= 0:
                     self._change(0, 0)
                 self.start = self.end = 0
-                return
+                return True
             if self.start and tail <= _CHEAP_MOVE:
                 self.view[:tail] = self.view[self.start:self.end]
                 self.start, self.end = 0, tail
         free = arena.size - self.end
         if free >= self.need and (free >= _LEAST_FREE or self.need > _LEAST_FREE):
-            return
+            return True
         if not arena.users and arena.size >= tail + max(self.need, _LEAST_FREE):
             self.view[:tail] = self.view[self.start:self.end]
         else:
-            self._change(max(tail + self.need, arena.size if self._large > 0 else 0), tail)
+            try:
+                self._change(max(tail + self.need, arena.size if self._large > 0 else 0), tail)
+            except MemoryError:
+                return False
         self.start, self.end = 0, tail
+        return True
 
     def give_up(self) -> None:
         """The connection is gone: leave the arena to its users, or to the pool."""
@@ -139,7 +176,7 @@ class ReceiveBuffer:
 
     def _change(self, least: int, tail: int) -> None:
         old, view = self.arena, self.view
-        self.arena = self._pool.take(least)
+        self.arena = self._pool.take(least, None if old.users else old)
         self.view = self.arena.view
         self.view[:tail] = view[self.start:self.end]
         old.retired = True

@@ -9,7 +9,8 @@ what they answer is sent when the last request in flight has ended, or else once
 requests which end together are answered together.
 
 Bounds on what a client can make us hold (`Limits`): requests in flight, and bytes in flight plus bytes not yet
-sent. Beyond them the rest of the batch waits undone in the *backlog*, and nothing more is received until there is
+sent; and, for large payloads, what is left of the memory of all connections together (`buffers.Pool`). Beyond the
+first two the rest of the batch waits undone in the *backlog*, and nothing more is received until there is
 room again. The backlog also takes what is left of a batch when it has cost a turn, so that others have theirs. The
 handshake has a deadline; after it a client may be silent for as long as it likes.
 
@@ -54,7 +55,7 @@ class Limits:
 
     requests: int = 1024  #: in flight in the backend
     memory: int = 64 << 20  #: bytes of payloads in flight and of replies not yet sent; exceeded by one request
-    handshake: float = 10.0  #: seconds until the transmission phase; and for taking the last replies
+    handshake: float = 10.0  #: seconds until the transmission phase; for taking the last replies; without memory
 
 
 class _Pending:
@@ -100,7 +101,9 @@ class Connection:
         self._on_change = on_change
         self._tls_context = tls_context
         self._handshake: ServerHandshake[Export] | None = ServerHandshake(exports, tls)
+        self._pool = pool
         self._buffer = ReceiveBuffer(pool)
+        self._starving: asyncio.TimerHandle | None = None
         self._out: list[Buffer] = []
         self._form = forms.SIMPLE
         self._requests: list[Request] = []
@@ -158,8 +161,9 @@ class Connection:
     def lost(self, error: OSError | None) -> None:
         self._is_gone = True
         self.error = self.error or error
-        if self._deadline is not None:
-            self._deadline.cancel()
+        for timer in (self._deadline, self._starving):
+            if timer is not None:
+                timer.cancel()
         self._requests.clear()  # a batch that is being run ends here
         if not self._running:
             self._give_up()
@@ -309,8 +313,10 @@ class Connection:
                         self._plan_to_go_on()
                     break
         else:
-            if not self._is_gone:
-                self._buffer.settle()
+            if not self._is_gone and not self._buffer.settle():
+                self.channel.pause()
+                self._starving = self._loop.call_later(self._limits.handshake, self._starved)
+                self._pool.wait(self._settled)
         self._running = False
         if self._is_gone:
             self._give_up()
@@ -320,6 +326,21 @@ class Connection:
             out.clear()
         if self._finishing:
             self._close_if_idle()
+
+    def _settled(self) -> bool:
+        """Others have given memory back: whether this connection needs none of it any more."""
+        if self._is_gone:
+            return True
+        if not self._buffer.settle():
+            return False
+        if self._starving is not None:
+            self._starving.cancel()
+            self._starving = None
+        self._resume()
+        return True
+
+    def _starved(self) -> None:
+        self.abort(MemoryError(f"no memory for a large payload within {self._limits.handshake:g} s"))
 
     def _room(self) -> int:
         """How many bytes of replies may be made before looking again; none: stop."""
@@ -392,7 +413,7 @@ class Connection:
             self._close_if_idle()
 
     def _resume(self) -> None:
-        if self._backlog is None and not self._finishing:
+        if self._backlog is None and not self._finishing and self._starving is None:
             self.channel.resume()
 
     def _flush(self) -> None:

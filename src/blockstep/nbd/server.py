@@ -52,8 +52,12 @@ class Server:
     """An NBD server. Make it in a running event loop."""
 
     def __init__(self, *, tls: TlsMode = "off", tls_context: ssl.SSLContext | None = None, max_connections: int = 0,
-                 limits: Limits | None = None, on_client: Callable[[ClientEvent], None] | None = None) -> None:
+                 limits: Limits | None = None, memory: int = 1 << 30,
+                 on_client: Callable[[ClientEvent], None] | None = None) -> None:
         """``max_connections`` 0: no limit. ``limits`` hold for each connection.
+
+        ``memory``: bytes that all connections together may hold for payloads of more than 256 KiB; a client whose
+        payload finds no room is not read from until there is, and is cut off if there is none for long.
 
         ``on_client`` is called from the loop for each event. Raises OptionError for TLS without a context.
         """
@@ -66,7 +70,7 @@ class Server:
         self._max_connections = max_connections
         self._limits = limits or Limits()
         self._on_client = on_client
-        self._pool = Pool()
+        self._pool = Pool(budget=memory)
         self._listeners: list[socket.socket] = []
         self._paths: list[tuple[str, tuple[int, int]]] = []
         self._loop = asyncio.get_running_loop()

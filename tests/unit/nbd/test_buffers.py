@@ -43,6 +43,42 @@ def test_an_arena_in_use_is_left_to_its_users_and_comes_back_from_the_last() -> 
     assert pool.take(100) is first
 
 
+def test_all_buffers_together_have_one_budget_for_large_arenas() -> None:
+    pool = Pool(budget=3 * SIZES[1])
+    buffers = [ReceiveBuffer(pool) for _ in range(4)]
+    assert [_wants(buffer, SIZES[1] - 100) for buffer in buffers] == [True, True, True, False]
+    served: list[ReceiveBuffer] = []
+
+    def again() -> bool:
+        if buffers[3].settle():
+            served.append(buffers[3])
+        return bool(served)
+
+    pool.wait(again)
+    buffers[0].arena.users = 1
+    buffers[0].give_up()
+    assert not served
+    buffers[0].arena.release()
+    assert served == [buffers[3]]
+    assert buffers[3].arena.size == SIZES[1]
+
+
+def test_one_large_arena_is_given_whatever_the_budget_and_can_be_exchanged() -> None:
+    pool = Pool(budget=1)
+    buffer, other = ReceiveBuffer(pool), ReceiveBuffer(pool)
+    assert _wants(buffer, SIZES[0] + 1)
+    assert _wants(buffer, SIZES[2])
+    assert not _wants(other, SIZES[0] + 1)
+    assert _wants(other, SIZES[0] - 100)
+
+
+def _wants(buffer: ReceiveBuffer, count: int) -> bool:
+    if not buffer.end:
+        receive(buffer, bytes(28))
+    buffer.need = count
+    return buffer.settle()
+
+
 def test_a_large_request_gets_a_large_arena_that_goes_when_no_more_come() -> None:
     buffer = ReceiveBuffer(Pool())
     receive(buffer, bytes(100))

@@ -563,6 +563,53 @@ def test_a_hard_removal_in_the_middle_of_a_batch_starts_no_more_of_it() -> None:
     asyncio.run(main())
 
 
+def test_a_large_write_waits_while_others_hold_the_servers_memory() -> None:
+    async def main() -> None:
+        storage = Storage(8 << 20)
+        async with served(storage, memory=3 << 20) as (server, first):
+            ours, theirs = socket.socketpair()
+            server.serve(theirs)
+            with ours:
+                second = Client(ours)
+                for client in (first, second):
+                    await client.go()
+                storage.hold = True
+                large = bytes(2 << 20)
+                await first.send(first.request(c.CMD_WRITE, 0, cookie=1, payload=large))
+                await until(lambda: len(storage.waiting) == 1)
+                sending = asyncio.ensure_future(second.send(second.request(c.CMD_WRITE, 0, cookie=2, payload=large)))
+                await until(lambda: any(connection._starving for connection in server.connections))
+                assert len(storage.waiting) == 1
+                storage.release()
+                first.sock.close()
+                await sending
+                assert [reply[2:4] for reply in await second.replies(1)] == [(2, 0)]
+
+    asyncio.run(main())
+
+
+def test_a_client_that_gets_no_memory_for_long_is_cut_off() -> None:
+    async def main() -> None:
+        storage, events = Storage(8 << 20), []
+        async with served(storage, memory=3 << 20, events=events, limits=Limits(handshake=0.05)) as (server, first):
+            ours, theirs = socket.socketpair()
+            server.serve(theirs)
+            with ours:
+                second = Client(ours)
+                for client in (first, second):
+                    await client.go()
+                storage.hold = True
+                head = first.request(c.CMD_WRITE, 0, cookie=1, payload=bytes(2 << 20))
+                await first.send(head)
+                await until(lambda: storage.waiting)
+                await second.send(head[:100_000])
+                await second.rest()
+                assert isinstance(events[-1].error, MemoryError)
+                storage.release()
+
+    asyncio.run(main())
+
+
 def test_stop_answers_what_was_received_then_closes() -> None:
     async def main() -> None:
         storage = Storage()
