@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any, ClassVar, Final, Literal, Unpack
 
-from blockstep.block.bitmap import Bitmap, DirtyBitmap
+from blockstep.block.bitmap import Bitmap, CountedBitmap, DirtyBitmap
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend, enter, leave
@@ -37,7 +37,7 @@ from blockstep.drivers.copy_before_write import CopyBeforeWrite
 from blockstep.errors import OptionError
 from blockstep.jobs.block_copy import BlockCopy, Control, Pass
 from blockstep.jobs.job import Job, JobOptions
-from blockstep.jobs.states import OnError
+from blockstep.jobs.states import JobKind, OnError
 from blockstep.jobs.sync import JobControl
 from blockstep.units import KiB
 
@@ -52,7 +52,7 @@ _BLOCKED: Final = ("remove", "resize", "mirror", "commit", "snapshot", "backup t
 class BackupJob(Job):
     """See the module."""
 
-    kind: ClassVar[str] = "backup"
+    kind: ClassVar[JobKind] = "backup"
 
     def __init__(
         self, id: str, graph: Graph, source: Driver, target: Driver, *, sync: Sync = "full",
@@ -90,7 +90,7 @@ class BackupJob(Job):
         self._control = JobControl(self, OnError(on_source_error), OnError(on_target_error))
         self._workers, self._target_is_zero, self._detect_zeroes = workers, target_is_zero, detect_zeroes
         self._undo = AsyncExitStack()
-        self._todo = Bitmap(0, cluster_size)
+        self._todo = CountedBitmap(0, cluster_size)
         self._was: Bitmap | None = None
 
     # --- setup ---
@@ -137,7 +137,7 @@ class BackupJob(Job):
 
     def _choose(self, node: CopyBeforeWrite) -> None:
         """The moment: nothing is in flight."""
-        self._todo = Bitmap(node.length, self.cluster_size)
+        self._todo = CountedBitmap(node.length, self.cluster_size)
         if self.sync in ("full", "top"):
             self._todo.set(0, node.length)
         if self.bitmap is not None:

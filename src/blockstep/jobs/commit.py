@@ -30,7 +30,7 @@ from blockstep.block.permissions import READ, WRITE, WRITE_UNCHANGED, Role
 from blockstep.errors import OptionError, PermissionConflict
 from blockstep.jobs.block_copy import BlockCopy
 from blockstep.jobs.job import JobOptions
-from blockstep.jobs.states import OnError
+from blockstep.jobs.states import JobKind, OnError
 from blockstep.jobs.sync import CopyMode, SyncJob
 from blockstep.units import KiB
 
@@ -38,7 +38,7 @@ from blockstep.units import KiB
 class CommitJob(SyncJob):
     """See the module."""
 
-    kind: ClassVar[str] = "commit"
+    kind: ClassVar[JobKind] = "commit"
     target_permissions = (READ | WRITE_UNCHANGED, READ | WRITE_UNCHANGED)
 
     def __init__(

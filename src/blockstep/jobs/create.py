@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 from blockstep.aio.pool import in_thread
 from blockstep.jobs.job import Job
 from blockstep.jobs.pace import Clock
+from blockstep.jobs.states import JobKind
 
 
 class CreateJob(Job):
     """Calls ``create`` in a thread. It is no block job, cannot be stopped once it runs, and has to be dismissed."""
 
-    kind: ClassVar[str] = "create"
+    kind: ClassVar[JobKind] = "create"
     is_block_job: ClassVar[bool] = False
 
     def __init__(self, id: str, create: Callable[[], None], clock: Clock | None = None) -> None:

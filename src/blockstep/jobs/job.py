@@ -29,7 +29,7 @@ from typing import Any, ClassVar, TypedDict
 
 from blockstep.errors import JobError, OptionError
 from blockstep.jobs.pace import Clock, Meter, SpeedLimit
-from blockstep.jobs.states import TRANSITIONS, VERBS, JobStatus, JobVerb, OnError
+from blockstep.jobs.states import TRANSITIONS, VERBS, IoStatus, JobKind, JobStatus, JobVerb, OnError
 from blockstep.jobs.transaction import JobTransaction
 
 #: Called with QEMU's name of an event and its data.
@@ -57,8 +57,7 @@ class JobOptions(TypedDict, total=False):
 class Job:
     """The common part of all jobs. Made, launched and finished inside a running event loop."""
 
-    #: QEMU's "JobType".
-    kind: ClassVar[str]
+    kind: ClassVar[JobKind]
     #: Whether it is one of those that ``query-block-jobs`` shows and that have BLOCK_JOB events.
     is_block_job: ClassVar[bool] = True
 
@@ -80,8 +79,8 @@ class Job:
         self.cancelled = False
         #: Bytes done.
         self.current = 0
-        #: QEMU's "BlockDeviceIoStatus": ok, failed or nospace; reset by `resume`.
-        self.io_status = "ok"
+        #: Reset by `resume`.
+        self.io_status: IoStatus = "ok"
         self.is_over = False  # run() has ended, or never began
         self._is_set_up = False
         self._should_complete = False

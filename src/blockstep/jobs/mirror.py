@@ -33,7 +33,7 @@ from blockstep.block.status import backing_of
 from blockstep.errors import GraphError, OptionError
 from blockstep.jobs.block_copy import BlockCopy
 from blockstep.jobs.job import JobOptions
-from blockstep.jobs.states import OnError
+from blockstep.jobs.states import JobKind, OnError
 from blockstep.jobs.sync import CopyMode, SyncJob
 from blockstep.units import KiB
 
@@ -44,7 +44,7 @@ BitmapMode = Literal["never", "on-success", "always"]
 class MirrorJob(SyncJob):
     """See the module."""
 
-    kind: ClassVar[str] = "mirror"
+    kind: ClassVar[JobKind] = "mirror"
     target_permissions = (READ | WRITE, READ | WRITE_UNCHANGED)
 
     def __init__(

@@ -21,7 +21,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Literal
+
+#: QEMU's "JobType", as far as there are such jobs here.
+JobKind = Literal["backup", "commit", "create", "mirror"]
+#: QEMU's "BlockDeviceIoStatus": what the last error was, of a job that waits because of it.
+IoStatus = Literal["ok", "failed", "nospace"]
 
 
 class JobStatus(enum.StrEnum):

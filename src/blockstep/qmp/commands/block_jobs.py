@@ -1,6 +1,7 @@
 """Block jobs at work: ``block-job-*``, ``query-block-jobs`` and their events. How they start: see `copying`.
 
-Every job of ours is a block job. An id that no job has is answered with DeviceNotActive.
+Block jobs are those that copy; the others are seen by ``job-*`` only. An id that no block job has is answered with
+DeviceNotActive.
 
 Source: QEMU's QMP reference, "Block core", the commands ``block-job-*`` and the events ``BLOCK_JOB_*``.
 """
@@ -11,10 +12,11 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
-from blockstep.jobs.states import JobStatus
+from blockstep.errors import JobNotFound
+from blockstep.jobs.job import Job
+from blockstep.jobs.states import IoStatus, JobKind, JobStatus
 from blockstep.qmp.commands import jobs
 from blockstep.qmp.commands.holder import Holder
-from blockstep.qmp.commands.jobs import JobType
 from blockstep.qmp.errors import CommandError
 from blockstep.qmp.schema import Arguments, Event, Registry, Result
 
@@ -53,7 +55,7 @@ class BlockJobInfo(Result):
     busy: bool
     paused: bool
     speed: int
-    io_status: str
+    io_status: IoStatus
     ready: bool
     status: JobStatus
     auto_finalize: bool
@@ -64,7 +66,7 @@ class BlockJobInfo(Result):
 class Progress(Event):
     """What the events of a job's end, and of its readiness, have in common. ``offset`` of ``len`` bytes are done."""
 
-    type: JobType
+    type: JobKind
     device: str
     len: int
     offset: int
@@ -101,13 +103,13 @@ class BlockJobError(Event):
 class BlockJobPending(Event):
     """A job waits for block-job-finalize."""
 
-    type: JobType
+    type: JobKind
     id: str
 
 
 @commands.command("query-block-jobs")
 async def query_block_jobs(context: Holder, args: Arguments) -> list[BlockJobInfo]:
-    """All jobs, those included that have ended and are not dismissed yet."""
+    """All block jobs, those included that have ended and are not dismissed yet."""
     return [BlockJobInfo(type=job.kind, device=job.id, len=job.total, offset=job.current, busy=job.busy,
                          paused=job.paused, speed=job.speed, io_status=job.io_status, ready=job.is_ready,
                          status=job.status, auto_finalize=job.auto_finalize, auto_dismiss=job.auto_dismiss,
@@ -117,7 +119,7 @@ async def query_block_jobs(context: Holder, args: Arguments) -> list[BlockJobInf
 @commands.command("block-job-set-speed")
 async def block_job_set_speed(context: Holder, args: SpeedArguments) -> None:
     """Limit the speed of a job, from now on."""
-    context.inventory.jobs.find(args.device).set_speed(args.speed)
+    _job(context, args.device).set_speed(args.speed)
 
 
 @commands.command("block-job-cancel")
@@ -127,7 +129,7 @@ async def block_job_cancel(context: Holder, args: CancelArguments) -> None:
     One that is ready ends with success, without a pivot: the target is the source of this moment. With ``force`` it
     is cancelled. A paused job is cancelled with ``force`` only.
     """
-    job = context.inventory.jobs.find(args.device)
+    job = _job(context, args.device)
     if job.paused and not args.force:
         raise CommandError(f"job '{job.id}' is paused: resume it, or cancel it with force")
     job.cancel(args.force)
@@ -136,19 +138,19 @@ async def block_job_cancel(context: Holder, args: CancelArguments) -> None:
 @commands.command("block-job-pause")
 async def block_job_pause(context: Holder, args: DeviceArguments) -> None:
     """Stop after what is in flight; an event says when it rests."""
-    context.inventory.jobs.find(args.device).pause()
+    _job(context, args.device).pause()
 
 
 @commands.command("block-job-resume")
 async def block_job_resume(context: Holder, args: DeviceArguments) -> None:
     """Go on after a pause, or after an error under the policy stop."""
-    context.inventory.jobs.find(args.device).resume()
+    _job(context, args.device).resume()
 
 
 @commands.command("block-job-complete")
 async def block_job_complete(context: Holder, args: DeviceArguments) -> None:
     """Let a job that is ready end: the target takes the place of the source. One in standby, when it is resumed."""
-    context.inventory.jobs.find(args.device).complete()
+    _job(context, args.device).complete()
 
 
 @commands.command("block-job-finalize")
@@ -157,10 +159,17 @@ async def block_job_finalize(context: Holder, args: jobs.JobArguments) -> None:
 
     At return it has concluded, unless that takes longer than a second; events say so in any case.
     """
-    await jobs.finalize(context.inventory.jobs.find(args.id))
+    await jobs.finalize(_job(context, args.id))
 
 
 @commands.command("block-job-dismiss")
 async def block_job_dismiss(context: Holder, args: jobs.JobArguments) -> None:
     """Forget a job that has concluded."""
-    context.inventory.jobs.find(args.id).dismiss()
+    _job(context, args.id).dismiss()
+
+
+def _job(context: Holder, id: str) -> Job:
+    job = context.inventory.jobs.find(id)
+    if not job.is_block_job:
+        raise JobNotFound(id)
+    return job

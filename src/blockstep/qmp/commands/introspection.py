@@ -5,6 +5,7 @@ Source: QEMU's QMP reference, "QMP introspection".
 
 from __future__ import annotations
 
+import asyncio
 from functools import lru_cache
 
 from blockstep.block.registry import driver_names, options_type
@@ -22,9 +23,10 @@ async def query_qmp_schema(context: object, args: Arguments, monitor: Monitor) -
     Commands and events have their true names; types have names that may change.
     """
     offered = (NEGOTIATION, *monitor.commands.values())
-    return _schema(offered, tuple(monitor.events.values()), tuple(driver_names()))
+    events, drivers = tuple(monitor.events.values()), tuple(driver_names())
+    return await asyncio.to_thread(_schema, offered, events, drivers)
 
 
-@lru_cache(maxsize=4)  # worked out once for each set of commands: it takes milliseconds
+@lru_cache(maxsize=4)  # worked out once for each set of commands: it takes some 30 ms, beside the disks' requests
 def _schema(offered: tuple[Command, ...], events: tuple[EventKind, ...], drivers: tuple[str, ...]) -> list[AnyEntry]:
     return schema(offered, events, {"driver": options_type})

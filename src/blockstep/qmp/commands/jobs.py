@@ -8,20 +8,18 @@ Source: QEMU's QMP reference, "Background jobs".
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from msgspec import UNSET, Meta, UnsetType
 
 from blockstep.errors import JobNotFound
 from blockstep.jobs.job import Job
-from blockstep.jobs.states import JobStatus
+from blockstep.jobs.states import JobKind, JobStatus
 from blockstep.qmp.commands.holder import Holder
 from blockstep.qmp.errors import CommandError
 from blockstep.qmp.schema import Arguments, Event, Registry, Result
 
 commands = Registry()
-
-JobType = Literal["backup", "commit", "create", "mirror"]
 
 #: Seconds for which a command waits for what it has set going, so that the next one finds it done.
 PATIENCE = 1.0
@@ -37,7 +35,7 @@ class JobInfo(Result):
     """One job, in the result of query-jobs. Progress is in bytes; ``error`` says why it failed."""
 
     id: str
-    type: str
+    type: JobKind
     status: JobStatus
     current_progress: int
     total_progress: int
