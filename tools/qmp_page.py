@@ -189,8 +189,9 @@ def _first_line(cls: type) -> str:
 
 def _beyond_title(cls: type) -> str:
     """A docstring without the sentence that only says whose arguments or result it is."""
-    doc = inspect.getdoc(cls) or ""
-    return re.sub(r"^((Arguments|Result) of [\w-]+(, and [^.]*)?|One [\w ]+, in the result of [\w-]+)\.\s*", "", doc)
+    said = re.sub(r"^((Arguments|Result) of [\w-]+(, and [^.:]*)?|One [\w ]+, in the result of [\w-]+)[.:]\s*", "",
+                  inspect.getdoc(cls) or "")
+    return said[:1].upper() + said[1:]
 
 
 # --- types ---
