@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Bytes of UTF-8 in the name of a bitmap, at most: what the image formats that store them have room for.
 LONGEST_NAME: Final = 1023
+#: Bits that a `CountedBitmap` counts at a time, as a power of two: some microseconds.
+_BLOCK: Final = 16
 #: Bytes of a cluster, at least and at most.
 _GRANULARITIES: Final = (512, 1 << 31)
 
@@ -94,11 +96,14 @@ class Bitmap:
 
     def count(self) -> int:
         """Bytes in set clusters (the last cluster counts as far as the disk goes)."""
-        total = self.bits.count() << self.shift
+        total = self._ones() << self.shift
         tail = self.length & (self.granularity - 1)
         if tail and self.bits[self.length >> self.shift]:
             total -= self.granularity - tail
         return total
+
+    def _ones(self) -> int:
+        return self.bits.count()
 
     def next_dirty(self, offset: int, limit: int) -> tuple[int, int] | None:
         """The first run of set clusters at or after ``offset``, as (offset, length) of at most ``limit`` bytes."""
@@ -131,6 +136,63 @@ class Bitmap:
             result.append((stop - offset, dirty))
             offset = stop
         return result
+
+
+class CountedBitmap(Bitmap):
+    """A bitmap that is asked for its `count` again and again while it changes: only what has changed is counted."""
+
+    __slots__ = ("_counted", "_counts", "_stale")
+
+    def __init__(self, length: int, granularity: int) -> None:
+        super().__init__(length, granularity)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._counted = 0
+        #: Bits set in each block of 1 << _BLOCK bits, where that is not 0; the blocks that may have changed since.
+        self._counts: dict[int, int] = {}
+        self._stale: set[int] = set()
+
+    def _ones(self) -> int:
+        for block in self._stale:
+            now = self.bits.count(1, block << _BLOCK, (block + 1) << _BLOCK)
+            self._counted += now - self._counts.pop(block, 0)
+            if now:
+                self._counts[block] = now
+        self._stale.clear()
+        return self._counted
+
+    def _touch(self, offset: int, length: int) -> None:
+        first, last = offset >> self.shift + _BLOCK, offset + length - 1 >> self.shift + _BLOCK
+        if first == last:
+            self._stale.add(first)
+        else:
+            self._stale.update(range(first, last + 1))
+
+    def set(self, offset: int, length: int) -> None:
+        super().set(offset, length)
+        self._touch(offset, length)
+
+    def reset(self, offset: int, length: int) -> None:
+        super().reset(offset, length)
+        self._touch(offset, length)
+
+    def merge(self, other: Bitmap) -> None:
+        super().merge(other)
+        self._touch(0, self.length)
+
+    def clear(self) -> None:
+        super().clear()
+        self._forget()
+
+    def exchange(self) -> Bitmap:
+        self._forget()
+        return super().exchange()
+
+    def resize(self, length: int) -> None:
+        super().resize(length)
+        self._forget()
+        self._touch(0, self.length)
 
 
 class DirtyBitmap(Bitmap):

@@ -21,13 +21,13 @@ from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
 from blockstep.aio.rangelock import RangeLock
-from blockstep.block.bitmap import Bitmap
+from blockstep.block.bitmap import Bitmap, CountedBitmap
 from blockstep.block.driver import FAST, FUA, Buffer, Filter
 from blockstep.block.node import Child, NodeOptions, NodeRef
 from blockstep.block.permissions import ALL, NONE, WRITE_UNCHANGED, Permission, Role
 
 
-class Tracker(Bitmap):
+class Tracker(CountedBitmap):
     """What was written to the source and is not in the target, in clusters. Watches the source."""
 
     __slots__ = ("_on_both", "on_dirty")

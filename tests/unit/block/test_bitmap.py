@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import blockstep.drivers  # noqa: F401
-from blockstep.block.bitmap import LONGEST_NAME, Bitmap, DirtyBitmap, find_bitmap
+from blockstep.block.bitmap import LONGEST_NAME, Bitmap, CountedBitmap, DirtyBitmap, find_bitmap
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
 from blockstep.errors import OperationBlocked, OptionError
@@ -175,6 +175,32 @@ def test_a_dirty_bitmap_follows_a_disk_that_grows() -> None:
         assert members(bitmap) == {0, 195}
 
     asyncio.run(main())
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from(["set", "reset", "merge", "clear", "resize", "exchange", "count"]),
+                          st.integers(0, 1 << 28), st.integers(1, 1 << 28)), max_size=12))
+def test_a_counted_bitmap_counts_as_any_other(steps: list[tuple[str, int, int]]) -> None:
+    plain, counted = Bitmap(1 << 28, CLUSTER), CountedBitmap(1 << 28, CLUSTER)
+    other = Bitmap(1 << 28, 4096)
+    other.set(1 << 26, 1 << 27)
+    for what, offset, size in steps:
+        for bitmap in (plain, counted):
+            begin = min(offset, bitmap.length - 1)
+            if what in ("set", "reset"):
+                getattr(bitmap, what)(begin, min(size, bitmap.length - begin))
+            elif what == "merge" and bitmap.length == other.length:
+                bitmap.merge(other)
+            elif what == "clear":
+                bitmap.clear()
+            elif what == "resize":
+                bitmap.resize(size)
+            elif what == "exchange":
+                assert bitmap.exchange().length == bitmap.length
+        if what == "count":
+            assert counted.count() == plain.count()
+    assert counted.bits == plain.bits
+    assert counted.count() == plain.count()
 
 
 # --- changes in two halves ---
