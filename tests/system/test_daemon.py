@@ -244,6 +244,48 @@ def test_what_is_refused_is_refused_by_qemus_daemon_too(tmp_path: Path, image: P
     assert run("qemu-storage-daemon", *words, timeout=LIMIT, check=False).returncode == 1
 
 
+@pytest.mark.interop
+@pytest.mark.parametrize("program", [["qemu-storage-daemon"], blockstep("daemon")], ids=["qemu", "blockstep"])
+@scenario
+async def test_one_command_line_starts_either_daemon(tmp_path: Path, image: Path, program: list[str | Path]) -> None:
+    need("qemu-storage-daemon")
+    folder = certificates.make(tmp_path / "pki", "server", "client")
+    nbd, qmp = tmp_path / "nbd", tmp_path / "qmp"
+    command = [
+        *program, "--object", f"tls-creds-x509,id=tls,endpoint=server,dir={folder},verify-peer=off",
+        "--object", '{"qom-type": "throttle-group", "id": "group", "limits": {"bps-total": 1000000000}}',
+        "--object", "secret,id=word,data=eA==,format=base64",
+        "--blockdev", f"driver=file,node-name=file,filename={image},cache.direct=off,discard=unmap,locking=off",
+        "--blockdev", '{"driver": "raw", "node-name": "raw", "file": "file", "read-only": false}',
+        "--blockdev", "throttle,node-name=top,throttle-group=group,file=raw",
+        "--blockdev", "null-co,node-name=zeroes,size=65536,read-zeroes=on",
+        "--nbd-server", f"addr.type=unix,addr.path={nbd},tls-creds=tls,max-connections=3",
+        "--export", "nbd,id=one,node-name=top,name=disk,writable=on,description=A disk",
+        "--export", "type=nbd,id=two,node-name=zeroes",
+        "--chardev", f"socket,id=control,path={qmp},server=on,wait=off", "--monitor", "chardev=control,pretty=off",
+        "--pidfile", tmp_path / "pid"]
+    with started(command, nbd, qmp, env=environment()) as process:
+        assert int((tmp_path / "pid").read_text()) == process.pid
+        async with connect(qmp) as monitor:
+            exports = {each["id"]: each for each in await monitor.execute("query-block-exports")}
+            assert exports == {
+                "one": {"id": "one", "type": "nbd", "node-name": "top", "shutting-down": False},
+                "two": {"id": "two", "type": "nbd", "node-name": "zeroes", "shutting-down": False}}
+            tls = ClientTls(client_context(folder), "localhost")
+            client = await Client.connect(UnixAddress(str(nbd)), "disk", tls=tls)
+            assert client.info.size == MiB
+            assert bytes(await client.pread(0, 4096)) == image.read_bytes()[:4096]
+            await client.pwrite(0, b"written")
+            await client.close()
+            zeroes = await Client.connect(UnixAddress(str(nbd)), "zeroes", tls=tls)
+            assert bytes(await zeroes.pread(0, 512)) == bytes(512)
+            await zeroes.close()
+            await monitor.execute("quit")
+        assert await asyncio.to_thread(ended, process) == 0
+    assert image.read_bytes().startswith(b"written")
+    assert not (tmp_path / "pid").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @scenario
 async def test_a_signal_finishes_what_clients_have_sent(tmp_path: Path, image: Path, number: signal.Signals) -> None:

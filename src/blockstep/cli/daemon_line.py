@@ -95,6 +95,8 @@ def main(arguments: Sequence[str]) -> int:
     except (BlockstepError, OSError) as error:
         print(f"blockstep: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:  # before there was a loop to handle it in good order
+        return 130
     return 0
 
 
