@@ -200,7 +200,7 @@ async def drive_mirror(context: Holder, args: DriveMirrorArguments) -> None:
         raise OptionError("node-name", None, "given with replaces")
     target = await graph.open(target_options(args.target, args.node_name, args.unmap), owned=False)
     try:
-        await _start_mirror(context, args, target, unmap=args.unmap)
+        await _start_mirror(context, args, target)
     except BaseException:
         await graph.close_unused(target)
         raise
