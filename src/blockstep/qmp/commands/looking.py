@@ -6,12 +6,14 @@ holds is its own, and changes by the commands of the pair alone.
 
 from __future__ import annotations
 
-from blockstep.qmp.commands import query_nodes
+from blockstep.qmp.commands import block_jobs, jobs, query_nodes
 from blockstep.qmp.schema import Registry
 
 commands = Registry()
 for _area, _names in (
     (query_nodes.commands, ("query-named-block-nodes", "x-debug-query-block-graph")),
+    (block_jobs.commands, ("query-block-jobs",)),
+    (jobs.commands, ("query-jobs",)),
 ):
     for _name in _names:
         commands.commands[_name] = _area.commands[_name]
