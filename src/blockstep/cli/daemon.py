@@ -15,7 +15,8 @@ def daemon(
     """Open disks, export them and be told what to do over QMP, as qemu-storage-daemon does.
 
     Options are carried out in the order in which they are given: --object, --blockdev, --nbd-server, --export,
-    --chardev and --monitor, or --qmp for both. Exit codes: 0, and 1 for every error. See docs/daemon.md.
+    --chardev and --monitor, or --qmp for both. Of the process as a whole are --daemonize, --pidfile, --name, --help
+    and --version. Exit codes: 0, and 1 for every error. See docs/daemon.md.
     """
     from blockstep.cli.daemon_line import main
 
