@@ -228,30 +228,39 @@ class ResizeArguments(Arguments):
     device: Annotated[str | None, Meta(description="The node, too.")] = None
 
 
+BytesPerSecond = Annotated[int, Meta(description="Bytes a second.")]
+RequestsPerSecond = Annotated[int, Meta(description="Requests a second.")]
+BytesInBurst = Annotated[int, Meta(description="Bytes a second in a burst; 0: a tenth of a second's worth at once.")]
+RequestsInBurst = Annotated[int, Meta(description="Requests a second in a burst; 0: a tenth of a second's at once.")]
+BurstLength = Annotated[int, Meta(description="Seconds that a burst may last.")]
+
+
 class ThrottleArguments(Arguments, kw_only=True):
     """Arguments of block_set_io_throttle: ``id`` or ``device``, and limits per second; 0: no limit."""
 
     id: Annotated[str | None, Meta(description="The node.")] = None
     device: Annotated[str | None, Meta(description="The node, too.", extra={"features": ["deprecated"]})] = None
-    bps: int
-    bps_rd: int = msgspec.field(name="bps_rd")
-    bps_wr: int = msgspec.field(name="bps_wr")
-    iops: int
-    iops_rd: int = msgspec.field(name="iops_rd")
-    iops_wr: int = msgspec.field(name="iops_wr")
-    bps_max: int = msgspec.field(name="bps_max", default=0)
-    bps_rd_max: int = msgspec.field(name="bps_rd_max", default=0)
-    bps_wr_max: int = msgspec.field(name="bps_wr_max", default=0)
-    iops_max: int = msgspec.field(name="iops_max", default=0)
-    iops_rd_max: int = msgspec.field(name="iops_rd_max", default=0)
-    iops_wr_max: int = msgspec.field(name="iops_wr_max", default=0)
-    bps_max_length: int = msgspec.field(name="bps_max_length", default=1)
-    bps_rd_max_length: int = msgspec.field(name="bps_rd_max_length", default=1)
-    bps_wr_max_length: int = msgspec.field(name="bps_wr_max_length", default=1)
-    iops_max_length: int = msgspec.field(name="iops_max_length", default=1)
-    iops_rd_max_length: int = msgspec.field(name="iops_rd_max_length", default=1)
-    iops_wr_max_length: int = msgspec.field(name="iops_wr_max_length", default=1)
-    iops_size: int = msgspec.field(name="iops_size", default=0)
+    bps: BytesPerSecond
+    bps_rd: BytesPerSecond = msgspec.field(name="bps_rd")
+    bps_wr: BytesPerSecond = msgspec.field(name="bps_wr")
+    iops: RequestsPerSecond
+    iops_rd: RequestsPerSecond = msgspec.field(name="iops_rd")
+    iops_wr: RequestsPerSecond = msgspec.field(name="iops_wr")
+    bps_max: BytesInBurst = msgspec.field(name="bps_max", default=0)
+    bps_rd_max: BytesInBurst = msgspec.field(name="bps_rd_max", default=0)
+    bps_wr_max: BytesInBurst = msgspec.field(name="bps_wr_max", default=0)
+    iops_max: RequestsInBurst = msgspec.field(name="iops_max", default=0)
+    iops_rd_max: RequestsInBurst = msgspec.field(name="iops_rd_max", default=0)
+    iops_wr_max: RequestsInBurst = msgspec.field(name="iops_wr_max", default=0)
+    bps_max_length: BurstLength = msgspec.field(name="bps_max_length", default=1)
+    bps_rd_max_length: BurstLength = msgspec.field(name="bps_rd_max_length", default=1)
+    bps_wr_max_length: BurstLength = msgspec.field(name="bps_wr_max_length", default=1)
+    iops_max_length: BurstLength = msgspec.field(name="iops_max_length", default=1)
+    iops_rd_max_length: BurstLength = msgspec.field(name="iops_rd_max_length", default=1)
+    iops_wr_max_length: BurstLength = msgspec.field(name="iops_wr_max_length", default=1)
+    iops_size: Annotated[int, Meta(
+        description="Bytes for which a request counts as one; longer ones count as several. 0: all count as one.",
+    )] = msgspec.field(name="iops_size", default=0)
     group: Annotated[str | None, Meta(description="Disks in one group share its limits. Default: its own.")] = None
 
     def limits(self) -> Limits:
