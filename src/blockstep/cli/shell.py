@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import ssl
 import sys
@@ -32,8 +33,10 @@ def shell(
     address, context = find_monitor(pair, socket, tls)
     if command is None and sys.stdin.isatty():
         asyncio.run(_at_terminal(address, context))
-    else:
-        asyncio.run(_script(address, context, iter(command) if command is not None else sys.stdin))
+        return
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is an error of that line
+    asyncio.run(_script(address, context, iter(command) if command is not None else sys.stdin))
 
 
 async def _at_terminal(address: Address, context: ssl.SSLContext | None) -> None:

@@ -16,6 +16,7 @@ whole request.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,15 @@ from blockstep.shell.catalogue import Catalogue
 _BARE: Final = re.compile(r"[^\s]*")
 _KEY: Final = re.compile(r"[^\s={}\[\]\"']+")
 _SWITCHES: Final = {"on": True, "yes": True, "off": False, "no": False}
-_JSON: Final = json.JSONDecoder()
+#: Parts that a key may have.
+_DEEPEST: Final = 64
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is not a number there")
+
+
+_JSON: Final = json.JSONDecoder(parse_constant=_no_number)
 
 
 class WordError(BlockstepError):
@@ -53,6 +62,10 @@ class _Text:
 def parse(line: str, catalogue: Catalogue) -> Request:
     """The request of a line that is not blank. Raises WordError."""
     line = line.strip()
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise WordError(f"column {error.start + 1}: this is no text in UTF-8") from None
     if line.startswith("{"):
         return _whole(line)
     head = _BARE.match(line)
@@ -99,8 +112,8 @@ def start_of_word(line: str) -> int | None:
 
 def _whole(line: str) -> Request:
     try:
-        request = json.loads(line)
-    except ValueError as error:
+        request = _JSON.decode(line)
+    except (ValueError, RecursionError) as error:
         raise WordError(f"this is no JSON: {error}") from None
     for key in ("execute", "exec-oob"):
         if isinstance(request.get(key), str) and isinstance(request.get("arguments", {}), dict):
@@ -133,10 +146,10 @@ def _value(line: str, start: int) -> tuple[Any, int]:
             raise WordError(f"column {start + 1}: the ' has no end")
         value: Any = line[start + 1:end]
         end += 1
-    elif first in ("{", "[", '"') and first:
+    elif first in ("{", "[", '"'):
         try:
             value, end = _JSON.raw_decode(line, start)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WordError(f"column {start + 1}: this is no JSON: {error}") from None
     else:
         bare = _BARE.match(line, start)
@@ -148,7 +161,9 @@ def _value(line: str, start: int) -> tuple[Any, int]:
 
 
 def _put(given: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
+    *path, last = key.split(".", _DEEPEST)
+    if "." in last:
+        raise WordError(f"a key has {_DEEPEST} parts at most")
     where = given
     for part in path:
         where = where.setdefault(part, {})
@@ -190,8 +205,10 @@ def _literal(text: str, type: str, catalogue: Catalogue) -> Any:
     if type and text in _SWITCHES and not catalogue.takes(type, "string"):
         return _SWITCHES[text]
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = _JSON.decode(text)
+    except (ValueError, RecursionError):
+        return text
+    if isinstance(value, float) and math.isinf(value):
         return text
     kind = {bool: "boolean", int: "int", float: "number"}.get(value.__class__, "null")
     if catalogue.takes(type, kind) or (kind == "int" and catalogue.takes(type, "number")):

@@ -33,6 +33,7 @@ def test_a_line_of_words_is_a_command(line: str, command: str, arguments: dict[s
 
 @pytest.mark.parametrize(("word", "value"), [
     ("label=5", "5"), ("label=true", "true"), ("label=null", "null"), ("label=on", "on"),
+    ("unknown=NaN", "NaN"), ("unknown=1e999", "1e999"),
     ("ratio=5", 5), ("ratio=5e1", 50.0), ("on=true", True), ("on=off", False), ("on=5", "5"),
     ("unknown=5", 5), ("unknown=null", None), ("unknown=word", "word"), ("unknown=on", "on")])
 def test_a_bare_value_is_what_its_argument_takes(word: str, value: Any) -> None:
@@ -57,7 +58,8 @@ def test_a_whole_request_is_sent_as_it_is(line: str, oob: bool) -> None:
     ("x a={", "column 5: this is no JSON"),
     ("x a='b", "has no end"), ('x a="b"c', "column 8: a blank"), ("x a=1 a=2", "a is given twice"),
     ("x a=1 a.b=2", "'a' has a value already"), ("x a.=2", "empty"), ("{", "no JSON"),
-    ('{"execute": 5}', "a request is"),
+    ("x a=" + "[" * 100_000, "column 5: this is no JSON"), ("x " + "a." * 100 + "b=1", "64 parts"),
+    ("x a=\udcff", "column 5: this is no text"), ("x a=[NaN]", "no JSON"), ('{"execute": 5}', "a request is"),
     ('{"execute": "a", "arguments": 5}', "a request is")])
 def test_what_is_no_command_is_refused_and_says_where(line: str, says: str) -> None:
     with pytest.raises(WordError, match=says.replace("(", "\\(")):
