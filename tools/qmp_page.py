@@ -366,8 +366,8 @@ protected by TLS.
   | class | when |
   | --- | --- |
   | `CommandNotFound` | there is no such command here, or capabilities have to be negotiated first, or have been |
-  | `DeviceNotFound` | a command of block devices does not find its device or node |
-  | `DeviceNotActive` | there is no such job |
+  | `DeviceNotFound` | some of QEMU's older commands, when there is no such device; others say GenericError |
+  | `DeviceNotActive` | `block-job-*`, when there is no such job |
   | `GenericError` | everything else |
 
 - **Events** come to every monitor that has negotiated. Some are limited: of many in a short time the newest is sent

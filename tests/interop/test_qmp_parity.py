@@ -73,3 +73,55 @@ def test_every_difference_from_qemu_has_its_reason_on_the_page(found: set[Differ
 def test_the_page_lists_nothing_that_is_as_in_qemu(found: set[Difference]) -> None:
     idle = [f"{row.where}: {row.what}" for row in documented(PAGE) if not any(row.covers(each) for each in found)]
     assert not idle, "\n".join(idle)
+
+
+def smallest(schema: Schema, name: str, preferred: dict[str, str]) -> Any:
+    """The smallest value of a type: required members only, of things that do not exist."""
+    entry = schema.entries[name]
+    if entry["meta-type"] == "object":
+        value = {member["name"]: smallest(schema, member["type"], preferred)
+                 for member in entry["members"] if "default" not in member}
+        if "tag" in entry:
+            case = preferred.get(entry["tag"], value[entry["tag"]])
+            value[entry["tag"]] = case
+            inner = {variant["case"]: variant["type"] for variant in entry["variants"]}
+            value.update(smallest(schema, inner[case], preferred) if case in inner else {})
+        return value
+    if entry["meta-type"] == "array":
+        return [smallest(schema, entry["element-type"], preferred)]
+    if entry["meta-type"] == "alternate":
+        return smallest(schema, entry["members"][-1]["type"], preferred)
+    if entry["meta-type"] == "enum":
+        return entry["values"][0]
+    return {"string": "nobody", "boolean": True, "null": None, "value": "nobody"}.get(entry["json-type"], 1)
+
+
+#: Cases that both have; commands that end the program, or of which the table says that they differ.
+CASES = {"driver": "null-co", "qom-type": "secret", "type": "nbd"}
+NOT_ASKED = {"quit", "qmp_capabilities"}
+
+
+def outcome(qmp: peers.QMP, command: str, arguments: dict[str, Any]) -> str:
+    try:
+        qmp.ask(command, arguments)
+    except RuntimeError as error:
+        return str(error).removeprefix(f"{command}: ").partition(":")[0]
+    return "success"
+
+
+def test_commands_about_what_does_not_exist_are_refused_with_the_same_class(tmp_path: Path) -> None:
+    peers.need("qemu-system-x86_64")
+    path = tmp_path / "ours"
+    with peers.qemu_system(tmp_path) as theirs, peers.started(
+            peers.blockstep("daemon", "--qmp", f"unix:{path}"), path):
+        ours = peers.QMP(path)
+        schema = Schema(theirs.execute("query-qmp-schema"))
+        shared = schema.of("command").keys() & Schema(ours.execute("query-qmp-schema")).of("command").keys()
+        different = []
+        for command in sorted(shared - NOT_ASKED):
+            arguments = smallest(schema, schema.entries[command]["arg-type"], CASES)
+            answers = outcome(ours, command, arguments), outcome(theirs, command, arguments)
+            if answers[0] != answers[1]:
+                different.append(f"{command} {arguments}: {answers[0]} for {answers[1]}")
+        ours.close()
+    assert not different, "\n".join(different)
