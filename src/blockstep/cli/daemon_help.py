@@ -31,7 +31,7 @@ Open disks, export them over NBD, and be told what to do over QMP. Options are c
   --nbd-server addr.type=unix,addr.path=PATH[,OPTION=VALUE...]    serve NBD clients on a unix socket
   --nbd-server addr.type=inet,addr.host=HOST,addr.port=PORT[,...] ... on a TCP port
   --nbd-server addr.type=fd,addr.str=FD[,...]                     ... on a socket that was handed over (number or name)
-  --nbd-server max-connections=0[,...]                            ... on all sockets that systemd has handed over
+  --nbd-server max-connections=0[,...]                            ... on all (other) sockets that were handed over
   --export [type=]nbd,id=ID,node-name=NAME[,OPTION=VALUE...]      export a node
   --chardev socket,id=ID,path=PATH,server=on[,wait=off]           listen on a unix socket
   --chardev socket,id=ID,host=HOST,port=PORT,server=on[,wait=off][,tls-creds=ID]

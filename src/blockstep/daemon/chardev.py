@@ -18,7 +18,6 @@ import os
 import socket
 import ssl
 import stat
-from collections.abc import Mapping
 from typing import Annotated, Final
 
 import msgspec
@@ -93,8 +92,9 @@ class Chardev:
             self._file = None
 
 
-async def open_chardev(options: SocketOptions, objects: Objects, passed: Mapping[str, int]) -> Chardev:
-    """Bind and listen. ``passed``: sockets that were handed over, by name. Raises OptionError or OSError."""
+async def open_chardev(options: SocketOptions, objects: Objects, passed: dict[str, int]) -> Chardev:
+    """Bind and listen. ``passed``: sockets that were handed over and not
+    taken yet, by name. Raises OptionError or OSError."""
     tls = _check(options, objects)
     if options.path is not None:
         sock = bind_unix(options.path)
@@ -128,10 +128,14 @@ def _check(options: SocketOptions, objects: Objects) -> ssl.SSLContext | None:
     return objects.tls(options.tls_creds, "server").context()
 
 
-def passed_socket(text: str, passed: Mapping[str, int], option: str) -> socket.socket:
-    """A listening socket that was handed over, by its name or its number. Raises OptionError."""
+def passed_socket(text: str, passed: dict[str, int], option: str) -> socket.socket:
+    """A listening socket that was handed over, by its name or its number; it is taken out of ``passed``.
+
+    Raises OptionError.
+    """
     try:
-        fd = passed[text] if text in passed else int(text)
+        name = next((name for name, fd in passed.items() if text in (name, str(fd))), None)
+        fd = int(text) if name is None else passed.pop(name)
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise ValueError
         sock = socket.socket(fileno=fd)

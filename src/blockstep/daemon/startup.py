@@ -103,7 +103,7 @@ class Startup:
 
     def __init__(self, program: StorageDaemon, passed: Mapping[str, int]) -> None:
         self._program, self._inventory = program, program.inventory
-        self._passed = passed
+        self._passed = dict(passed)
         self.chardevs: dict[str, Chardev] = {}
         self._actions: dict[str, Callable[[str], Coroutine[Any, Any, None]]] = {
             "object": self._object, "blockdev": self._blockdev, "nbd-server": self._nbd_server,
@@ -139,7 +139,7 @@ class Startup:
         addresses: list[SocketAddress] = []
         if "addr" not in tree and self._passed:
             addresses = [FdSocket(text=str(passed_socket(name, self._passed, "addr").detach()))
-                         for name in self._passed]
+                         for name in [*self._passed]]
             tree["addr"] = {"type": "fd", "str": addresses[0].text}  # type: ignore[union-attr]
         options = keyval.fit(tree, ServerOptions, "", words=not keyval.is_json(text))
         await self._inventory.exports.start_server(
