@@ -273,8 +273,10 @@ class _Types:
             if field.default is None and isinstance(declared, kinds.UnionType) and arguments:
                 without = tuple(each for each in declared.types if not isinstance(each, kinds.NoneType))
                 declared = without[0] if len(without) == 1 else kinds.UnionType(without)
-            name = self.name(field.type if (getattr(field.type, "extra", None) or {}) else declared)
-            rows.append((f"`{field.encode_name}`", name, _default(field), cell(_description(field, notes))))
+            extra = (field.type.extra or {}) if isinstance(field.type, kinds.Metadata) else {}
+            name = self.name(field.type if "options" in extra else declared)
+            words = [*(f"{word.capitalize()}." for word in extra.get("features", ())), _description(field, notes)]
+            rows.append((f"`{field.encode_name}`", name, _default(field), cell(" ".join(words))))
         if arguments:
             return table(("argument", "type", "default", "meaning"), rows)
         plain = [(name, shown, cell(" ".join(filter(None, [

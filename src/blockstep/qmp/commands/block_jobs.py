@@ -118,7 +118,10 @@ async def query_block_jobs(context: Holder, args: Arguments) -> list[BlockJobInf
 
 @commands.command("block-job-set-speed")
 async def block_job_set_speed(context: Holder, args: SpeedArguments) -> None:
-    """Limit the speed of a job, from now on."""
+    """Limit the speed of a job, from now on.
+
+    Errors: DeviceNotActive if there is no such block job.
+    """
     _job(context, args.device).set_speed(args.speed)
 
 
@@ -128,6 +131,8 @@ async def block_job_cancel(context: Holder, args: CancelArguments) -> None:
 
     One that is ready ends with success, without a pivot: the target is the source of this moment. With ``force`` it
     is cancelled. A paused job is cancelled with ``force`` only.
+
+    Errors: DeviceNotActive if there is no such block job.
     """
     job = _job(context, args.device)
     if job.paused and not args.force:
@@ -137,19 +142,28 @@ async def block_job_cancel(context: Holder, args: CancelArguments) -> None:
 
 @commands.command("block-job-pause")
 async def block_job_pause(context: Holder, args: DeviceArguments) -> None:
-    """Stop after what is in flight; an event says when it rests."""
+    """Stop after what is in flight; an event says when it rests.
+
+    Errors: DeviceNotActive if there is no such block job.
+    """
     _job(context, args.device).pause()
 
 
 @commands.command("block-job-resume")
 async def block_job_resume(context: Holder, args: DeviceArguments) -> None:
-    """Go on after a pause, or after an error under the policy stop."""
+    """Go on after a pause, or after an error under the policy stop.
+
+    Errors: DeviceNotActive if there is no such block job.
+    """
     _job(context, args.device).resume()
 
 
 @commands.command("block-job-complete")
 async def block_job_complete(context: Holder, args: DeviceArguments) -> None:
-    """Let a job that is ready end: the target takes the place of the source. One in standby, when it is resumed."""
+    """Let a job that is ready end: the target takes the place of the source. One in standby, when it is resumed.
+
+    Errors: DeviceNotActive if there is no such block job.
+    """
     _job(context, args.device).complete()
 
 
@@ -158,13 +172,18 @@ async def block_job_finalize(context: Holder, args: jobs.JobArguments) -> None:
     """Let a pending job, and all of its transaction, make its changes.
 
     At return it has concluded, unless that takes longer than a second; events say so in any case.
+
+    Errors: DeviceNotActive if there is no such block job.
     """
     await jobs.finalize(_job(context, args.id))
 
 
 @commands.command("block-job-dismiss")
 async def block_job_dismiss(context: Holder, args: jobs.JobArguments) -> None:
-    """Forget a job that has concluded."""
+    """Forget a job that has concluded.
+
+    Errors: DeviceNotActive if there is no such block job.
+    """
     _job(context, args.id).dismiss()
 
 

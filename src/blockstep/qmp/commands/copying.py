@@ -227,6 +227,8 @@ async def block_commit(context: Holder, args: CommitArguments) -> None:
 
     If the first of them is the device itself, its users' writes are followed; it becomes ready, and
     block-job-complete puts the base in its place. Else the layers above are put over the base when it is done.
+
+    Errors: DeviceNotFound if there is no such device.
     """
     device = context.inventory.graph.find(args.device)
     if any(edge.role is Role.BACKING for edge in device.parents):
