@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,7 @@ def find_monitor(pair: str | None, address: str | None, tls: Path | None) -> tup
     """The address that is meant, and the TLS context if there is to be one. Raises OptionError."""
     if address is None:
         return find_socket(pair, None, None), None
-    if "/" in address or Path(address).exists():
+    if "/" in address or os.path.exists(address):
         return Path(address.removeprefix("unix:")), None
     found = parse_address(address, "--socket", default_port=0)
     if isinstance(found, UnixAddress):
