@@ -1,0 +1,153 @@
+"""Transactions: all or nothing, of one moment, and together to the end if they are grouped."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.daemon import daemon, refused
+from tests.scenarios import scenario
+from tests.unit.qmp.disks import MiB, client, content, disks, everything, overlay
+
+Action = dict[str, Any]
+ABORT: Action = {"type": "abort", "data": {}}
+
+
+def backup(job: str, device: str, target: str, **more: Any) -> Action:
+    data = {"job-id": job, "device": device, "target": target, "sync": "full", **more}
+    return {"type": "blockdev-backup", "data": data}
+
+
+def bitmap(verb: str, name: str = "map", node: str = "a", **more: Any) -> Action:
+    return {"type": f"block-dirty-bitmap-{verb}", "data": {"node": node, "name": name, **more}}
+
+
+def merge(target: str, *others: str) -> Action:
+    return {"type": "block-dirty-bitmap-merge", "data": {"node": "a", "target": target, "bitmaps": list(others)}}
+
+
+def snapshot(node: str, over: str) -> Action:
+    return {"type": "blockdev-snapshot", "data": {"node": node, "overlay": over}}
+
+
+EVERY_ACTION = [bitmap("add", "new"), bitmap("enable", "off"), bitmap("disable"), merge("new", "map"), bitmap("clear"),
+                bitmap("remove"), backup("job", "a", "b"), snapshot("c", "top")]
+
+
+@pytest.mark.parametrize("count", range(1, len(EVERY_ACTION) + 1))
+@scenario
+async def test_whatever_came_before_the_action_that_fails_is_taken_back(tmp_path: Path, count: int) -> None:
+    async with daemon(tmp_path) as d:
+        await disks(d, "a", "b", "c")
+        await overlay(d, "top")
+        guest = client(d, "a")
+        for name in ("map", "off"):
+            await d.qmp("block-dirty-bitmap-add", {"node": "a", "name": name, "disabled": name == "off"})
+        await guest.pwrite(65536, b"x")
+        before = everything(d)
+        for last in (ABORT, bitmap("clear", "nope"), backup("other", "a", "nope")):
+            with refused():
+                await d.qmp("transaction", {"actions": [*EVERY_ACTION[:count], last]})
+            assert everything(d) == before
+        assert not [event for event in d.events if event["event"].startswith("BLOCK_JOB")]
+        await d.qmp("transaction", {"actions": EVERY_ACTION[:count]})
+        await d.inventory.graph.detach_backend(guest)
+
+
+@scenario
+async def test_every_action_does_what_its_command_does(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        await disks(d, "a", "b", "c")
+        await overlay(d, "top")
+        for name in ("map", "off"):
+            await d.qmp("block-dirty-bitmap-add", {"node": "a", "name": name, "disabled": name == "off"})
+        bitmaps = d.inventory.graph.find("a").bitmaps
+        bitmaps["map"].set(65536, 1)
+        await d.qmp("transaction", {"actions": EVERY_ACTION})
+        await d.event("BLOCK_JOB_COMPLETED", device="job")
+        assert await content(d, "b") == b"a" * MiB
+        assert set(bitmaps) == {"new", "off"}
+        assert list(bitmaps["new"].dirty()) == [(65536, 65536)]
+        assert bitmaps["off"].enabled
+        assert d.inventory.graph.find("top").children["backing"].node.name == "c"
+
+
+@scenario
+async def test_backups_of_two_disks_are_of_one_moment(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        await disks(d, "a", "b", "c", "d")
+        guests = client(d, "a"), client(d, "b")
+        going = True
+        for guest in guests:
+            await guest.pwrite(0, bytes(8))
+
+        async def write() -> None:
+            number = 0
+            while going:  # a write of the second disk is begun when that of the first has ended
+                number += 1
+                for guest in guests:
+                    await guest.pwrite(0, number.to_bytes(8, "big"))
+                    await asyncio.sleep(0)
+
+        writer = asyncio.ensure_future(write())
+        for turn in range(20):
+            jobs = [backup(f"a{turn}", "a", "c"), backup(f"b{turn}", "b", "d")]
+            await d.qmp("transaction", {"actions": jobs})
+            for job in ("a", "b"):
+                await d.event("JOB_STATUS_CHANGE", id=f"{job}{turn}", status="null")
+            first, second = [int.from_bytes((await content(d, name))[:8], "big") for name in "cd"]
+            assert first - second in (0, 1)
+        going = False
+        await writer
+        for guest in guests:
+            await d.inventory.graph.detach_backend(guest)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@scenario
+async def test_grouped_jobs_succeed_or_fail_together(tmp_path: Path, grouped: bool) -> None:
+    async with daemon(tmp_path) as d:
+        await disks(d, "a", "b", "c", "d", size=4 * MiB)
+        await d.qmp("block-dirty-bitmap-add", {"node": "a", "name": "map"})
+        d.inventory.graph.find("a").bitmaps["map"].set(65536, 1)
+        incremental = {"sync": "incremental", "bitmap": "map"}
+        await d.qmp("transaction", {
+            "actions": [backup("quick", "a", "b", **incremental), backup("slow", "c", "d", speed=1)],
+            "properties": {"completion-mode": "grouped" if grouped else "individual"}})
+        await d.event("JOB_STATUS_CHANGE", id="quick", status="waiting" if grouped else "null")
+        await d.qmp("job-cancel", {"id": "slow"})
+        await d.event("JOB_STATUS_CHANGE", id="slow", status="null")
+        await d.event("BLOCK_JOB_CANCELLED" if grouped else "BLOCK_JOB_COMPLETED", device="quick")
+        kept = list(d.inventory.graph.find("a").bitmaps["map"].dirty())
+        assert kept == ([(65536, 65536)] if grouped else [])
+
+
+@pytest.mark.parametrize(("actions", "properties", "match"), [
+    ([ABORT], {}, "abort"), ([{"type": "nope", "data": {}}], {}, "type"), ([bitmap("add", more=1)], {}, "data.more"),
+    ([bitmap("add"), bitmap("add")], {}, "no other bitmap"),
+    ([backup("j", "a", "b"), backup("j", "a", "c")], {}, "already"),
+    ([backup("j", "a", "b"), backup("k", "a", "b")], {}, "uses it"), ([snapshot("a", "b")], {}, "backing"),
+    ([{"type": "drive-backup", "data": {"device": "a", "target": "x", "sync": "full"}}], {}, "blockdev-backup"),
+    ([bitmap("add")], {"completion-mode": "grouped"}, "grouped"), ([], {"completion-mode": "x"}, "completion-mode"),
+    ([backup("j", "a", "b"), bitmap("add")], {"completion-mode": "grouped"}, "grouped"),
+    ([bitmap("add"), bitmap("remove"), bitmap("clear")], {}, "in use"),
+])
+@scenario
+async def test_a_bad_transaction_changes_nothing(tmp_path: Path, actions: list[Action], properties: dict[str, str],
+                                                 match: str) -> None:
+    async with daemon(tmp_path) as d:
+        await disks(d, "a", "b", "c")
+        before = everything(d)
+        with refused(match=match):
+            await d.qmp("transaction", {"actions": actions, "properties": properties})
+        assert everything(d) == before
+
+
+@scenario
+async def test_an_empty_transaction_does_nothing(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        for mode in ("individual", "grouped"):
+            await d.qmp("transaction", {"actions": [], "properties": {"completion-mode": mode}})
