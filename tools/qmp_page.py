@@ -156,7 +156,7 @@ def _arguments(command: Command, types: _Types) -> Iterator[str]:
         assert isinstance(struct, kinds.StructType)
         if len(structs) > 1:
             yield f"With `{struct.tag_field}` = `{struct.tag}`: {_first_line(struct.cls)}\n"
-        elif (doc := _beyond_title(struct.cls)) and struct.cls is not Arguments:
+        elif (inspect.getdoc(struct.cls) or "").startswith("Arguments of ") and (doc := _beyond_title(struct.cls)):
             yield paragraphs(doc)
         if struct.fields:
             yield types.members(struct, arguments=True)
