@@ -62,9 +62,10 @@ async def graph(d: Daemon, qemu: Ask, tmp_path: Path) -> None:
                 ("human-monitor-command", {"command-line": f"drive_add 0 if=none,id=drive,file={tmp_path}/drive-{side},"
                                                            "format=raw"}),
                 ("object-add", {"qom-type": "throttle-group", "id": "g", "limits": {"iops-total": 100}}),
+                ("blockdev-add", {"driver": "file", "node-name": "storage", "discard": "unmap",
+                                  "filename": f"{tmp_path}/disk-{side}"}),
                 ("blockdev-add", {"driver": "raw", "node-name": "disk", "cache": {"direct": False, "no-flush": True},
-                                  "file": {"driver": "file", "node-name": "storage", "discard": "unmap",
-                                           "filename": f"{tmp_path}/disk-{side}"}}),
+                                  "file": "storage"}),
                 ("blockdev-add", {"driver": "quorum", "node-name": "q", "vote-threshold": 1, "read-pattern": "fifo",
                                   "children": [{"driver": "raw", "file": {
                                       "driver": "file", "filename": f"{tmp_path}/child-{side}"}}]}),
@@ -230,6 +231,46 @@ async def test_what_both_refuse_has_the_same_class_and_changes_nothing(tmp_path:
             answer = await ours(d, command, arguments)
             assert theirs[0] == answer[0] != "", (command, arguments, theirs, answer)
         assert [*d.inventory.graph.nodes] == nodes
+
+
+# --- reopen ---
+
+#: Sets of options for the nodes of `graph`; FILE stands for the name of the disk's file.
+REOPENED: list[list[dict[str, Any]]] = [
+    [{"driver": "raw", "node-name": "disk", "file": "storage", "read-only": True}],
+    [{"driver": "raw", "node-name": "disk", "file": "storage"}],
+    [{"driver": "raw", "node-name": "disk", "file": "storage", "read-only": True},
+     {"driver": "file", "node-name": "storage", "filename": "FILE", "read-only": True}],
+    [{"driver": "file", "node-name": "storage", "filename": "FILE", "discard": "ignore"},
+     {"driver": "raw", "node-name": "disk", "file": "storage", "detect-zeroes": "off", "auto-read-only": True}],
+    [{"driver": "file", "node-name": "storage", "filename": "FILE", "cache": {"no-flush": True}}],
+    [{"driver": "file", "node-name": "storage", "filename": "ELSEWHERE"}],
+    [{"driver": "raw", "node-name": "disk", "file": "storage", "read-only": True},
+     {"driver": "file", "node-name": "storage", "filename": "ELSEWHERE"}],
+    [{"driver": "raw", "node-name": "disk", "file": "storage", "force-share": True}],
+    [{"driver": "raw", "node-name": "disk"}],
+    [{"driver": "raw", "node-name": "disk", "file": "nobody"}],
+    [{"driver": "raw", "node-name": "disk", "file": "t"}],
+]
+
+
+@scenario
+async def test_reopen_takes_and_refuses_the_same(tmp_path: Path, qemu: Ask) -> None:
+    def named(sets: list[dict[str, Any]], file: str) -> dict[str, Any]:
+        where = {"FILE": file, "ELSEWHERE": f"{file}-elsewhere"}
+        return {"options": [{**options, **({"filename": where[options["filename"]]} if "filename" in options else {})}
+                            for options in sets]}
+
+    async with daemon(tmp_path) as d:
+        await graph(d, qemu, tmp_path)
+        for sets in REOPENED:
+            theirs = await asyncio.to_thread(qemu, "blockdev-reopen", named(sets, f"{tmp_path}/disk-a"))
+            answer = await ours(d, "blockdev-reopen", named(sets, f"{tmp_path}/disk-b"))
+            assert answer[0] == theirs[0], (sets, theirs, answer)
+            shown = [{node["node-name"]: (node["ro"], node["cache"]) for node in nodes}
+                     for nodes in await both(d, qemu, "query-named-block-nodes", {"flat": True})]
+            for name in ("disk", "storage", "t"):
+                assert shown[1][name] == shown[0][name], (name, sets)
 
 
 # --- the human monitor ---

@@ -216,6 +216,7 @@ class Graph:
                     child = self.find(ref)
                 else:
                     child = await self.open(child_options(checked, role, ref), owned=False, strict=strict)
+                    child.given = given_names(ref)
                 try:
                     with self.change() as change:
                         change.attach(node, child_name, role, child)
@@ -427,6 +428,12 @@ def child_options(options: NodeOptions, role: Role, given: Mapping[str, Any]) ->
     if options.cache != CacheOptions() and isinstance(own := whole.get("cache", {}), Mapping):
         whole["cache"] = {**msgspec.to_builtins(options.cache), **own}
     return whole
+
+
+def given_names(options: Mapping[str, Any]) -> frozenset[str]:
+    """`Node.given` for these options."""
+    cache = options.get("cache", {})
+    return frozenset({*options, *(f"cache.{name}" for name in cache)} if isinstance(cache, Mapping) else options)
 
 
 async def _open(node: Driver) -> None:

@@ -38,8 +38,9 @@ AnyOptions = Annotated[dict[str, Any], msgspec.Meta(extra={"options": "driver"})
 NodeRef = str | AnyOptions
 
 
-#: `Node.live_options` of all drivers.
-LIVE_OPTIONS: Final = frozenset({"auto-read-only", "detect-zeroes", "discard", "force-share"})
+#: `Node.live_options` of all drivers, but that of ``cache`` drivers with storage of their own have something to say.
+LIVE_OPTIONS: Final = frozenset({"auto-read-only", "cache.direct", "cache.no-flush", "detect-zeroes", "discard",
+                                 "force-share"})
 
 
 class CacheOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True):
@@ -159,6 +160,9 @@ class Node:
         self.blockers: dict[str, list[str]] = {}
         #: Whether it was added by name: such a node stays when its last parent goes.
         self.owned = False
+        #: Of a node that came with its parent: the options that it was given, ``cache.direct`` and the like one by
+        #: one; the others that it takes over from its parent follow that when it is reopened. None: all.
+        self.given: frozenset[str] | None = None
 
     @property
     def description(self) -> str:

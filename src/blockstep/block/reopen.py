@@ -7,8 +7,11 @@ node's present options must be something that can change while the node is open:
 
 * `Node.live_options`: looked at when needed; the new ones are put in place;
 * what the driver prepares: ``read-only``, ``cache.direct`` of files, the group of a throttle node;
-* the single children, ``file`` and ``backing``: another node by name, or null for no backing node. A child that was
-  given as options with its parent may be given new ones here. The length that users see stays the same.
+* the single children, ``file`` and ``backing``: another node by name, or null for no backing node. The length that
+  users see stays the same.
+
+A child that came with its parent may be given new options in its parent's set, or in one of its own. If it is not, it
+follows its parent in what it has taken over from it (`child_options`); a backing node does not.
 
 Everything is prepared and checked first, under drain; see `Graph.reopen`.
 """
@@ -22,7 +25,7 @@ from typing import Any
 import msgspec
 
 from blockstep.block.driver import Driver
-from blockstep.block.graph import Change, Graph, child_options
+from blockstep.block.graph import Change, Graph, child_options, given_names
 from blockstep.block.node import Child, NodeOptions
 from blockstep.block.permissions import Role
 from blockstep.block.registry import parse_options
@@ -40,6 +43,8 @@ class _Plan:
     rewire: list[Callable[[Change], object]] = field(default_factory=list)
     #: Children that it gives up.
     left: list[Driver] = field(default_factory=list)
+    #: `Node.given` from now on, if that changes.
+    given: frozenset[str] | None = None
 
 
 async def reopen(graph: Graph, option_sets: Sequence[Mapping[str, Any]], strict: bool = True) -> None:
@@ -50,6 +55,8 @@ async def reopen(graph: Graph, option_sets: Sequence[Mapping[str, Any]], strict:
         if not isinstance(name, str):
             raise OptionError("node-name", name, "given: the node that gets these options")
         _plan(graph, graph.find(name), options, plans, strict)
+    for plan in plans[:]:
+        _plan_followers(plan, plans)
     for plan in plans:
         plan.node.check_operation("reopen")
 
@@ -61,13 +68,16 @@ async def reopen(graph: Graph, option_sets: Sequence[Mapping[str, Any]], strict:
     await graph.reopen([(plan.node, plan.prepared) for plan in plans], rewire)
     for plan in plans:
         plan.options.node_name = plan.node.options.node_name
+        if plan.given is not None:
+            plan.node.given = plan.given
         plan.node.options = plan.options
     for plan in plans:
         for node in plan.left:
             await graph.close_unused(node)
 
 
-def _plan(graph: Graph, node: Driver, options: Mapping[str, Any], plans: list[_Plan], strict: bool) -> None:
+def _plan(graph: Graph, node: Driver, options: Mapping[str, Any], plans: list[_Plan], strict: bool,
+          given: frozenset[str] | None = None) -> None:
     if any(plan.node is node for plan in plans):
         raise OptionError("node-name", node.name, "in one set of options only")
     driver, wanted = parse_options(options, strict)
@@ -75,20 +85,48 @@ def _plan(graph: Graph, node: Driver, options: Mapping[str, Any], plans: list[_P
         raise OptionError("driver", options["driver"], f"{node.driver}, which node '{node.name}' is")
     if wanted.force_share and not wanted.read_only:
         raise OptionError("force-share", True, "off, except with read-only")
-    plan = _Plan(node, wanted)
+    plan = _prepared(node, wanted)
+    if node.given is not None:
+        plan.given = given or given_names(options)
     plans.append(plan)
-    present = _flat(node.options)
-    for name, value in _flat(wanted).items():
-        if value != present[name] and name not in ("node-name", "read-only", *node.live_options, *driver.child_roles):
-            plan.prepared[name] = value
-    plan.prepared["read-only"] = wanted.read_only
-    if wanted.auto_read_only and not wanted.read_only and not node.options.read_only:
-        plan.prepared["read-only"] = node.read_only  # the storage has decided that
     for name, role in driver.child_roles.items():
         if isinstance(getattr(wanted, name), list):
             _same_children(node, name, getattr(wanted, name))
         else:
             _plan_child(graph, plan, name, role, options, plans, strict)
+
+
+def _prepared(node: Driver, wanted: NodeOptions) -> _Plan:
+    """What changes at the node itself."""
+    plan = _Plan(node, wanted)
+    present = _flat(node.options)
+    for name, value in _flat(wanted).items():
+        if value != present[name] and name not in ("node-name", "read-only", *node.live_options, *node.child_roles):
+            plan.prepared[name] = value
+    plan.prepared["read-only"] = wanted.read_only
+    if wanted.auto_read_only and not wanted.read_only and not node.options.read_only:
+        plan.prepared["read-only"] = node.read_only  # the storage has decided that
+    return plan
+
+
+def _plan_followers(above: _Plan, plans: list[_Plan]) -> None:
+    """Plan for the children that came with the node and are in no set, as far as they follow it."""
+    for edge in above.node.children.values():
+        node = edge.node
+        if node.given is None or node.owned or edge.role is Role.BACKING or any(plan.node is node for plan in plans):
+            continue
+        options = child_options(above.options, edge.role, {})
+        wanted = msgspec.structs.replace(node.options, cache=msgspec.structs.replace(node.options.cache))
+        for name in {"auto-read-only", "discard", "force-share", "read-only"} - node.given:
+            default = "ignore" if name == "discard" else False
+            setattr(wanted, name.replace("-", "_"), options.get(name, default))
+        for name in ("direct", "no-flush"):
+            if f"cache.{name}" not in node.given:
+                setattr(wanted.cache, name.replace("-", "_"), options.get("cache", {}).get(name, False))
+        if wanted != node.options:
+            plan = _prepared(node, wanted)
+            plans.append(plan)
+            _plan_followers(plan, plans)
 
 
 def _plan_child(graph: Graph, plan: _Plan, name: str, role: Role, options: Mapping[str, Any], plans: list[_Plan],
@@ -113,7 +151,7 @@ def _plan_child(graph: Graph, plan: _Plan, name: str, role: Role, options: Mappi
     elif edge is None or edge.node.owned or reference.get("node-name", edge.node.name) != edge.node.name:
         raise OptionError(name, reference, "the name of a node, or the options of the child that came with its parent")
     else:
-        _plan(graph, edge.node, child_options(plan.options, role, reference), plans, strict)
+        _plan(graph, edge.node, child_options(plan.options, role, reference), plans, strict, given_names(reference))
 
 
 def _same_children(node: Driver, name: str, references: Sequence[Any]) -> None:

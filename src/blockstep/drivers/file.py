@@ -88,7 +88,7 @@ class File(Driver):
     """See the module."""
 
     driver: ClassVar[str] = "file"
-    live_options = LIVE_OPTIONS | {"aio", "aio-max-batch", "drop-cache", "x-check-cache-dropped", "cache.no-flush"}
+    live_options = LIVE_OPTIONS - {"cache.direct"} | {"aio", "aio-max-batch", "drop-cache", "x-check-cache-dropped"}
     Options = FileOptions
     options: FileOptions
 

@@ -46,7 +46,7 @@ from blockstep.aio.posix import (
 from blockstep.aio.rangelock import RangeLock
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.driver import FAST, FUA, ZEROES, Buffer, Driver, Extent, Prepared
-from blockstep.block.node import Child, NodeOptions, NodeRef
+from blockstep.block.node import LIVE_OPTIONS, Child, NodeOptions, NodeRef
 from blockstep.block.permissions import Role
 from blockstep.block.registry import register
 from blockstep.drivers.overlay_image import OverlayImage
@@ -87,6 +87,7 @@ class Overlay(Driver):
     """See the module."""
 
     driver: ClassVar[str] = "overlay"
+    live_options = LIVE_OPTIONS - {"cache.direct", "cache.no-flush"}
     Options = OverlayOptions
     options: OverlayOptions
     child_roles: ClassVar[dict[str, Role]] = {"backing": Role.BACKING}

@@ -18,11 +18,11 @@ from tests.scenarios import scenario
 MiB = 1 << 20
 
 
-def file(path: Path, name: str = "disk", **options: Any) -> dict[str, Any]:
+def file(path: Path, name: str = "disk", /, **options: Any) -> dict[str, Any]:
     return {"driver": "file", "node-name": name, "filename": str(path), **options}
 
 
-async def open_file(graph: Graph, path: Path, name: str = "disk", **options: Any) -> Driver:
+async def open_file(graph: Graph, path: Path, name: str = "disk", /, **options: Any) -> Any:
     path.write_bytes(bytes(MiB))
     return await graph.open(file(path, name, **options))
 
@@ -190,11 +190,48 @@ async def test_a_child_that_came_with_its_parent_gets_options_with_it(tmp_path: 
     graph = Graph()
     (tmp_path / "disk").write_bytes(bytes(MiB))
     storage = {"driver": "file", "filename": str(tmp_path / "disk")}
-    raw = await graph.open({"driver": "raw", "node-name": "disk", "file": storage})
+    raw: Any = await graph.open({"driver": "raw", "node-name": "disk", "file": storage})
     child = raw.children["file"].node
     await reopen(graph, [{"driver": "raw", "node-name": "disk", "read-only": True, "file": storage}])
     assert raw.read_only
     assert child.read_only
+    await close_all(graph)
+
+
+@scenario
+async def test_a_child_follows_its_parent_in_what_it_took_over(tmp_path: Path) -> None:
+    graph = Graph()
+    (tmp_path / "disk").write_bytes(bytes(MiB))
+    await graph.open({"driver": "raw", "node-name": "disk", "read-only": True, "file": {
+        "driver": "raw", "file": {"driver": "file", "node-name": "storage", "filename": str(tmp_path / "disk"),
+                                  "discard": "unmap"}}})
+    storage: Any = graph.nodes["storage"]
+    middle = storage.parents[0].parent.description
+    assert storage.read_only
+    await reopen(graph, [{"driver": "raw", "node-name": "disk", "file": middle, "cache": {"no-flush": True}}])
+    assert not storage.read_only
+    assert storage.options.cache.no_flush
+    assert storage.options.discard == "unmap"
+    await storage.pwrite(0, b"x")
+    await close_all(graph)
+
+
+@scenario
+async def test_a_child_does_not_follow_in_what_it_was_given(tmp_path: Path) -> None:
+    graph = Graph()
+    (tmp_path / "disk").write_bytes(bytes(MiB))
+    raw: Any = await graph.open({"driver": "raw", "node-name": "disk", "file": {
+        "driver": "file", "node-name": "storage", "filename": str(tmp_path / "disk"), "read-only": False}})
+    storage: Any = graph.nodes["storage"]
+    options = {"driver": "raw", "node-name": "disk", "read-only": True, "file": "storage"}
+    await reopen(graph, [options])
+    assert raw.read_only
+    assert not storage.read_only
+    await reopen(graph, [options, file(tmp_path / "disk", "storage")])  # now it is given nothing
+    assert not storage.read_only
+    await reopen(graph, [{**options, "read-only": False}])
+    await reopen(graph, [options])
+    assert storage.read_only
     await close_all(graph)
 
 
