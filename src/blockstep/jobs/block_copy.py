@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, Literal, Protocol
@@ -140,6 +141,8 @@ class BlockCopy:
         self.written = written
         #: Bytes that were taken and are not copied yet.
         self.in_flight = 0
+        # What was found ahead: (end, extent), in order; of the current one, where it ends.
+        self._ahead: deque[tuple[int, Extent]] = deque()
         self._hint_end = 0
         self._hint = Extent(1)
         self._offload = True
@@ -147,6 +150,7 @@ class BlockCopy:
 
     async def copy(self, ranges: Ranges) -> None:
         """Copy all ``ranges``. Raises what `Control` raises, after everything in flight has ended."""
+        self._ahead.clear()
         self._hint_end = 0
         self._stopped = False
         planning = asyncio.Lock()
@@ -207,6 +211,8 @@ class BlockCopy:
         offset = ranges.peek()
         if offset is None or self._stopped:
             return None
+        while offset >= self._hint_end and self._ahead:
+            self._hint_end, self._hint = self._ahead.popleft()
         if offset >= self._hint_end:
             await self._look_ahead(offset)
             offset = ranges.peek()
@@ -219,23 +225,28 @@ class BlockCopy:
         return offset, length, self._hint if offset + length <= self._hint_end else Extent(length, depth=0)
 
     async def _look_ahead(self, offset: int) -> None:
-        """Only a hint how to cut: what counts is asked again under the lock."""
-        rest = self.source.node.length - offset
+        """Only hints how to cut: what counts is asked again under the lock.
+
+        All that was found is kept: to ask anew where each extent ends would count the same pages over and over.
+        """
+        begin, rest = offset, self.source.node.length - offset
         window = min(self.chunk, rest)
         try:
             async with self._door():
                 while True:
                     extents = await status_through(self.source.node, offset, window, self.base)
-                    first = extents[0]
                     if len(extents) > 1 or window >= min(_LOOK_AHEAD, rest):
                         break
                     window = min(window * 16, rest)
-            if len(extents) > _FRAGMENTS:
-                first = Extent(min(window, self.chunk), depth=_FRAGMENTED)
+            if len(extents) > _FRAGMENTS and extents[0].length < self.chunk:
+                extents = [Extent(min(window, self.chunk), depth=_FRAGMENTED)]
         except OSError:
-            first = Extent(window, depth=0)
-        self._hint = first
-        self._hint_end = offset + max(first.length, self.granularity)
+            extents = [Extent(window, depth=0)]
+        for extent in extents:
+            offset += extent.length
+            self._ahead.append((offset, extent))
+        end, self._hint = self._ahead.popleft()
+        self._hint_end = max(end, begin + self.granularity)
 
     def _is_sparse(self, extent: Extent) -> bool:
         return extent.zero or (self.allocated_only and not extent.allocated)
