@@ -47,14 +47,16 @@ def assemble(answers: Mapping[str, Any], role_of: RoleOf = role_of) -> Picture:
     jobs = {job["device"]: job for job in answers.get("query-block-jobs") or ()}
     exports = list(answers.get("query-block-exports") or ())
     names = {node["id"]: node["name"] for node in graph["nodes"]}
-    parents = {edge["parent"] for edge in graph["edges"]}
+    files = {node["id"]: str(details.get(node["name"], {}).get("file", "")) for node in graph["nodes"]}
+    below = {(edge["parent"], files[edge["child"]]) for edge in graph["edges"]}
     used = {edge["parent"]: names[edge["child"]] for edge in graph["edges"]}
     stages = _stages(answers.get("query-replication"))
 
     def box(node: Mapping[str, Any]) -> Box:
         id, name = node["id"], node["name"]
         if node["type"] == "block-driver":
-            return _node(id, name, details.get(name, {}), id in parents, stages.get(name, ""))
+            file = "" if files[id].startswith("json:") or (id, files[id]) in below else files[id]
+            return _node(id, name, details.get(name, {}), file, stages.get(name, ""))
         if node["type"] == "block-job":
             return _job(id, name, jobs.get(name, {}))
         return _user(id, name, used.get(id), exports)
@@ -69,8 +71,7 @@ def assemble(answers: Mapping[str, Any], role_of: RoleOf = role_of) -> Picture:
     return Picture(boxes=boxes, edges=edges, headline=_headline(answers.get("query-replication")))
 
 
-def _node(id: int, name: str, about: Mapping[str, Any], has_children: bool, stage: str) -> Box:
-    file = "" if has_children else str(about.get("file", ""))
+def _node(id: int, name: str, about: Mapping[str, Any], file: str, stage: str) -> Box:
     return Box(id=id, kind="node", name=name, type=about.get("drv", ""), read_only=about.get("ro", False), state=stage,
                size=about.get("image", {}).get("virtual-size"), file=file)
 

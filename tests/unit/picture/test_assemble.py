@@ -7,7 +7,7 @@ from typing import Any
 from blockstep import drivers as _drivers  # noqa: F401  registers them
 from blockstep.picture.assemble import GRAPH, assemble, role_of
 from blockstep.picture.model import Box
-from tests.unit.picture.support import ANSWERS, READING, edge
+from tests.unit.picture.support import ANSWERS, READING, edge, node
 
 
 def test_a_box_says_what_the_other_answers_know_of_it() -> None:
@@ -18,6 +18,15 @@ def test_a_box_says_what_the_other_answers_know_of_it() -> None:
         Box(id=4, kind="node", name="right", type="file", size=64 << 20, file="/srv/right.img", read_only=True),
         Box(id=5, kind="job", name="copy", type="mirror", state="running", current=16 << 20, total=64 << 20),
     )
+
+
+def test_a_file_is_shown_where_it_is_opened_and_no_options_in_its_place() -> None:
+    files = {"raw": "/srv/a", "file": "/srv/a", "overlay": "/srv/b", "null": "json:{}"}
+    graph = {"nodes": [{"id": id, "type": "block-driver", "name": name} for id, name in enumerate(files)],
+             "edges": [edge(0, 1, "file", READING, READING), edge(2, 0, "backing", READING, READING)]}
+    boxes = assemble({GRAPH: graph, "query-named-block-nodes": [
+        node(name, name, file=file) for name, file in files.items()]}).boxes
+    assert [box.file for box in boxes] == ["", "/srv/a", "/srv/b", ""]
 
 
 def test_the_graph_alone_is_enough() -> None:
