@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from fnmatch import fnmatch
@@ -63,6 +64,7 @@ def main() -> int:
     options = arguments()
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, _end)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program has its byte code
     rows = chosen(options.only)
     console = Console(width=None if sys.stdout.isatty() else 132)
     if options.list:

@@ -274,7 +274,7 @@ def first_sync(bench: Bench) -> Measured:
     other stretch of 16 MiB.
     """
     measured = Measured("MB/s")
-    size, stretch = 2 * bench.size, 16 * MiB
+    size, stretch = 4 * bench.size, 16 * MiB
     data = [(offset, stretch) for offset in range(0, size, 2 * stretch)]
     with bench.room() as source:
         disk = make_sparse(source / "source.raw", size, data)
