@@ -91,7 +91,8 @@ def _order(area: Registry) -> tuple[int, str]:
 def _introduction(area: Registry) -> str:
     """The docstring of the area's module, without its sources and its pictures."""
     doc = inspect.cleandoc(sys.modules[_module(area)].__doc__ or "")
-    return "\n\n".join(part for part in doc.split("\n\n") if not part.startswith(("Source:", " ")))
+    return "\n\n".join(part for part in doc.split("\n\n")
+                       if not part.startswith(("Source:", " ")) and "`blockstep." not in part)
 
 
 def _contents(areas: Iterable[Registry]) -> str:
@@ -127,8 +128,9 @@ def _by_name(table: dict[str, Any]) -> list[Any]:
 
 def _command(command: Command, types: _Types) -> str:
     text, errors = _without_errors(command.doc)
-    words = [*command.features, *(["unstable"] if command.name.startswith("x-") else [])]
-    notes = [f"*{word.capitalize()}.*" for word in words] + (["*May be executed out of band.*"] if command.oob else [])
+    notes = [f"*{word.capitalize()}.*" if word == "deprecated" else f"Feature: `{word}`." for word in command.features]
+    notes += ["*Unstable.*"] if command.name.startswith("x-") else []
+    notes += ["*May be executed out of band.*"] if command.oob else []
     parts = [f"### {command.name}\n", paragraphs(text)]
     if notes:
         parts.append(" ".join(notes) + "\n")
@@ -297,7 +299,7 @@ def _default(field: kinds.Field) -> str:
         value = None if field.default_factory is NODEFAULT else field.default_factory()
         if value is None:
             return "optional"
-        return "" if isinstance(value, msgspec.Struct) else f"`{json.dumps(value)}`"
+        return "its defaults" if isinstance(value, msgspec.Struct) else f"`{json.dumps(value)}`"
     if field.default is None:
         return "none"
     return f"`{field.default if isinstance(field.default, str) and field.default else json.dumps(field.default)}`"
