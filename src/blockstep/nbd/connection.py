@@ -11,7 +11,8 @@ requests which end together are answered together.
 Bounds on what a client can make us hold (`Limits`): requests in flight, and bytes in flight plus bytes not yet
 sent; and, for large payloads, what is left of the memory of all connections together (`buffers.Pool`). Beyond the
 first two the rest of the batch waits undone in the *backlog*, and nothing more is received until there is
-room again. The backlog also takes what is left of a batch when it has cost a turn, so that others have theirs. The
+room again. The backlog also takes what is left of a batch when it has cost a turn, so that others have theirs; and an
+expensive request when another connection has made one in this iteration of the loop (`turns`). The
 handshake has a deadline; after it a client may be silent for as long as it likes.
 
 The end: DISC and `finish` let what is in flight end, send its replies, then close. What comes after `finish` while
@@ -26,6 +27,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final, Literal
 
 from blockstep.aio.channel import Channel
@@ -37,6 +39,7 @@ from blockstep.nbd.buffers import Arena, Pool, ReceiveBuffer
 from blockstep.nbd.commands import Session, cost, nbd_error, prepare
 from blockstep.nbd.export import Export, Exports
 from blockstep.nbd.handshake import Close, Go, Send, ServerHandshake, StartTls, TlsMode
+from blockstep.nbd.turns import Turns
 from blockstep.nbd.wire import Request, decode_extended_requests, decode_requests
 
 #: Replies of this many bytes are sent without waiting for the end of the batch.
@@ -88,7 +91,7 @@ class _Pending:
 class Connection:
     """A client, from its first byte to its last."""
 
-    def __init__(self, sock: socket.socket, exports: Exports, pool: Pool, limits: Limits, tls: TlsMode,
+    def __init__(self, sock: socket.socket, exports: Exports, pool: Pool, turns: Turns, limits: Limits, tls: TlsMode,
                  tls_context: ssl.SSLContext | None,
                  on_change: Callable[[Connection, Literal["ready", "gone"]], None]) -> None:
         """``on_change(connection, what)`` hears "ready" when an export is chosen and "gone" at the end."""
@@ -97,7 +100,7 @@ class Connection:
         self.export: Export | None = None
         #: Why the connection ended; None if both sides wanted it.
         self.error: BaseException | None = None
-        self._limits = limits
+        self._turns, self._limits = turns, limits
         self._on_change = on_change
         self._tls_context = tls_context
         self._handshake: ServerHandshake[Export] | None = ServerHandshake(exports, tls)
@@ -300,8 +303,14 @@ class Connection:
                 self.channel.pause()
                 break
             else:
+                price = cost(request)
+                if price >= _TURN and not self._turns.take():
+                    self._backlog = chain((request,), requests)
+                    self.channel.pause()
+                    self._turns.wait(self._go_on)
+                    break
                 self._other(request)
-                turn -= cost(request)
+                turn -= price
                 room = self._room() if turn > 0 else 0
             if room <= 0:
                 self._flush()

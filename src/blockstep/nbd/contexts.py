@@ -6,7 +6,7 @@
 
 A reply may say less than was asked, but always something. We stop after `MAX_EXTENTS` extents, which bounds the reply
 however large and fragmented the range is, and look at storage in windows, so that a long range is not walked to its
-end first. Neighbours of the same kind are merged.
+end first, and others have their turn between them. Neighbours of the same kind are merged.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from typing import Final
 from blockstep.block.driver import Extent
 from blockstep.nbd import constants as c
 from blockstep.nbd.export import Export
+from blockstep.nbd.turns import let_others
 
 Extents = list[tuple[int, int]]
 
 #: How many extents a reply has at most for each context.
 MAX_EXTENTS: Final = 1 << 14
-#: How many bytes storage is asked for at a time.
-_WINDOW: Final = 1 << 30
+#: How many bytes storage is asked for at a time: at first, and at the most, where there are few extents.
+_FIRST_WINDOW: Final = 8 << 20
+_WINDOW: Final = 128 << 20
+#: After so many extents, some milliseconds, others have their turn.
+_MANY: Final = 256
 #: Compact replies have 32-bit lengths; kept whole pages.
 _COMPACT_LIMIT: Final = (1 << 32) - 4096
 
@@ -52,11 +56,16 @@ async def extents_of(export: Export, contexts: Sequence[str], offset: int, lengt
 
 async def _layers(export: Export, offset: int, length: int, most: int) -> list[Extent]:
     result: list[Extent] = []
-    end = offset + length
+    end, window = offset + length, _FIRST_WINDOW
     while offset < end and len(result) <= most:
-        for extent in await export.backend.block_status(offset, min(_WINDOW, end - offset)):
+        extents = await export.backend.block_status(offset, min(window, end - offset))
+        for extent in extents:
             result.append(extent)
             offset += extent.length
+        if len(extents) >= _MANY:
+            await let_others()
+        else:
+            window = min(2 * window, _WINDOW)
     return result
 
 

@@ -27,6 +27,7 @@ from blockstep.nbd.buffers import Pool
 from blockstep.nbd.connection import Connection, Limits
 from blockstep.nbd.export import Export, ExportInUse, Exports
 from blockstep.nbd.handshake import TlsMode
+from blockstep.nbd.turns import Turns
 
 _BACKLOG: Final = 128
 #: Seconds without accepting after the process ran out of descriptors or memory.
@@ -71,6 +72,7 @@ class Server:
         self._limits = limits or Limits()
         self._on_client = on_client
         self._pool = Pool(budget=memory)
+        self._turns = Turns()
         self._listeners: list[socket.socket] = []
         self._paths: list[tuple[str, tuple[int, int]]] = []
         self._loop = asyncio.get_running_loop()
@@ -186,8 +188,8 @@ class Server:
         try:
             if sock.family == socket.AF_UNIX:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
-            connection = Connection(sock, self.exports, self._pool, self._limits, self._tls, self._tls_context,
-                                    self._changed)
+            connection = Connection(sock, self.exports, self._pool, self._turns, self._limits, self._tls,
+                                    self._tls_context, self._changed)
         except OSError as error:  # it is gone already
             sock.close()
             self._tell(ClientEvent("refused", "unknown", error=error))

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -606,6 +607,33 @@ def test_a_client_that_gets_no_memory_for_long_is_cut_off() -> None:
                 await second.rest()
                 assert isinstance(events[-1].error, MemoryError)
                 storage.release()
+
+    asyncio.run(main())
+
+
+def test_of_all_clients_together_one_expensive_request_is_made_in_each_turn_of_the_loop() -> None:
+    async def main() -> None:
+        storage = Storage()
+        async with served(storage) as (server, first), AsyncExitStack() as stack:
+            clients = [first]
+            for _ in range(3):
+                ours, theirs = socket.socketpair()
+                server.serve(theirs)
+                clients.append(Client(stack.enter_context(ours)))
+            for client in clients:
+                await client.go(contexts=["base:allocation"])
+            storage.calls.clear()
+            for client in clients:
+                client.sock.send(b"".join(client.request(c.CMD_BLOCK_STATUS, 0, 4096, cookie=n) for n in range(5)))
+            clients[3].sock.close()  # who goes away leaves the turn to others
+            made = 0
+            async with asyncio.timeout(TIMEOUT):
+                while made < 15:
+                    await asyncio.sleep(0)
+                    assert len(storage.calls) <= made + 1
+                    made = len(storage.calls)
+            for client in clients[:3]:
+                assert [reply[2] for reply in await client.replies(5)] == [0, 1, 2, 3, 4]
 
     asyncio.run(main())
 
