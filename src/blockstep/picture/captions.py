@@ -9,8 +9,17 @@ from blockstep.units import format_size
 
 LEGEND: Final = "takes, shares: " + ", ".join(f"{letter} {name}" for name, letter in LETTERS.items())
 
-#: Fill colours by kind.
-FILLS: Final = {"export": "#d9f0d3", "user": "#d9f0d3", "job": "#fff2cc", "node": "#eef3f8"}
+_FILLS: Final = {"export": "#d9f0d3", "user": "#d9f0d3", "job": "#fff2cc", "node": "#eef3f8"}
+_STAGED, _BROKEN = "#e6dcf5", "#f8d0cc"
+#: States of which people should know. Whatever has another state is at work.
+BROKEN: Final = {"failed", "failover-failed", "aborting", "shutting down"}
+
+
+def fill(box: Box) -> str:
+    """The colour of a box: by its kind; nodes that have a stage of replication, and what is broken, stand out."""
+    if box.state in BROKEN:
+        return _BROKEN
+    return _STAGED if box.kind == "node" and box.state else _FILLS[box.kind]
 
 
 def captions(box: Box) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockstep.picture.captions import FILLS, captions, relation
+from blockstep.picture.captions import captions, fill, relation
 from blockstep.picture.model import Picture, letters
 
 
@@ -14,7 +14,7 @@ def draw_dot(picture: Picture) -> str:
         lines.append(f"  label={_quoted(picture.headline)};")
     for box in picture.boxes:
         label = _quoted("\n".join(captions(box)))
-        lines.append(f"  n{box.id} [label={label}, fillcolor=\"{FILLS[box.kind]}\"];")
+        lines.append(f"  n{box.id} [label={label}, fillcolor=\"{fill(box)}\"];")
     for edge in picture.edges:
         label = _quoted(f"{relation(edge)}\n{letters(edge.takes)}/{letters(edge.shares)}")
         lines.append(f"  n{edge.parent} -> n{edge.child} [label={label}];")

@@ -22,8 +22,8 @@ class Box(Struct, frozen=True, kw_only=True, rename="kebab", omit_defaults=True)
     """A node of the graph, or a user of one.
 
     ``type``: a node's driver, an export's protocol, what a job does. ``size``: of a node, in bytes.
-    ``file``: what a node opens itself, rather than by a child. ``state``: a job's status, the stage of a replication filter.
-    ``current`` of ``total``: a job's progress, in bytes.
+    ``file``: what a node opens itself, rather than by a child. ``state``: a job's status, the stage of a replication
+    filter. ``current`` of ``total``: a job's progress, in bytes.
     """
 
     id: int

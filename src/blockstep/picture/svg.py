@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import Final
 
-from blockstep.picture.captions import FILLS, LEGEND, captions, relation
+from blockstep.picture.captions import LEGEND, captions, fill, relation
 from blockstep.picture.layout import Point, Rect, lay_out
 from blockstep.picture.model import Box, Edge, Picture, letters
 
@@ -63,7 +63,7 @@ def _size(id: int, lines: list[str], edges: list[tuple[int, int]]) -> tuple[floa
 def _box(box: Box, place: Rect, lines: list[str]) -> Iterator[str]:
     yield f"<g><title>{escape(chr(10).join(captions(box)))}</title>"
     yield (f'<rect x="{place.x:.1f}" y="{place.y:.1f}" width="{place.width:.1f}" height="{place.height:.1f}" rx="5" '
-           f'fill="{FILLS[box.kind]}"/>')
+           f'fill="{fill(box)}"/>')
     for number, line in enumerate(lines):
         yield _text(place.x + place.width / 2, place.y + 18 + number * _LINE, line, "" if number else "name")
     yield "</g>"

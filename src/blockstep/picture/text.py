@@ -16,7 +16,7 @@ from typing import Final
 
 from rich.text import Text
 
-from blockstep.picture.captions import LEGEND, progress, relation, what
+from blockstep.picture.captions import BROKEN, LEGEND, progress, relation, what
 from blockstep.picture.model import Box, Edge, Picture, letters
 from blockstep.units import format_size
 
@@ -26,8 +26,8 @@ _RIGHT: Final = 2  # the column that is aligned to the right
 
 _KIND_STYLES: Final = {"export": "bold green", "user": "bold green", "job": "bold yellow", "node": "bold"}
 _TYPE_STYLES: Final = {"replication": "magenta", "quorum": "magenta", "overlay": "blue", "qcow2": "blue"}
-_STATE_STYLES: Final = {"running": "green", "replicating": "green", "ready": "green", "failed": "bold red",
-                        "aborting": "red", "shutting down": "red"}
+_STATE_STYLES: Final = {**dict.fromkeys(("running", "replicating", "ready"), "green"),
+                        **dict.fromkeys(BROKEN, "bold red")}
 
 Row = list[Text]
 

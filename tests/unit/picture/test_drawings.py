@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockstep.picture.assemble import GRAPH, assemble
+from blockstep.picture.captions import fill
 from blockstep.picture.dot import draw_dot
 from blockstep.picture.layout import GAP_X, GAP_Y, lay_out
 from blockstep.picture.model import Box, Picture
@@ -46,6 +47,12 @@ def test_svg_escapes_and_shortens_what_a_file_may_be_called() -> None:
     assert name in (root.find(f".//{SVG}title").text or "")  # type: ignore[union-attr]
     shown = [element.text for element in root.iter(f"{SVG}text")]
     assert "…" + name[-31:] in shown
+
+
+def test_stages_and_what_is_broken_stand_out() -> None:
+    states = ("", "running", "failover-failed")
+    assert len({fill(Box(id=1, kind="node", name="n", state=state)) for state in states}) == 3
+    assert fill(Box(id=1, kind="job", name="j", state="running")) == fill(Box(id=1, kind="job", name="j"))
 
 
 def test_an_empty_graph_is_a_drawing_too() -> None:
