@@ -32,8 +32,9 @@ from blockstep.units import parse_size
 T = TypeVar("T")
 
 _FRAGMENT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*|\d{1,9}")
-_SWITCH: Final = {"on": True, "yes": True, "true": True, "y": True, "off": False, "no": False, "false": False,
-                  "n": False}
+#: The words of switches.
+SWITCH: Final = {"on": True, "yes": True, "true": True, "y": True, "off": False, "no": False, "false": False,
+                 "n": False}
 _WORD: Final = re.compile(r"(?:[^,]|,,)*")
 
 
@@ -213,7 +214,7 @@ def _understood_word(value: str, kinds: list[inspect.Type], option: str, words: 
 def _meant(word: str, kind: inspect.Type) -> Any:
     """What a word says where ``kind`` is wanted, or None if it makes no sense there."""
     if isinstance(kind, inspect.BoolType):
-        return _SWITCH.get(word)
+        return SWITCH.get(word)
     try:
         if isinstance(kind, inspect.IntType):
             if re.fullmatch(r"[+-]?\d+", word):

@@ -185,7 +185,10 @@ WRONG: list[tuple[tuple[str, ...], str, str]] = [
     (("--chardev", "socket,id=c,path={tmp}/c,host=h,port=1,server=on"), "path", "one of"),
     (("--chardev", "socket,id=c,host=localhost,server=on"), "port", "given"),
     (("--chardev", "socket,id=c,host=localhost,port=http,server=on"), "port", "0 to 65535"),
-    (("--chardev", "socket,id=c,path={tmp}/c"), "server", "on"),
+    (("--chardev", "socket,id=c,path={tmp}/c"), "connect", "No such file"),
+    (("--chardev", "socket,id=c,path={image},server=off"), "connect", "refused"),
+    (("--chardev", "socket,id=c,path={tmp}/c,wait=on"), "wait", "server=on"),
+    (("--chardev", "socket,id=c,path={tmp}/c,server=off,tls-creds=t"), "tls-creds", "server=on"),
     (("--chardev", "socket,id=c,path={tmp}/c,server=on,wait=later"), "wait", "on or off"),
     (("--chardev", "socket,id=c,path={tmp}/c,server=on,wait=off,waitt=off"), "waitt", "'wait'"),
     (("--chardev", "socket,id=c,path={tmp}/c,server=on,wait=off,tls-creds=t"), "tls-creds", "TCP"),
@@ -199,7 +202,7 @@ WRONG: list[tuple[tuple[str, ...], str, str]] = [
     (("--chardev", "socket,id=c,path={tmp}/c,server=on,wait=off", "--monitor", "c", "--monitor", "c"),
      "chardev", "no other monitor"),
     (("--qmp", "{tmp}/qmp"), "{tmp}/qmp", "unix:PATH"),
-    (("--qmp", "unix:{tmp}/qmp,server=off"), "server", "on"),
+    (("--qmp", "unix:{tmp}/qmp,server=off"), "connect", "No such file"),
     (("--qmp", "tcp:localhost"), "tcp:localhost", "tcp:HOST:PORT"),
     (("--pidfile", "{tmp}/none/pid"), "{tmp}/none/pid", "No such file"),
     (("--daemonize=yes",), "--daemonize", "no value"),
@@ -230,7 +233,7 @@ def test_a_wrong_option_gets_one_line_and_leaves_nothing_behind(
 #: the file), and what it looks at only when it is used.
 QEMU_TAKES = ("--qm", "--qmp", "--trace", "--daemonize=yes", "iothread,id=i", "stdio,id=c",
               "socket,id=c,server=on,wait=off", "socket,id=c,path={image},server=on,wait=off",
-              "socket,id=c,host=localhost,port=http,server=on", "socket,id=c,path={tmp}/c",
+              "socket,id=c,host=localhost,port=http,server=on", "socket,id=c,path={tmp}/c,wait=on",
               "addr.type=unix,addr.path={tmp}/nbd,tls-authz=nobody")
 
 
@@ -458,6 +461,39 @@ def test_with_wait_the_options_that_follow_wait_for_somebody_to_connect(tmp_path
                 monitor.execute("quit")
         assert ended(process) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["--chardev path", "--chardev host", "--chardev fd", "--qmp"])
+def test_without_server_a_monitor_is_connected_to_who_listens(tmp_path: Path, where: str) -> None:
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(
+            socket.create_server(("127.0.0.1", 0)) if where == "--chardev host" else socket.socket(socket.AF_UNIX))
+        fds: tuple[int, ...] = ()
+        if where == "--chardev host":
+            words = f"host=127.0.0.1,port={listener.getsockname()[1]}"
+        elif where == "--chardev fd":
+            ours, theirs = (stack.enter_context(one) for one in socket.socketpair())
+            words, fds = f"fd={theirs.fileno()}", (theirs.fileno(),)
+        else:
+            listener.bind(str(tmp_path / "manager"))
+            listener.listen()
+            words = f"path={tmp_path}/manager"
+        arguments = ["--chardev", f"socket,id=c,{words}", "--monitor", "c"]
+        if where == "--qmp":
+            arguments = ["--qmp", f"unix:{tmp_path}/manager,server=off"]
+        process = stack.enter_context(running(*arguments, pass_fds=fds))
+        if where != "--chardev fd":
+            listener.settimeout(LIMIT)
+            ours = stack.enter_context(listener.accept()[0])
+        ours.settimeout(LIMIT)
+        lines = stack.enter_context(ours.makefile("rwb"))
+        assert "QMP" in json.loads(lines.readline())
+        for command in ("qmp_capabilities", "query-status", "quit"):
+            lines.write(json.dumps({"execute": command}).encode() + b"\n")
+            lines.flush()
+            assert "return" in json.loads(lines.readline())
+        assert json.loads(lines.readline())["event"] == "SHUTDOWN"
+        assert ended(process) == 0
 
 
 def test_a_daemon_that_waits_for_somebody_ends_at_a_signal(tmp_path: Path) -> None:

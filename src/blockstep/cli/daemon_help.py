@@ -36,6 +36,7 @@ Open disks, export them over NBD, and be told what to do over QMP. Options are c
   --chardev socket,id=ID,path=PATH,server=on[,wait=off]           listen on a unix socket
   --chardev socket,id=ID,host=HOST,port=PORT,server=on[,wait=off][,tls-creds=ID]
                                                                   ... on a TCP port
+                                                                  without server=on: connect, do not listen
   --monitor [chardev=]ID[,mode=control][,pretty=on|off]           speak QMP there
   --qmp unix:PATH[,pretty=on|off]                                 --chardev and --monitor in one
   --qmp tcp:HOST:PORT[,tls-creds=ID][,pretty=on|off]              ... on a TCP port

@@ -1,11 +1,13 @@
 """Character devices of the storage daemon: the sockets that monitors are connected to.
 
-A device listens from its ``--chardev`` on; whoever connects is greeted when a ``--monitor`` names it. So a socket is
-there, with mode 0600, before anything that is told about it; and ``wait=on`` can hold up what follows until somebody
-has connected.
+A device with ``server=on`` listens from its ``--chardev`` on; whoever connects is greeted when a ``--monitor`` names
+it. So a socket is there, with mode 0600, before anything that is told about it; and ``wait=on`` can hold up what
+follows until somebody has connected. Any number of clients may be connected at a time.
 
-There are sockets that listen, and nothing else: unix, TCP (with TLS if credentials are named), or one that was handed
-over. Any number of clients may be connected at a time.
+Without it the device connects to somebody who listens, as programs do that start QEMU and want to be sure to whom they
+talk. There is one monitor then; when it hangs up, nobody comes in its place.
+
+A device is a unix socket, TCP (with TLS, if it listens and credentials are named), or a socket that was handed over.
 
 Source: the man page of QEMU's storage daemon (``--chardev``) for the names.
 """
@@ -18,7 +20,7 @@ import os
 import socket
 import ssl
 import stat
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, cast
 
 import msgspec
 from msgspec import Meta
@@ -39,11 +41,13 @@ class SocketOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown
     path: Annotated[str | None, Meta(description="A unix socket.")] = None
     host: Annotated[str | None, Meta(description="A TCP address; empty: all addresses.")] = None
     port: Annotated[str | None, Meta(description="Its port, with host.")] = None
-    fd: Annotated[str | None, Meta(description="A listening socket that was handed over: the number of its "
+    fd: Annotated[str | None, Meta(description="A socket that was handed over: the number of its "
                                    "descriptor, or its name if systemd has given it one.")] = None
-    server: Annotated[bool, Meta(description="Must be on: others connect.")] = False
-    wait: Annotated[bool, Meta(description="Go on with the options when somebody has connected, not before.")] = True
-    tls_creds: Annotated[str | None, Meta(description="Demand TLS, with the credentials of that id; TCP only.")] = None
+    server: Annotated[bool, Meta(description="Listen; off: connect to somebody who listens.")] = False
+    wait: Annotated[bool | None, Meta(description="With server: go on with the options when somebody has connected, "
+                                      "not before (on).")] = None
+    tls_creds: Annotated[str | None, Meta(description="With server: demand TLS, with the credentials of that id; "
+                                          "TCP only.")] = None
     tls_authz: Annotated[str | None, Meta(description="Refused: there are no authorization objects.")] = None
     delay: Annotated[bool, Meta(description="Of no effect: answers are sent at once.")] = False
     ipv4: Annotated[bool, Meta(description="Of no effect: the first address of the host is taken.")] = True
@@ -51,13 +55,13 @@ class SocketOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown
 
 
 class Chardev:
-    """A socket that listens. Made by `open_chardev`; a monitor takes it over with `take`."""
+    """A socket that listens, or is connected. Made by `open_chardev`; a monitor takes it over with `take`."""
 
     def __init__(self, options: SocketOptions, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         self.options, self.tls = options, tls
         self._sock: socket.socket | None = sock
         self._file: tuple[str, tuple[int, int]] | None = None
-        if options.path is not None:
+        if options.path is not None and options.server:
             path = os.path.abspath(options.path)
             self._file = path, _identity(path)
 
@@ -96,16 +100,38 @@ async def open_chardev(options: SocketOptions, objects: Objects, passed: dict[st
     """Bind and listen. ``passed``: sockets that were handed over and not
     taken yet, by name. Raises OptionError or OSError."""
     tls = _check(options, objects)
-    if options.path is not None:
+    if options.fd is not None:
+        sock = passed_socket(options.fd, passed, "fd", listening=options.server)
+    elif not options.server:
+        sock = await _connect(options)
+    elif options.path is not None:
         sock = bind_unix(options.path)
-    elif options.host is not None:
-        assert options.port is not None
-        sock = await bind_tcp(options.host, int(options.port))
     else:
-        sock = passed_socket(options.fd or "", passed, "fd")
-    sock.listen(128)
+        sock = await bind_tcp(options.host or "", int(options.port or 0))
+    if options.server:
+        sock.listen(128)
     sock.setblocking(False)
     return Chardev(options, sock, tls)
+
+
+async def _connect(options: SocketOptions) -> socket.socket:
+    """To somebody who listens. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    family, kind, protocol, address = socket.AF_UNIX, socket.SOCK_STREAM, 0, cast(Any, options.path)
+    try:
+        if options.host is not None:
+            found = await loop.getaddrinfo(options.host or None, options.port, type=kind)
+            family, kind, protocol, _, address = found[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, address)
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as error:
+        raise OSError(error.errno, f"cannot connect: {error.strerror or error}") from None
+    return sock
 
 
 def _check(options: SocketOptions, objects: Objects) -> ssl.SSLContext | None:
@@ -116,22 +142,22 @@ def _check(options: SocketOptions, objects: Objects) -> ssl.SSLContext | None:
         raise OptionError("port", options.port, "given together with host")
     if options.port is not None and not (options.port.isdecimal() and int(options.port) < 65536):
         raise OptionError("port", options.port, "a port number, 0 to 65535")
-    if not options.server:
-        raise OptionError("server", False, "on: monitors wait for connections here, they make none")
+    if not options.server and options.wait is not None:
+        raise OptionError("wait", options.wait, "left out, or given together with server=on")
     if options.tls_authz is not None:
         raise OptionError("tls-authz", options.tls_authz, "left out: there are no authorization objects; with "
                           "verify-peer the credentials let in only clients whom the CA knows")
     if options.tls_creds is None:
         return None
-    if options.path is not None:
-        raise OptionError("tls-creds", options.tls_creds, "left out: TLS is for TCP")
+    if options.path is not None or not options.server:
+        raise OptionError("tls-creds", options.tls_creds, "left out: TLS is for TCP, with server=on")
     return objects.tls(options.tls_creds, "server").context()
 
 
-def passed_socket(text: str, passed: dict[str, int], option: str) -> socket.socket:
-    """A listening socket that was handed over, by its name or its number; it is taken out of ``passed``.
+def passed_socket(text: str, passed: dict[str, int], option: str, *, listening: bool = True) -> socket.socket:
+    """A socket that was handed over, by its name or its number; it is taken out of ``passed``.
 
-    Raises OptionError.
+    ``listening``: whether it has to listen, or to be connected. Raises OptionError.
     """
     try:
         name = next((name for name, fd in passed.items() if text in (name, str(fd))), None)
@@ -142,9 +168,9 @@ def passed_socket(text: str, passed: dict[str, int], option: str) -> socket.sock
     except (ValueError, OSError):
         names = f" ({', '.join(passed)})" if passed else ""
         raise OptionError(option, text, f"the number or the name of a socket that was handed over{names}") from None
-    if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+    if sock.type != socket.SOCK_STREAM or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != listening:
         sock.detach()
-        raise OptionError(option, text, "a stream socket that listens")
+        raise OptionError(option, text, f"a stream socket that {'listens' if listening else 'is connected'}")
     return sock
 
 

@@ -163,7 +163,7 @@ class Startup:
         if not options.id or options.id in self.chardevs:
             raise OptionError("id", options.id, "a name that no other character device has")
         chardev = self.chardevs[options.id] = await open_chardev(options, self._inventory.objects, self._passed)
-        if options.wait:
+        if options.server and options.wait is not False:
             await chardev.wait_connected()
 
     async def _monitor(self, text: str) -> None:
@@ -172,6 +172,9 @@ class Startup:
             known = f": {', '.join(self.chardevs)}" if self.chardevs else ""
             raise OptionError("chardev", options.chardev, f"the id of a --chardev before it{known}")
         chardev = self.chardevs[options.chardev]
+        if not chardev.options.server:
+            await self._program.qmp.attach(chardev.take(), pretty=options.pretty)
+            return
         await self._program.qmp.start_socket(chardev.take(), chardev.tls, pretty=options.pretty)
 
     async def _qmp(self, text: str) -> None:
@@ -186,8 +189,9 @@ def _qmp_words(text: str) -> dict[str, Any]:
     """``unix:PATH,...`` or ``tcp:HOST:PORT,...`` as the options of a character device."""
     place, _, options = text.replace(",,", "\0").partition(",")
     kind, colon, rest = place.replace("\0", ",").partition(":")
-    tree = {"server": "on", "wait": "off",
-            **keyval.parse(options.replace("\0", ",,"), "", switches=(*SWITCHES, "pretty"))}
+    tree = {"server": "on", **keyval.parse(options.replace("\0", ",,"), "", switches=(*SWITCHES, "pretty"))}
+    if keyval.SWITCH.get(tree["server"]):
+        tree.setdefault("wait", "off")
     if kind == "unix" and colon:
         return {"backend": "socket", **tree, "path": rest}
     if kind == "tcp" and ":" in rest:

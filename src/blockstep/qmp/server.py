@@ -59,6 +59,8 @@ class Listener:
         self.server, self.commands, self.max_monitors, self.pretty = server, commands, max_monitors, pretty
         self.monitors: set[Connection] = set()
         self.address: str | tuple[str, int] = ""
+        #: Whether it takes no more monitors.
+        self.closed = False
         self._server: asyncio.Server | None = None
         self._inode: tuple[int, int] | None = None
 
@@ -73,16 +75,15 @@ class Listener:
         else:
             self._server = await loop.create_server(self._connected, **options)
 
-    @property
-    def closed(self) -> bool:
-        """Whether it listens no more."""
-        return self._server is None
+    async def _attach(self, sock: socket.socket) -> None:
+        await asyncio.get_running_loop().connect_accepted_socket(self._connected, sock)
 
     def _connected(self) -> Connection:
         return Connection(self)
 
     def close(self) -> None:
         """Stop listening; monitors stay. A unix socket that is still ours is removed from the file system."""
+        self.closed = True
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -150,6 +151,13 @@ class Server:
             raise
         self.listeners.append(listener)
         return listener
+
+    async def attach(self, sock: socket.socket, *, allow: frozenset[str] | None = None, pretty: bool = False) -> None:
+        """Serve one monitor on a connected stream socket, which is closed with it."""
+        listener = Listener(self, self.registry.offered(allow), 1, pretty)
+        self.listeners.append(listener)
+        sock.setblocking(False)
+        await listener._attach(sock)
 
     def emit(self, event: Event) -> None:
         """Send an event to every monitor in command mode, now or when its rate limit allows."""
