@@ -303,6 +303,18 @@ async def test_info_block_says_the_same_of_a_drive(tmp_path: Path, qemu: Ask) ->
             assert answer == named
 
 
+@scenario
+async def test_info_block_jobs_says_the_same_of_a_job(tmp_path: Path, qemu: Ask) -> None:
+    async with daemon(tmp_path) as d:
+        for name in ("from", "to"):
+            await both(d, qemu, "blockdev-add", {"driver": "null-co", "node-name": name, "size": MiB})
+        await both(d, qemu, "blockdev-mirror", {"job-id": "job", "device": "from", "target": "to", "sync": "full",
+                                                "speed": 1000})
+        theirs, answer = await both(d, qemu, "human-monitor-command", {"command-line": "info block-jobs"})
+        figures = re.compile(r"Completed \d+ of \d+")
+        assert figures.sub("", answer) == figures.sub("", theirs)
+
+
 IO = [
     "write -P 1 0 8k", "write -z 0 64k", "write -z -u 0 64k", "write 0 100", "write 1 512", "read 0 4k",
     "read -P 0xcd 1 511", "read -P 1 0 4k", "read -v 0 32", "read -P 0 4M 1k", "write 4M 1k", "writev 0 512 512",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from blockstep import drivers  # noqa: F401  registers them
-from blockstep.block.accounting import SAMPLE, Account
+from blockstep.block.accounting import SAMPLE, Account, CountedBackend
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE, Permission
@@ -46,6 +47,12 @@ async def test_counts_and_bytes_are_exact() -> None:
         assert (account.flush.operations, account.flush.bytes) == (1, 0)
         assert account.highest == 12288
         assert account.write.nanoseconds > 0
+
+
+def test_a_new_kind_of_request_is_not_forgotten() -> None:
+    requests = {name for name, method in vars(Backend).items()
+                if inspect.iscoroutinefunction(method) and not name.startswith("_")}
+    assert requests - vars(CountedBackend).keys() == {"block_status", "truncate", "idle"}
 
 
 @scenario

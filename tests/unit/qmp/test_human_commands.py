@@ -127,6 +127,17 @@ async def test_no_command_line_is_an_error(tmp_path: Path) -> None:
             await d.qmp("human-monitor-command")
 
 
+@scenario
+async def test_help_names_what_there_is(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        text = await hmp(d, "help")
+        assert [line.split(" --")[0].split(" [")[0] for line in text.splitlines()][-2:] == [
+            "info block-jobs", 'qemu-io node "command"']
+        assert (await hmp(d, "help drive_del")).startswith("drive_del node -- ")
+        assert await hmp(d, "help bogus") == ""
+        assert (await hmp(d, "info")).startswith("info block [-n]")
+
+
 # --- info ---
 
 

@@ -4,7 +4,7 @@
     drive_add 0 if=none,id=d,file=disk.img,format=raw                                      a node named d
     drive_del NODE                                                                         as blockdev-del
     qemu-io NODE "write -P 1 0 64k"                                                        see `qemu_io`
-    info block [-n] [-v] [NODE], info block-jobs
+    info block [-n] [-v] [NODE], info block-jobs, help [COMMAND]
 
 All others are unknown commands. As in QEMU, what goes wrong is in the text and not an error of the command; lines end
 with CR LF. Other than in QEMU the output of qemu-io is in the text as well: QEMU prints it on its own terminal.
@@ -61,7 +61,7 @@ async def human_monitor_command(context: Holder, args: HumanArguments) -> str:
         return ""
     try:
         if name == "info":
-            text = "".join(f"{each}\n" for each in sorted(_COMMANDS) if each.startswith("info "))
+            text = "".join(f"{each} {usage}\n" for each, usage in _USAGE.items() if each.startswith("info "))
         elif name not in _COMMANDS:
             raise _Complaint(f"unknown command: '{name}'")
         else:
@@ -257,10 +257,24 @@ async def _info_block_jobs(context: Holder, line: str) -> str:
         f"speed limit {job.speed} bytes/s\n" for job in jobs)
 
 
+async def _help(context: Holder, line: str) -> str:
+    return "".join(f"{name} {usage}\n" for name, usage in _USAGE.items() if line in ("", name))
+
+
 _COMMANDS: Final[dict[str, Callable[[Holder, str], Awaitable[str]]]] = {
     "drive_add": _drive_add,
     "drive_del": _drive_del,
-    "qemu-io": _qemu_io,
+    "help": _help,
     "info block": _info_block,
     "info block-jobs": _info_block_jobs,
+    "qemu-io": _qemu_io,
+}
+
+_USAGE: Final = {
+    "drive_add": "[-n] place options -- add a node; -n: with the options of blockdev-add",
+    "drive_del": "node -- close a node",
+    "help": "[command] -- show what there is",
+    "info block": "[-n] [-v] [node] -- show disks; -n: all nodes; -v: with their images",
+    "info block-jobs": "-- show block jobs",
+    "qemu-io": "node \"command\" -- run a command of qemu-io on a node",
 }
