@@ -37,6 +37,7 @@ from blockstep.qmp.commands import replication as pair
 from blockstep.qmp.commands.holder import Holder
 from blockstep.qmp.errors import CommandError
 from blockstep.qmp.schema import Arguments, Event, Registry, Result
+from blockstep.replication.hidden_disk import HiddenDiskBuffer
 
 commands = Registry()
 for shared in (pair.ReplicationState, pair.ReplicationCheckpoint, pair.ReplicationFailover, pair.ReplicationIoError):
@@ -213,8 +214,9 @@ def _disk_status(filter: Replication) -> pair.DiskStatus:
     state = filter.stage.value
     if filter.stage is Stage.DONE:
         state = "promoted" if filter.failed_over else "stopped"
-    return pair.DiskStatus(name=filter.name, size=filter.length, state=state, behind=0, buffer_used=0, buffer_limit=0,
-                           reason=str(filter.error) if filter.error else "")
+    used = filter.buffer.used if isinstance(filter.buffer, HiddenDiskBuffer) else 0
+    return pair.DiskStatus(name=filter.name, size=filter.length, state=state, behind=0, buffer_used=used,
+                           buffer_limit=0, reason=str(filter.error) if filter.error else "")
 
 
 def _work(inventory: Inventory) -> pair.WorkStatus | None:
