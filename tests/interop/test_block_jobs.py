@@ -8,7 +8,6 @@ jobs at work have no common order.
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -70,6 +69,13 @@ class Peer:
         self.seen = self.events[:]
 
     seen: list[dict[str, Any]] = []  # noqa: RUF012 - replaced, never changed
+
+    async def rests(self, job: str) -> None:
+        """Wait until a job stands still. It is asked, since events of QEMU also say so where it only drains."""
+        async with asyncio.timeout(20):
+            while not any(shown["id"] == job and shown["status"] in ("paused", "standby")
+                          for shown in await self.setup("query-jobs")):
+                pass
 
     async def disk(self, name: str, size: int = SIZE, content: bytes = b"x") -> None:
         """A node over a file."""
@@ -134,14 +140,17 @@ async def ours(directory: Path) -> AsyncIterator[Peer]:
 async def qemus(directory: Path) -> AsyncIterator[Peer]:
     directory.mkdir()
     path = directory / "qmp.sock"
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(path))
-        listening.listen()  # so that nobody has to try whether it listens: it serves one connection at a time
-        words = ["qemu-storage-daemon", "--chardev", f"socket,id=monitor,fd={listening.fileno()},server=on,wait=off",
-                 "--monitor", "chardev=monitor"]
-        with started(words, pass_fds=[listening.fileno()]):
-            async with connect(path, timeout=20) as client:
-                yield Peer(directory, client, "qcow2")
+    pid = directory / "pid"
+    words: list[str | Path] = [
+        "qemu-storage-daemon", "--chardev", f"socket,id=monitor,path={path},server=on,wait=off",
+        "--monitor", "chardev=monitor", "--pidfile", pid]
+    with started(words):
+        # It serves one connection at a time, so nobody may just try whether it listens; its pid comes after that.
+        async with asyncio.timeout(20):
+            while not pid.exists():  # noqa: ASYNC110 - a file has no event
+                await asyncio.sleep(0.002)
+        async with connect(path, timeout=20) as client:
+            yield Peer(directory, client, "qcow2")
 
 
 Script = Callable[[Peer], Awaitable[None]]
@@ -241,7 +250,7 @@ async def a_slow_backup_is_paused_and_cancelled(peer: Peer) -> None:
         await peer.do("blockdev-backup", job_id="job", device="a", target="b", sync="full", speed=SLOW,
                       auto_dismiss=dismiss)
         await peer.do("job-pause", id="job")
-        await peer.until("job", "paused")
+        await peer.rests("job")
         await peer.do("job-pause", id="job")
         await peer.do("query-jobs")
         await peer.do("query-block-jobs")
@@ -290,7 +299,7 @@ async def errors_of_a_target(peer: Peer) -> None:
         await peer.do("blockdev-backup", job_id=job, device=f"a{number}", target=f"bad{number}", sync="full",
                       on_target_error=policy, auto_dismiss=False, x_perf={"max-workers": 1})
         if stops:
-            await peer.until(job, "paused")
+            await peer.rests(job)
             await peer.do("query-block-jobs")
             await peer.do("block-job-resume", device=job)
         await peer.until(job, "concluded")
@@ -326,7 +335,7 @@ async def a_mirror_is_completed(peer: Peer) -> None:
     await peer.do("blockdev-del", node_name="a")
     await peer.do("job-dismiss", id="job")
     await peer.do("block-job-pause", device="job")
-    await peer.until("job", "standby")
+    await peer.rests("job")
     await peer.do("query-jobs")
     await peer.do("block-job-complete", device="job")
     await peer.do("block-job-cancel", device="job")
