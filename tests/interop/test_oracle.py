@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from blockstep.drivers import nbd as _nbd  # registers the driver
 from blockstep.drivers.replication import Stage
 from blockstep.errors import ReplicationError
 from blockstep.replication.link import Link
+from blockstep.testing.pair import Pair as Processes
 from blockstep.testing.qemu_oracle import Qemu, qemu_primary, qemu_standby, wait_until
 from tests.peers import nbdkit, need
 from tests.scenario.gates import Gates, gated_disk
@@ -308,6 +310,38 @@ class Pair:
 
 def primary_of(tmp_path: Path, qemu: Qemu, **options: Any) -> Any:
     return qemu_primary(tmp_path, qemu.socket, "parent-a", SIZE, **options)
+
+
+def test_d8_a_stopped_standby_blocks_neither_the_guest_nor_the_control_socket(tmp_path: Path) -> None:
+    """Stopped, not dead: its sockets stand. QEMU's way out, to take the standby's node away, hangs as well."""
+    waits, max_stall, margin = 1.0, 0.3, 1.0
+
+    async def scenario(clients: Clients) -> None:
+        with qemu_standby(tmp_path, size=SIZE) as standby, primary_of(tmp_path, standby) as qemu:
+            guest = await clients.open(qemu.socket, "guest")
+            standby.process.send_signal(signal.SIGSTOP)
+            try:
+                write = asyncio.create_task(guest.pwrite(0, b"\x21" * SECTOR))
+                assert not (await asyncio.wait([write], timeout=waits))[0]
+                removal = asyncio.create_task(asyncio.to_thread(
+                    qemu.execute, "x-blockdev-change", parent="colo-disk", child="children.1"))
+                assert not (await asyncio.wait([removal], timeout=waits))[0]
+            finally:
+                standby.process.send_signal(signal.SIGCONT)
+            await asyncio.gather(write, removal)
+            await clients.close()
+        async with Processes(tmp_path) as pair:
+            await pair.start("--ack", "both", "--max-stall", f"{max_stall}s")
+            await pair.primary.until(health="healthy")
+            async with pair.primary.clients() as (ours,):
+                pair.standby.send(signal.SIGSTOP)
+                before = time.monotonic()
+                await ours.pwrite(0, b"\x21" * SECTOR)
+                assert time.monotonic() - before < max_stall + margin
+                await pair.primary.execute("replication-stop", timeout=margin)
+                assert (await pair.primary.status(timeout=margin))["state"] == "stopped"
+
+    run(scenario)
 
 
 def test_d9_a_slow_link_is_not_in_the_guests_writes_unless_asked_for(tmp_path: Path) -> None:
