@@ -1,8 +1,8 @@
 """What the users of a disk have asked of it: how often, how much, how long it took, and what failed.
 
 A `CountedBackend` is a `Backend` that keeps an `Account`. Guests' users are such; jobs are not, nor is anything in a
-program that shows no counters. All users that come to one node share its account, also those that are gone, and
-keep it when the graph puts another node under them.
+program that shows no counters. All users of one disk share its account, also those that are gone; they take it along
+when the graph puts another node under them. See `Graph.account_of`.
 
 Counts and bytes are exact. Time is not taken for each request, as that would cost more than all the rest: it is
 taken for each 16th of its kind, and counts 16-fold. Added to a request: 60 ns (the counts 40, the time 15 on average).
@@ -40,14 +40,13 @@ class Tally:
 class Account:
     """The counters of one disk. ``highest`` is the end of the write that went furthest, in bytes."""
 
-    __slots__ = ("flush", "highest", "name", "on_error", "read", "unmap", "write")
+    __slots__ = ("flush", "highest", "on_error", "read", "unmap", "write")
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self) -> None:
         self.read, self.write, self.flush, self.unmap = Tally(), Tally(), Tally(), Tally()
         self.highest = 0
-        #: Called with each request that failed: what it was, and why.
-        self.on_error: Callable[[Operation, OSError], None] = lambda operation, error: None
+        #: Called with each request that failed: whose it was, what it was, and why.
+        self.on_error: Callable[[Backend, Operation, OSError], None] = lambda user, operation, error: None
 
 
 class CountedBackend(Backend):
@@ -141,4 +140,4 @@ class CountedBackend(Backend):
 
     def _failed(self, tally: Tally, operation: Operation, error: OSError) -> None:
         tally.failed += 1
-        self.account.on_error(operation, error)
+        self.account.on_error(self, operation, error)

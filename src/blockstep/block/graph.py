@@ -168,8 +168,9 @@ class Graph:
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         #: What the options of nodes refer to by id: throttle groups, TLS credentials.
         self.objects: dict[str, Any] = {}
-        #: What counted users have asked of the nodes to which they came, by the names of these.
-        self.accounts: dict[str, Account] = {}
+        # Users that are counted; and by the names of disks what was counted there, of users that are gone as well.
+        self._counted: list[CountedBackend] = []
+        self._accounts: dict[str, Account] = {}
         #: Nodes by name -> the filter that counted users of the node are sent through.
         self.entrances: dict[str, Driver] = {}
         self._numbers = itertools.count(1)
@@ -247,8 +248,11 @@ class Graph:
         try:
             await node.close()
         finally:
-            for table in (self.nodes, self.accounts, self.entrances):
-                table.pop(node.name, None)
+            self.nodes.pop(node.name, None)
+            self._accounts.pop(node.name, None)
+            entrance = self.entrances.pop(node.name, None)
+            if entrance is not None and "file" in entrance.children:  # another node has become the disk
+                self.entrances.setdefault(entrance.children["file"].node.name, entrance)
             await self._close_children(node)
 
     async def _close_children(self, node: Driver) -> None:
@@ -269,23 +273,49 @@ class Graph:
         return backend
 
     def attach_counted(self, node: Driver, name: str, taken: Permission = READ, shared: Permission = ALL) -> Backend:
-        """As `attach_backend`, for users whose requests are counted (`accounts`) and limited (`entrances`)."""
-        account = self.accounts.get(node.name)
+        """As `attach_backend`, for users whose requests are counted (`account_of`) and limited (`entrances`)."""
+        account = self.account_of(node)
         if account is None:
-            account = Account(node.name)
-            account.on_error = lambda operation, error: self._io_error(node.name, operation, error)
+            account = Account()
+            account.on_error = self._io_error
         entrance = self.entrances.get(node.name)
         if entrance is not None and entrance.children["file"].node is not node:  # the disk is another node by now
             entrance = None
         backend = CountedBackend(name, entrance or node, taken, shared, account)
         self._let_in(backend)
-        self.accounts[node.name] = account
+        self._counted.append(backend)
+        self._accounts[node.name] = account
         return backend
 
-    def _io_error(self, name: str, operation: str, error: OSError) -> None:
+    def account_of(self, node: Driver) -> Account | None:
+        """What is counted for a disk: of those who use it now, or else of those who did so last."""
+        for user in self._counted:
+            if self._disk_of(user) is node:
+                return user.account
+        account = self._accounts.get(node.name)
+        return None if account in [user.account for user in self._counted] else account  # they have moved on
+
+    def _disk_of(self, user: Backend) -> Driver:
+        """The node that stands for the disk of a user: filters that jobs and limits have put before it do not."""
+        node = user.node
+        while node.is_filter and "file" in node.children and (
+                node in self.entrances.values() or (not node.owned and node.options.node_name is None)):
+            node = node.children["file"].node
+        return node
+
+    def _io_error(self, user: Backend, operation: str, error: OSError) -> None:
+        name = self._disk_of(user).name
         self.report("BLOCK_IO_ERROR", {
             "device": name, "node-name": name, "operation": "read" if operation == "read" else "write",
             "action": "report", "nospace": error.errno == errno.ENOSPC, "reason": error.strerror or str(error)})
+
+    def _forget_user(self, user: Backend) -> None:
+        """A counted user goes; its account stays with the disk that it used last."""
+        if isinstance(user, CountedBackend) and user in self._counted:
+            self._counted.remove(user)
+            if user.account not in [other.account for other in self._counted]:
+                self._accounts = {name: each for name, each in self._accounts.items() if each is not user.account}
+                self._accounts[self._disk_of(user).name] = user.account
 
     def _let_in(self, backend: Backend) -> None:
         node = backend.node
@@ -303,6 +333,7 @@ class Graph:
         """
         backend.forget_held()
         await backend.idle()
+        self._forget_user(backend)
         node = backend.node
         node.parents.remove(backend.edge)
         with self.change() as change:

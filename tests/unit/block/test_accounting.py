@@ -26,10 +26,13 @@ async def counted(taken: Permission = READ | WRITE) -> AsyncIterator[tuple[Graph
     node: Any = await graph.open({"driver": "blkdebug", "node-name": "disk",
                                   "file": {"driver": "memory", "size": MiB}})
     user = graph.attach_counted(node, "user", taken)
-    yield graph, user, graph.accounts["disk"], node
+    account = graph.account_of(node)
+    assert account is not None
+    yield graph, user, account, node
     await graph.detach_backend(user)
+    assert graph.account_of(node) is account
     await graph.close(node)
-    assert not graph.accounts
+    assert graph.account_of(node) is None
 
 
 @scenario
@@ -72,7 +75,7 @@ async def test_time_is_taken_of_every_sixteenth_request() -> None:
 async def test_a_failure_is_counted_apart_and_told() -> None:
     async with counted() as (_, user, account, node):
         told: list[str] = []
-        account.on_error = lambda operation, error: told.append(operation)
+        account.on_error = lambda user, operation, error: told.append(operation)
         for event in ("read", "write", "write_zeroes", "discard", "flush"):
             node.fail(event)
         for request in (user.pread(0, 1), user.pwrite(0, b"x"), user.write_zeroes(0, 1), user.discard(0, 1),
@@ -128,3 +131,36 @@ async def test_a_counted_user_is_drained_as_others_are() -> None:
         with pytest.raises(StopIteration):
             held.send(None)
         assert (account.read.operations, account.write.operations) == (1, 1)
+
+
+@scenario
+async def test_users_take_their_account_along_when_their_disk_becomes_another_node() -> None:
+    graph = Graph()
+    events: list[dict[str, Any]] = []
+    graph.listeners.append(lambda name, data: events.append(data))
+    old = await graph.open({"driver": "null", "node-name": "old", "size": MiB})
+    new: Any = await graph.open({"driver": "blkdebug", "node-name": "new", "file": {"driver": "null", "size": MiB}})
+    user = graph.attach_counted(old, "user", READ | WRITE)
+    await user.pread(0, 1)
+    account = graph.account_of(old)
+    top = await graph.insert_filter({"driver": "blkdebug", "file": "old"}, old)
+    assert graph.account_of(old) is account  # a job's filter is not the disk
+    async with graph.drained(old):
+        with graph.change() as change:
+            change.replace(top, new)
+    await graph.close_unused(top)
+    assert graph.account_of(new) is account
+    assert graph.account_of(old) is None
+    other = graph.attach_counted(new, "other", READ)
+    await other.pread(0, 1)
+    new.fail("read", once=True)
+    with pytest.raises(OSError, match="injected"):
+        await other.pread(0, 1)
+    assert events[-1]["device"] == "new"
+    await graph.detach_backend(user)
+    await graph.detach_backend(other)
+    await graph.close(old)
+    assert graph.account_of(new) is account
+    assert account is not None
+    assert account.read.operations == 2
+    await graph.close(new)

@@ -350,6 +350,10 @@ async def test_the_filter_that_holds_limits_goes_with_them_only(tmp_path: Path) 
         user = client(d, "disk")
         assert user.node is graph.find("disk")
         await graph.detach_backend(user)
+        await d.qmp("blockdev-del", {"node-name": "disk"})
+        assert graph.entrances == {"other": entrance}
+        await d.qmp("block_set_io_throttle", {**NONE, "id": "other"})
+        assert [*graph.nodes] == ["other"]
 
 
 @scenario

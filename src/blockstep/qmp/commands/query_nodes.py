@@ -144,7 +144,7 @@ def disks(graph: Graph) -> list[Driver]:
     """The nodes that are shown as disks; see the module."""
     return [node for node in graph.nodes.values()
             if node.owned and node not in graph.entrances.values()
-            and (node.name in graph.accounts or not any(above.owned for above in _above(graph, node)))]
+            and (graph.account_of(node) is not None or not any(above.owned for above in _above(graph, node)))]
 
 
 def _above(graph: Graph, node: Driver) -> Iterator[Driver]:
@@ -299,7 +299,7 @@ async def query_blockstats(context: Holder, args: StatisticsArguments) -> list[S
 
 
 def _statistics(graph: Graph, node: Driver, chain: bool = True) -> Statistics:
-    found = Statistics(node_name=node.name, stats=counters(graph.accounts.get(node.name) or Account(node.name)))
+    found = Statistics(node_name=node.name, stats=counters(graph.account_of(node) or Account()))
     storage = node.children.get("file") or node.children.get("children.0")
     if storage is not None:
         found.parent = _statistics(graph, storage.node, chain)
