@@ -214,8 +214,11 @@ class ExportTable:
         try:
             for address in addresses:
                 listening += await _listen(server, address)
+            if self._server is not server:
+                raise BlockstepError("the NBD server was stopped while it was being started")
         except BaseException:
-            self._server = None
+            if self._server is server:
+                self._server = None
             await self._end(server, 0.0)
             raise
         self.addresses = listening

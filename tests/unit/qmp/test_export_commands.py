@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from blockstep.block.bitmap import DirtyBitmap
-from blockstep.errors import ConnectionLost, PeerRefused
+from blockstep.errors import BlockstepError, ConnectionLost, PeerRefused
 from blockstep.inventory import inventory
+from blockstep.inventory.exports import InetSocket
 from blockstep.nbd import constants as c
 from blockstep.nbd.client import Client
 from blockstep.nbd.dial import ClientTls
@@ -99,6 +100,21 @@ async def test_a_server_that_cannot_start_leaves_nothing(tmp_path: Path) -> None
                 await d.qmp("nbd-server-start", arguments)
             assert not d.inventory.exports.running
         await d.qmp("nbd-server-start", addr=unix)
+
+
+@scenario
+async def test_a_server_that_is_stopped_while_it_starts_does_not_listen(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        await ram(d.inventory.graph, "node")
+        table = d.inventory.exports
+        starting = asyncio.ensure_future(table.start_server([InetSocket(host="127.0.0.1", port="0")]))
+        await asyncio.sleep(0)  # it looks the address up, in a thread
+        await add(d, "e", "node")
+        await table.stop_server()
+        with pytest.raises(BlockstepError, match="stopped while"):
+            await starting
+        assert (table.running, table.addresses, await exports(d)) == (False, [], [])
+        await start(d)
 
 
 @scenario
