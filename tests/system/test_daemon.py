@@ -180,7 +180,8 @@ WRONG: list[tuple[tuple[str, ...], str, str]] = [
       "nbd,id=e,node-name=n,bitmap=b"), "bitmap", "bitmaps"),
     (("--nbd-server", "addr.type=unix,addr.path={tmp}/nbd", "--export", "nbd,id=e,node-name=n"), "node-name", "a node"),
     (("--chardev", "socket,path={tmp}/c,server=on,wait=off"), "id", "given"),
-    (("--chardev", "stdio,id=c"), "backend", "socket"),
+    (("--chardev", "pty,id=c"), "backend", "socket"),
+    (("--chardev", "stdio,id=c,path=x"), "path", "signal"),
     (("--chardev", "socket,id=c,server=on,wait=off"), "path", "host"),
     (("--chardev", "socket,id=c,path={tmp}/c,host=h,port=1,server=on"), "path", "one of"),
     (("--chardev", "socket,id=c,host=localhost,server=on"), "port", "given"),
@@ -231,7 +232,7 @@ def test_a_wrong_option_gets_one_line_and_leaves_nothing_behind(
 
 #: What QEMU takes, or has not: other kinds of objects and devices, --qmp, a file in the place of a socket (it removes
 #: the file), and what it looks at only when it is used.
-QEMU_TAKES = ("--qm", "--qmp", "--trace", "--daemonize=yes", "iothread,id=i", "stdio,id=c",
+QEMU_TAKES = ("--qm", "--qmp", "--trace", "--daemonize=yes", "iothread,id=i", "pty,id=c", "stdio,id=c,path=x",
               "socket,id=c,server=on,wait=off", "socket,id=c,path={image},server=on,wait=off",
               "socket,id=c,host=localhost,port=http,server=on", "socket,id=c,path={tmp}/c,wait=on",
               "addr.type=unix,addr.path={tmp}/nbd,tls-authz=nobody")
@@ -494,6 +495,35 @@ def test_without_server_a_monitor_is_connected_to_who_listens(tmp_path: Path, wh
             assert "return" in json.loads(lines.readline())
         assert json.loads(lines.readline())["event"] == "SHUTDOWN"
         assert ended(process) == 0
+
+
+@pytest.mark.parametrize("arguments", [("--chardev", "stdio,id=c", "--monitor", "c"), ("--qmp", "stdio")], ids=" ".join)
+def test_a_monitor_may_be_on_standard_input_and_output(arguments: tuple[str, ...]) -> None:
+    commands = [json.dumps({"execute": name}) for name in ("qmp_capabilities", "query-status", "quit")]
+    with started(blockstep("daemon", *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                 env=environment()) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write("".join(commands).encode())
+        process.stdin.flush()
+        said = [json.loads(line) for line in process.stdout.read().splitlines()]
+        assert ended(process) == 0
+        process.stdin.close()
+        process.stdout.close()
+    assert [next(iter(each.keys() - {"timestamp", "data"})) for each in said] == [
+        "QMP", "return", "return", "return", "event"]
+
+
+def test_a_daemon_whose_standard_input_has_ended_lives_on(tmp_path: Path) -> None:
+    with running("--qmp", "stdio", "--qmp", f"unix:{tmp_path}/qmp", listens_on=(tmp_path / "qmp",)) as process:
+        with contextlib.closing(QMP(tmp_path / "qmp")) as qmp:
+            qmp.execute("query-status")
+            qmp.execute("quit")
+        assert ended(process) == 0
+
+
+def test_in_the_background_there_is_no_standard_input() -> None:
+    assert "--daemonize" in failing("--daemonize", "--qmp", "stdio")
 
 
 def test_a_daemon_that_waits_for_somebody_ends_at_a_signal(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from blockstep import drivers as _drivers  # noqa: F401  registers them
 from blockstep.block.driver import Driver
 from blockstep.block.node import NodeOptions
 from blockstep.block.registry import driver_names, find_driver
-from blockstep.daemon.chardev import SocketOptions
+from blockstep.daemon.chardev import SocketOptions, StdioOptions
 from blockstep.daemon.startup import MonitorOptions
 from blockstep.errors import OptionError
 from blockstep.inventory.exports import ExportOptions, ServerOptions
@@ -37,9 +37,11 @@ Open disks, export them over NBD, and be told what to do over QMP. Options are c
   --chardev socket,id=ID,host=HOST,port=PORT,server=on[,wait=off][,tls-creds=ID]
                                                                   ... on a TCP port
                                                                   without server=on: connect, do not listen
+  --chardev stdio,id=ID                                           standard input and output
   --monitor [chardev=]ID[,mode=control][,pretty=on|off]           speak QMP there
   --qmp unix:PATH[,pretty=on|off]                                 --chardev and --monitor in one
   --qmp tcp:HOST:PORT[,tls-creds=ID][,pretty=on|off]              ... on a TCP port
+  --qmp stdio[,pretty=on|off]                                     ... on standard input and output
   --pidfile PATH        write the process id to a file when everything is served
   --daemonize           go into the background when everything is served
   --name NAME           the name that query-name tells
@@ -56,6 +58,7 @@ def full_help() -> str:
     parts.append("Options of every driver:\n" + _rows(_common()))
     parts += [_driver(name) for name in driver_names()]
     parts += [_object(name) for name in TYPES]
+    parts.append(f"--chardev stdio:\n{_rows(_fields(StdioOptions, ()))}")
     parts += [f"--{option}:\n{_rows(_fields(kind, ()))}" for option, kind in _OTHERS.items()]
     return "\n\n".join(parts)
 

@@ -122,5 +122,6 @@ def _serve(line: CommandLine) -> None:
     fds = passed_sockets()
     passed = {names[index] if index < len(names) and names.count(names[index]) == 1 and names[index] else str(fd): fd
               for index, fd in enumerate(fds)}
-    serving = daemonize() if "daemonize" in line.whole else lambda: None
-    run(main(DaemonConfig(line.steps, line.whole.get("name"), line.whole.get("pidfile"), passed), serving))
+    background = "daemonize" in line.whole
+    serving = daemonize() if background else lambda: None
+    run(main(DaemonConfig(line.steps, line.whole.get("name"), line.whole.get("pidfile"), passed, background), serving))

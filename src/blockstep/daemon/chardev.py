@@ -1,4 +1,4 @@
-"""Character devices of the storage daemon: the sockets that monitors are connected to.
+"""Character devices of the storage daemon: what monitors are connected to.
 
 A device with ``server=on`` listens from its ``--chardev`` on; whoever connects is greeted when a ``--monitor`` names
 it. So a socket is there, with mode 0600, before anything that is told about it; and ``wait=on`` can hold up what
@@ -7,7 +7,8 @@ follows until somebody has connected. Any number of clients may be connected at 
 Without it the device connects to somebody who listens, as programs do that start QEMU and want to be sure to whom they
 talk. There is one monitor then; when it hangs up, nobody comes in its place.
 
-A device is a unix socket, TCP (with TLS, if it listens and credentials are named), or a socket that was handed over.
+A device is a unix socket, TCP (with TLS, if it listens and credentials are named), a socket that was handed over, or
+standard input and output.
 
 Source: the man page of QEMU's storage daemon (``--chardev``) for the names.
 """
@@ -25,6 +26,7 @@ from typing import Annotated, Any, Final, cast
 import msgspec
 from msgspec import Meta
 
+from blockstep.daemon.stdio import StandardStreams
 from blockstep.errors import OptionError
 from blockstep.inventory.objects import Objects
 from blockstep.qmp.server import bind_tcp, bind_unix
@@ -54,14 +56,31 @@ class SocketOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown
     ipv6: Annotated[bool, Meta(description="Of no effect: the first address of the host is taken.")] = True
 
 
-class Chardev:
-    """A socket that listens, or is connected. Made by `open_chardev`; a monitor takes it over with `take`."""
+class StdioOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, tag_field="backend",
+                   tag="stdio"):
+    """Standard input and output."""
 
-    def __init__(self, options: SocketOptions, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+    id: Annotated[str, Meta(description="Its name, for --monitor.")]
+    signal: Annotated[bool, Meta(description="Of no effect: a terminal's signals are signals.")] = True
+
+
+ChardevOptions = SocketOptions | StdioOptions
+
+
+class Chardev:
+    """A socket that listens, or is connected. Made by `open_chardev`; a monitor takes it over with `take`.
+
+    ``streams``: what is at the other end, if it is this process itself.
+    """
+
+    def __init__(self, options: ChardevOptions, sock: socket.socket, tls: ssl.SSLContext | None = None,
+                 streams: StandardStreams | None = None) -> None:
         self.options, self.tls = options, tls
+        self.listens = isinstance(options, SocketOptions) and options.server
         self._sock: socket.socket | None = sock
+        self._streams = streams
         self._file: tuple[str, tuple[int, int]] | None = None
-        if options.path is not None and options.server:
+        if isinstance(options, SocketOptions) and options.path is not None and options.server:
             path = os.path.abspath(options.path)
             self._file = path, _identity(path)
 
@@ -81,6 +100,8 @@ class Chardev:
         if self._sock is None:
             raise OptionError("chardev", self.options.id, "a character device that no other monitor uses")
         sock, self._sock = self._sock, None
+        if self._streams is not None:
+            self._streams.start()
         return sock
 
     def close(self) -> None:
@@ -94,11 +115,16 @@ class Chardev:
                 if _identity(path) == identity:
                     os.unlink(path)
             self._file = None
+        if self._streams is not None:
+            self._streams.close()
 
 
-async def open_chardev(options: SocketOptions, objects: Objects, passed: dict[str, int]) -> Chardev:
+async def open_chardev(options: ChardevOptions, objects: Objects, passed: dict[str, int]) -> Chardev:
     """Bind and listen. ``passed``: sockets that were handed over and not
     taken yet, by name. Raises OptionError or OSError."""
+    if isinstance(options, StdioOptions):
+        streams = StandardStreams()
+        return Chardev(options, streams.sock, streams=streams)
     tls = _check(options, objects)
     if options.fd is not None:
         sock = passed_socket(options.fd, passed, "fd", listening=options.server)

@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from blockstep import keyval
 from blockstep.daemon.background import PidFile
-from blockstep.daemon.chardev import SWITCHES, Chardev, SocketOptions, open_chardev, passed_socket
+from blockstep.daemon.chardev import SWITCHES, Chardev, ChardevOptions, StdioOptions, open_chardev, passed_socket
 from blockstep.daemon.storage import StorageDaemon
 from blockstep.errors import BlockstepError, OptionError
 from blockstep.inventory.exports import ExportOptions, FdSocket, ServerOptions, SocketAddress, UnixSocket
@@ -33,13 +33,15 @@ _LONGEST_SHOWN: Final = 120
 class DaemonConfig:
     """What ``blockstep daemon`` was told. ``steps``: (option without its hyphens, its text) in their order.
 
-    ``passed``: listening sockets that were handed over, by name (its number, if it has none).
+    ``passed``: listening sockets that were handed over, by name (its number, if it has none). ``background``: there
+    will be no standard input and output.
     """
 
     steps: Sequence[tuple[str, str]]
     name: str | None = None
     pidfile: str | None = None
     passed: Mapping[str, int] = field(default_factory=dict)
+    background: bool = False
 
 
 class MonitorOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True):
@@ -58,7 +60,7 @@ async def main(config: DaemonConfig, ready: Callable[[], None]) -> None:
     be carried out; or, at the end, a disk could not be flushed.
     """
     program = StorageDaemon(config.name)
-    startup = Startup(program, config.passed)
+    startup = Startup(program, config.passed, config.background)
     pidfile: PidFile | None = None
     try:
         try:
@@ -101,9 +103,9 @@ def _pidfile(path: str) -> PidFile:
 class Startup:
     """Carries options out, for a program."""
 
-    def __init__(self, program: StorageDaemon, passed: Mapping[str, int]) -> None:
+    def __init__(self, program: StorageDaemon, passed: Mapping[str, int], background: bool = False) -> None:
         self._program, self._inventory = program, program.inventory
-        self._passed = dict(passed)
+        self._passed, self._background = dict(passed), background
         self.chardevs: dict[str, Chardev] = {}
         self._actions: dict[str, Callable[[str], Coroutine[Any, Any, None]]] = {
             "object": self._object, "blockdev": self._blockdev, "nbd-server": self._nbd_server,
@@ -157,13 +159,16 @@ class Startup:
         await self._inventory.exports.add(keyval.read(text, ExportOptions, "", "type"))
 
     async def _chardev(self, text: str) -> None:
-        await self._open_chardev(keyval.read(text, SocketOptions, "", "backend", SWITCHES))
+        kind: Any = ChardevOptions
+        await self._open_chardev(keyval.read(text, kind, "", "backend", SWITCHES))
 
-    async def _open_chardev(self, options: SocketOptions) -> None:
+    async def _open_chardev(self, options: ChardevOptions) -> None:
+        if isinstance(options, StdioOptions) and self._background:
+            raise OptionError("backend", "stdio", "socket: with --daemonize there is no standard input")
         if not options.id or options.id in self.chardevs:
             raise OptionError("id", options.id, "a name that no other character device has")
         chardev = self.chardevs[options.id] = await open_chardev(options, self._inventory.objects, self._passed)
-        if options.server and options.wait is not False:
+        if chardev.listens and getattr(options, "wait", None) is not False:
             await chardev.wait_connected()
 
     async def _monitor(self, text: str) -> None:
@@ -172,7 +177,7 @@ class Startup:
             known = f": {', '.join(self.chardevs)}" if self.chardevs else ""
             raise OptionError("chardev", options.chardev, f"the id of a --chardev before it{known}")
         chardev = self.chardevs[options.chardev]
-        if not chardev.options.server:
+        if not chardev.listens:
             await self._program.qmp.attach(chardev.take(), pretty=options.pretty)
             return
         await self._program.qmp.start_socket(chardev.take(), chardev.tls, pretty=options.pretty)
@@ -181,14 +186,17 @@ class Startup:
         tree = _qmp_words(text)
         tree["id"] = name = f"qmp{len(self.chardevs)}"
         pretty = tree.pop("pretty", "off")
-        await self._open_chardev(keyval.fit(tree, SocketOptions, "", words=True))
+        kind: Any = ChardevOptions
+        await self._open_chardev(keyval.fit(tree, kind, "", words=True))
         await self._monitor(f"{name},pretty={pretty}")
 
 
 def _qmp_words(text: str) -> dict[str, Any]:
-    """``unix:PATH,...`` or ``tcp:HOST:PORT,...`` as the options of a character device."""
+    """``unix:PATH,...``, ``tcp:HOST:PORT,...`` or ``stdio`` as the options of a character device."""
     place, _, options = text.replace(",,", "\0").partition(",")
     kind, colon, rest = place.replace("\0", ",").partition(":")
+    if place == "stdio":
+        return {"backend": "stdio", **keyval.parse(options.replace("\0", ",,"), "", switches=("signal", "pretty"))}
     tree = {"server": "on", **keyval.parse(options.replace("\0", ",,"), "", switches=(*SWITCHES, "pretty"))}
     if keyval.SWITCH.get(tree["server"]):
         tree.setdefault("wait", "off")
@@ -197,7 +205,7 @@ def _qmp_words(text: str) -> dict[str, Any]:
     if kind == "tcp" and ":" in rest:
         host, _, port = rest.rpartition(":")
         return {"backend": "socket", **tree, "host": host.strip("[]"), "port": port}
-    raise OptionError("SPEC", place, "unix:PATH or tcp:HOST:PORT, and options after a comma")
+    raise OptionError("SPEC", place, "unix:PATH, tcp:HOST:PORT or stdio, and options after a comma")
 
 
 def describe(error: Exception) -> str:
