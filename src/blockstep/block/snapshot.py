@@ -20,7 +20,7 @@ async def prepare_snapshot(graph: Graph, node: Driver, overlay: Driver) -> Prepa
     _check(node, overlay)
     if not node.read_only:
         await node.flush()
-    change = Change(graph)
+    change = Change()
     try:
         change.replace(node, overlay)
         change.attach(overlay, "backing", Role.BACKING, node)

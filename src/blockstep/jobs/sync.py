@@ -344,7 +344,7 @@ class SyncJob(Job):
 
     def _make_pivot(self) -> Change:
         """Move the parents, checked, but ready to be undone until `commit`."""
-        change = Change(self.graph)
+        change = Change()
         try:
             for backend in self._backends:
                 change.take(backend.edge, NONE, ALL)
