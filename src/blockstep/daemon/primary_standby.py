@@ -24,7 +24,6 @@ from blockstep.qmp.errors import CommandRefused
 from blockstep.replication import coordinator as c
 
 
-
 class StandbySide:
     """The connections. ``post`` takes what they meet to the coordinator; ``spawn`` runs what watches them."""
 
