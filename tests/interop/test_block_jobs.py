@@ -282,9 +282,15 @@ async def a_backup_of_nothing_runs_until_it_is_cancelled(peer: Peer) -> None:
     await peer.do("query-block-jobs")
     await peer.do("blockdev-del", node_name="filter")
     await peer.do("blockdev-del", node_name="a")
+    await peer.setup("nbd-server-start", addr={"type": "unix", "data": {"path": str(peer.directory / "nbd")}})
+    await peer.do("block-export-add", type="nbd", id="past", node_name="a", writable=True)
+    await peer.do("block-export-add", type="nbd", id="over", node_name="filter", writable=True)
+    await peer.do("block-export-add", type="nbd", id="target", node_name="b")
+    await peer.do("block_resize", node_name="a", size=2 * SIZE)
     await peer.do("job-complete", id="job")
     await peer.do("block-job-cancel", device="job")
     await peer.until("job", "null")
+    await peer.do("query-block-exports")
     await peer.do("blockdev-del", node_name="a")
 
 

@@ -31,7 +31,7 @@ from blockstep.block.bitmap import Bitmap, CountedBitmap, DirtyBitmap
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend, enter, leave
-from blockstep.block.permissions import ALL, NONE
+from blockstep.block.permissions import ALL, NONE, READ
 from blockstep.block.status import backing_of
 from blockstep.drivers.copy_before_write import CopyBeforeWrite
 from blockstep.errors import OptionError
@@ -123,13 +123,17 @@ class BackupJob(Job):
                                        Bitmap(node.length, self.cluster_size) if self._target_is_zero else None,
                                        top_only=self.sync == "top")
             node.on_error = self._snapshot_failed
+            # So that the filter holds its permissions also while the source has no user: nobody writes past it.
+            reader = Backend(f"job '{self.id}'", node, READ, ALL)
             async with self.graph.drained(self.source):
                 with self.graph.change() as change:
                     for edge in list(self.source.parents):
                         if edge.parent is not node and edge.parent not in doors:
                             change.move(edge, node)
+                    change.attach_backend(reader)
                 self._choose(node)
             undo.push_async_callback(self._take_out, node)
+            undo.push_async_callback(self.graph.detach_backend, reader)
             undo.callback(self.source.block_operations(f"job '{self.id}' uses it", *_BLOCKED))
             undo.callback(self.target.block_operations(f"job '{self.id}' uses it"))
             self.filter = node

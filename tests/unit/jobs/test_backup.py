@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
-from blockstep.errors import OptionError
+from blockstep.errors import GraphError, OptionError, PermissionConflict
 from blockstep.jobs.backup import BackupJob
 from blockstep.jobs.job import Job
 from blockstep.jobs.transaction import JobTransaction
@@ -321,5 +321,42 @@ def test_the_job_goes_on_when_the_last_user_of_the_source_goes(sync: Any) -> Non
         assert (error is None) is (sync == "full")
         assert job.cancelled is (sync == "none")
         assert p.source.parents == []
+
+    asyncio.run(main())
+
+
+def test_nobody_writes_past_the_filter_even_if_the_source_had_no_user() -> None:
+    async def main() -> None:
+        p = await Pair().open()
+        await p.graph.detach_backend(p.guest)
+        was = picture(p.graph)
+        job = p.job(sync="none")
+        await job.launch()
+        with pytest.raises(PermissionConflict, match="write"):
+            p.graph.attach_backend(p.source, "late", READ | WRITE)
+        assert job.filter is not None
+        late = p.graph.attach_backend(job.filter, "late", READ | WRITE)
+        await late.pwrite(0, b"new")
+        assert p.copy.content[:3] == PATTERN[:3]
+        job.cancel()
+        await job.wait()
+        assert late.node is p.source
+        await p.graph.detach_backend(late)
+        assert picture(p.graph) == was
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("users", [True, False])
+def test_a_target_that_is_read_only_is_refused(users: bool) -> None:
+    async def main() -> None:
+        p = await Pair().open()
+        if not users:
+            await p.graph.detach_backend(p.guest)
+        await p.graph.reopen([(p.target, {"read-only": True})])
+        was = picture(p.graph)
+        with pytest.raises(GraphError, match="read-only"):
+            await p.job().launch()
+        assert picture(p.graph) == was
 
     asyncio.run(main())

@@ -11,7 +11,7 @@ Source: QEMU's QMP reference, "Block core", the commands of these names.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
@@ -184,7 +184,7 @@ async def blockdev_mirror(context: Holder, args: MirrorArguments) -> None:
     When it is ready, block-job-complete puts it in the device's place; block-job-cancel leaves it as it is then.
     """
     target = node_named(context, args.target)
-    await _start_mirror(context, args, target, filter_node_name=args.filter_node_name)
+    await _start_mirror(context, args, target, args.filter_node_name)
 
 
 @commands.command("drive-mirror")
@@ -206,16 +206,18 @@ async def drive_mirror(context: Holder, args: DriveMirrorArguments) -> None:
         raise
 
 
-async def _start_mirror(context: Holder, args: _Mirroring, target: Driver, **more: Any) -> None:
+async def _start_mirror(context: Holder, args: _Mirroring, target: Driver,
+                        filter_node_name: str | None = None) -> None:
     source = node_named(context, args.device)
     if args.sync == "incremental" or args.sync == "bitmap":
         raise OptionError("sync", args.sync, "full, top or none")
     replaces = node_named(context, args.replaces) if args.replaces is not None else None
     await context.inventory.jobs.create(MirrorJob(
         _id(args), context.inventory.graph, source, target, sync=args.sync, copy_mode=args.copy_mode, pivot=True,
-        replaces=replaces, granularity=args.granularity or 64 * KiB, on_source_error=args.on_source_error,
-        on_target_error=args.on_target_error, workers=min(max(1, (args.buf_size or 4 * MiB) // MiB), _MOST_WORKERS),
-        **_options(args), **more))
+        replaces=replaces, filter_node_name=filter_node_name, granularity=args.granularity or 64 * KiB,
+        on_source_error=args.on_source_error, on_target_error=args.on_target_error,
+        workers=min(max(1, (args.buf_size or 4 * MiB) // MiB), _MOST_WORKERS),
+        **_options(args)))
 
 
 # --- commit ---
