@@ -20,6 +20,7 @@ from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.jobs.mirror import MirrorJob
+from blockstep.jobs.states import JobKind
 from blockstep.replication.link import Link
 from blockstep.units import MiB
 
@@ -31,7 +32,7 @@ _PASSES: Final = 4
 class CatchUp(MirrorJob):
     """From ``source``, below the ``link``, to ``target``: all of it, or what ``bitmap`` says."""
 
-    kind: ClassVar[str] = "mirror"
+    kind: ClassVar[JobKind] = "mirror"
 
     def __init__(self, id: str, graph: Graph, source: Driver, target: Driver, link: Link,
                  bitmap: DirtyBitmap | None) -> None:
