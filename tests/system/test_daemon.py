@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from blockstep.block.registry import driver_names, find_driver
 from blockstep.cli import daemon_line
 from blockstep.nbd.client import Client
 from blockstep.nbd.dial import ClientTls
@@ -555,11 +556,10 @@ def test_help_and_version_are_printed_and_nothing_is_done(tmp_path: Path) -> Non
         assert done.stderr == ""
         return done.stdout
 
-    from blockstep.block.registry import driver_names
-
     whole = says("--qmp", f"unix:{tmp_path}/qmp", "--help")
     for name in driver_names():
-        assert f"--blockdev {name}:" in whole
+        if find_driver(name).__module__.startswith("blockstep.drivers."):  # other tests have drivers of their own
+            assert f"--blockdev {name}:" in whole
     assert "--object tls-creds-x509:" in whole
     assert says("-V").startswith("blockstep daemon ")
     assert "filename=TEXT" in says("--blockdev", "driver=file,help")
