@@ -1,8 +1,8 @@
 """One script of QMP commands, run by qemu-storage-daemon and by ours: the same answers, error classes and events.
 
-What may differ is left out of the comparison: progress in bytes, sentences of errors, and the states in which QEMU's
-jobs stand still for a moment while it drains (paused and running again). Events are compared job by job, since two
-jobs at work have no common order.
+What may differ is left out of the comparison: progress in bytes, sentences of errors, the states in which QEMU's jobs
+stand still for a moment while it drains (paused and running again), and its jobs that could not be created but were
+announced. Events are compared job by job, since two jobs at work have no common order.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ class Peer:
 
     async def do(self, command: str, **arguments: Any) -> None:
         """A command whose result, or class of error, is compared."""
+        line = f"{command} {arguments}".replace(str(self.directory), "DIRECTORY")
         try:
             result = await self.setup(command, **arguments)
         except CommandRefused as error:
-            self.log.append((f"{command} {arguments}", error.error_class))
+            self.log.append((line, error.error_class))
         else:
-            self.log.append((f"{command} {arguments}", without_progress(result)))
+            self.log.append((line, without_progress(result)))
 
     async def until(self, job: str, status: str) -> None:
         """Wait for the next time that a job enters a state."""
@@ -108,12 +109,13 @@ class Peer:
             job = data.get("device", data.get("id"))
             if event["event"] == "JOB_STATUS_CHANGE":
                 told: Any = data["status"]
-                if told == "paused" or (told == "running" and "running" in stories.get(job, ())):
+                awake = told in ("running", "ready") and told in stories.get(job, ())
+                if told in ("paused", "standby") or awake:
                     continue
             else:
                 told = (event["event"], data)
             stories.setdefault(job, []).append(told)
-        return stories
+        return {job: story for job, story in stories.items() if story != ["created", "null"]}
 
 
 def is_status(event: dict[str, Any], job: str, status: str) -> bool:
@@ -401,6 +403,43 @@ async def a_mirror_is_cancelled_before_it_is_ready(peer: Peer) -> None:
     await peer.do("job-complete", id="job")
     await peer.do("block-job-cancel", device="job")
     await peer.until("job", "null")
+
+
+@script
+async def others_use_the_ends_of_a_mirror(peer: Peer) -> None:
+    await peer.disk("a")
+    await peer.disk("b")
+    await peer.disk("c")
+    await peer.overlay("top")
+    await peer.setup("nbd-server-start", addr={"type": "unix", "data": {"path": str(peer.directory / "nbd")}})
+    await peer.do("blockdev-mirror", job_id="job", device="a", target="b", sync="full")
+    await peer.until("job", "ready")
+    await peer.do("block-export-add", type="nbd", id="source", node_name="a", writable=True)
+    await peer.do("block-export-add", type="nbd", id="target", node_name="b", writable=True)
+    await peer.do("block_resize", node_name="a", size=2 * SIZE)
+    await peer.do("block_resize", node_name="b", size=2 * SIZE)
+    await peer.do("blockdev-snapshot", node="a", overlay="top")
+    await peer.do("blockdev-mirror", job_id="more", device="a", target="c", sync="none")
+    await peer.do("blockdev-backup", job_id="more", device="a", target="c", sync="none")
+    await peer.do("block-dirty-bitmap-add", node="a", name="map")
+    await peer.do("blockdev-reopen", options=[{"driver": "file", "node-name": "b", "read-only": True,
+                                               "filename": str(peer.directory / "b.img")}])
+    await peer.do("job-cancel", id="job")
+    await peer.until("job", "null")
+    await peer.do("query-block-exports")
+
+
+@script
+async def a_target_that_is_read_only(peer: Peer) -> None:
+    await peer.disk("a")
+    path = peer.directory / "b.img"
+    path.write_bytes(bytes(SIZE))
+    await peer.setup("blockdev-add", driver="file", node_name="b", read_only=True, filename=str(path))
+    await peer.do("blockdev-mirror", job_id="mirror", device="a", target="b", sync="full")
+    await peer.do("blockdev-backup", job_id="backup", device="a", target="b", sync="full")
+    await peer.do("query-jobs")
+    await peer.do("blockdev-del", node_name="a")
+    await peer.do("blockdev-del", node_name="b")
 
 
 @script
