@@ -6,10 +6,14 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from blockstep.drivers.blkdebug import Blkdebug
+from blockstep.qmp.commands.transaction import TransactionArguments, transaction
 from tests.daemon import daemon, refused
 from tests.scenarios import scenario
+from tests.unit.jobs.support import settle
 from tests.unit.qmp.disks import MiB, client, content, disks, everything, overlay
 
 Action = dict[str, Any]
@@ -79,29 +83,26 @@ async def test_every_action_does_what_its_command_does(tmp_path: Path) -> None:
 async def test_backups_of_two_disks_are_of_one_moment(tmp_path: Path) -> None:
     async with daemon(tmp_path) as d:
         await disks(d, "a", "b", "c", "d")
-        guests = client(d, "a"), client(d, "b")
-        going = True
-        for guest in guests:
-            await guest.pwrite(0, bytes(8))
-
-        async def write() -> None:
-            number = 0
-            while going:  # a write of the second disk is begun when that of the first has ended
-                number += 1
-                for guest in guests:
-                    await guest.pwrite(0, number.to_bytes(8, "big"))
-                    await asyncio.sleep(0)
-
-        writer = asyncio.ensure_future(write())
-        for turn in range(20):
-            jobs = [backup(f"a{turn}", "a", "c"), backup(f"b{turn}", "b", "d")]
-            await d.qmp("transaction", {"actions": jobs})
-            for job in ("a", "b"):
-                await d.event("JOB_STATUS_CHANGE", id=f"{job}{turn}", status="null")
-            first, second = [int.from_bytes((await content(d, name))[:8], "big") for name in "cd"]
-            assert first - second in (0, 1)
-        going = False
-        await writer
+        await d.qmp("blockdev-add", {"driver": "blkdebug", "node-name": "slow", "file": "b"})
+        slow = d.inventory.graph.find("slow")
+        assert isinstance(slow, Blkdebug)
+        guests = client(d, "a"), client(d, "slow")
+        slow.suspend("write", "held")
+        held = asyncio.ensure_future(guests[1].pwrite(0, b"first"))
+        await slow.suspended("held")
+        arguments = {"actions": [backup("one", "a", "c"), backup("two", "slow", "d")]}
+        answer = asyncio.ensure_future(transaction(d.program, msgspec.convert(arguments, TransactionArguments)))
+        await settle()
+        later = asyncio.ensure_future(guests[0].pwrite(0, b"second"))  # may not be seen without the first
+        await settle()
+        assert not later.done()
+        assert not d.inventory.jobs.list()
+        slow.resume("held")
+        await asyncio.gather(held, answer, later)
+        for job in ("one", "two"):
+            await d.event("BLOCK_JOB_COMPLETED", device=job)
+        assert await content(d, "c") == b"a" * MiB
+        assert (await content(d, "d"))[:6] == b"firstb"
         for guest in guests:
             await d.inventory.graph.detach_backend(guest)
 
