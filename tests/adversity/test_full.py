@@ -152,6 +152,7 @@ async def test_a_checkpoint_that_the_standby_cannot_take_says_so_and_the_next_on
         await pair.start()
         await pair.primary.until(health="healthy")
         await pair.write(20)
+        await pair.primary.until(lambda status: not any(disk["behind"] for disk in status["disks"]))
         limit_files(pair.standby, 3 * MiB)  # emptying the buffers takes a new file in memory, as long as the disk
         with pytest.raises(BlockstepError, match="cannot empty"):
             await pair.primary.execute("replication-checkpoint")
