@@ -1,10 +1,11 @@
-"""One request in each iteration of the event loop, in the order of asking."""
+"""One request in a few iterations of the event loop, in the order of asking."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 
-from blockstep.qmp.turns import Turns
+from blockstep.qmp.turns import REST, Turns
 from tests.scenarios import scenario
 
 
@@ -26,12 +27,12 @@ async def test_nobody_waits_who_asks_alone() -> None:
     turns = Turns()
     for _ in range(3):
         await asyncio.wait_for(turns.take(), 1)
-        for _ in range(2):
+        for _ in range(REST + 1):
             await asyncio.sleep(0)
 
 
 @scenario
-async def test_many_get_one_turn_each_iteration_in_their_order() -> None:
+async def test_many_get_their_turns_in_their_order_and_the_loop_has_rest_between() -> None:
     turns, order = Turns(), list[tuple[str, int]]()
     now = await iterations(50)
 
@@ -42,7 +43,8 @@ async def test_many_get_one_turn_each_iteration_in_their_order() -> None:
 
     await asyncio.gather(*(worker(name) for name in "abc"))
     assert [name for name, _ in order] == list("aabcabcbc")  # a asked for its second before b was there
-    assert len({when for _, when in order}) == len(order)
+    times = [when for _, when in order]
+    assert all(later - earlier > REST for earlier, later in itertools.pairwise(times))
 
 
 @scenario
