@@ -6,6 +6,7 @@ the control socket and the commands can show them without taking a sentence apar
 
     BlockstepError
       OptionError          the user gave a bad value: names the option and says what would be right
+      ImageError           what is in an image file is broken, or is not supported: names the field
       GraphError           the block graph refuses a change; nothing was changed
         NodeNotFound         no such node
         PermissionConflict   two users of a node exclude each other
@@ -36,11 +37,16 @@ class OptionError(BlockstepError):
     """An option, argument or configuration value is wrong. Nothing was changed."""
 
     def __init__(self, option: str, value: object, expected: str) -> None:
-        shown = repr(value)
-        if len(shown) > _LONGEST_SHOWN:
-            shown = f"{shown[:_LONGEST_SHOWN]}... ({len(shown)} characters)"
-        super().__init__(f"{option}: {shown} is not valid; it should be {expected}")
+        super().__init__(f"{option}: {_shown(value)} is not valid; it should be {expected}")
         self.option, self.value, self.expected = option, value, expected
+
+
+class ImageError(BlockstepError):
+    """A field of an image file is wrong, or stands for something that is not supported. Nothing was written."""
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        super().__init__(f"the image is not usable: {field} is {_shown(value)}; it should be {expected}")
+        self.field, self.value, self.expected = field, value, expected
 
 
 class GraphError(BlockstepError):
@@ -101,6 +107,11 @@ class ProtocolError(BlockstepError):
 
 class PeerRefused(BlockstepError):
     """The peer refused in good order. Asking the same again will not help."""
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}... ({len(shown)} characters)"
 
 
 class ConnectionLost(OSError):
