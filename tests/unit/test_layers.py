@@ -31,12 +31,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "drivers": BASE | {"block", "nbd"},
     "replication": BASE | {"block", "drivers", "jobs", "nbd"},
     "inventory": BASE | {"block", "drivers", "jobs", "nbd", "replication"},
+    "images": BASE | {"block", "drivers", "jobs", "inventory"},
     "picture": BASE | {"block"},
     "shell": BASE | {"qmp"},
     "qmp": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory"},
     "daemon": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp"},
     "testing": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp", "daemon"},
-    "cli": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp", "daemon", "picture",
+    "cli": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp", "daemon", "images", "picture",
             "shell", "testing"},
 }
 

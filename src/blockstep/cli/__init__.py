@@ -1,7 +1,7 @@
 """The command line: one command a file. ``blockstep --help`` lists them.
 
 Exit codes: 0 done (for ``status``: healthy), 1 degraded, 2 at risk, 3 error; a usage error is 3 as well. Only
-``daemon`` has those of the program in whose place it stands: 0, and 1 for every error.
+``daemon`` has those of the program in whose place it stands: 0, and 1 for every error; and so has ``img``, see there.
 
 A command imports what it needs and no other's: ``daemon`` serves its first request a good part of a second earlier
 for that. So this module imports nothing but the standard library until it knows which command is wanted.
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 ERROR = 3
 
 #: The commands, in the order of the help. Each is the module of that name here.
-COMMANDS: Final = ("export", "standby", "primary", "daemon", "status", "checkpoint", "failover", "resize", "stop",
-                   "events", "graph", "shell", "demo")
+COMMANDS: Final = ("export", "img", "standby", "primary", "daemon", "status", "checkpoint", "failover", "resize",
+                   "stop", "events", "graph", "shell", "demo")
 
 
 def make_app(*commands: str) -> typer.Typer:
@@ -70,10 +70,10 @@ def main() -> None:
         from blockstep.cli import daemon_line  # its options are not typer's, and neither are its errors
 
         sys.exit(daemon_line.main(sys.argv[2:]))
-    _run(make_app(*((wanted,) if wanted in COMMANDS else COMMANDS)))
+    _run(make_app(*((wanted,) if wanted in COMMANDS else COMMANDS)), 1 if wanted == "img" else ERROR)
 
 
-def _run(app: typer.Typer) -> None:
+def _run(app: typer.Typer, error_code: int) -> None:
     import typer
 
     from blockstep.errors import BlockstepError
@@ -85,7 +85,7 @@ def _run(app: typer.Typer) -> None:
         sys.exit(130)
     except typer.TyperException as error:
         print(f"blockstep: {error.format_message()} (see --help)", file=sys.stderr)
-        sys.exit(ERROR)
+        sys.exit(error_code)
     except (BlockstepError, OSError) as error:
         print(f"blockstep: {error}", file=sys.stderr)
-        sys.exit(ERROR)
+        sys.exit(error_code)

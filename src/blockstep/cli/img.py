@@ -1,0 +1,296 @@
+"""``blockstep img``: make, look at, compare, copy and change image files, with the options of qemu-img.
+
+The words that are printed, the JSON and the exit codes are qemu-img's as well. The work is `blockstep.images`; here
+are the options, and what is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Literal
+
+import typer
+
+from blockstep.cli.img_options import (
+    Bar,
+    Cache,
+    Failed,
+    Format,
+    ImageOpts,
+    OutputFormat,
+    Quiet,
+    Share,
+    SourceCache,
+    run,
+    shown,
+)
+from blockstep.errors import OptionError
+from blockstep.images.opened import AUTO, ImageName, opened
+from blockstep.units import parse_size
+
+img = typer.Typer(
+    name="img", no_args_is_help=True, rich_markup_mode=None,
+    help="Make, look at, compare, copy and change image files, with qemu-img's options and exit codes.")
+
+Image = Annotated[str, typer.Argument(metavar="FILENAME", help="The image.")]
+Options = Annotated[list[str] | None, typer.Option("-o", "--options", metavar="NAME=VALUE,...",
+                    help="Options of the new image's format; help lists them.")]
+
+
+def _words(texts: list[str] | None) -> dict[str, str]:
+    """All of ``-o`` together."""
+    from blockstep.keyval import parse
+
+    found: dict[str, str] = {}
+    for text in texts or []:
+        for name, value in parse(text, "-o").items():
+            if not isinstance(value, str):
+                raise OptionError("-o", name, "an option without parts")
+            found[name] = value
+    return found
+
+
+def _help_on_options(format: str, options: list[str] | None) -> bool:
+    """Whether ``-o help`` was given; then it is printed."""
+    if options != ["help"] and options != ["?"]:
+        return False
+    from blockstep.images.create import creators, option_help
+
+    if format not in creators():
+        raise OptionError("-f", format, "one of " + ", ".join(creators()))
+    print(f"Supported {format} options:")
+    print("\n".join(option_help(format)))
+    return True
+
+
+@img.command("create")
+def create_command(
+    filename: Annotated[str, typer.Argument(metavar="FILENAME", help="The image.")] = "",
+    size: Annotated[str | None, typer.Argument(metavar="[SIZE]", help="Its length; default: the backing image's.")]
+        = None,
+    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="The format.")] = "raw",
+    backing: Annotated[str | None, typer.Option("-b", "--backing", metavar="FILE", help="The image that shows through; "
+                       "relative to the new one.")] = None,
+    backing_format: Annotated[str | None, typer.Option("-F", "--backing-format", metavar="FMT",
+                              help="Its format; needed with -b.")] = None,
+    unsafe: Annotated[bool, typer.Option("-u", help="Do not look at the backing image.")] = False,
+    options: Options = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make a new image. A file that is there is replaced."""
+    from blockstep.images.create import Creation, create, formatting
+
+    async def work() -> None:
+        if _help_on_options(format, options):
+            return
+        if not filename:
+            raise OptionError("FILENAME", None, "given: the image to make")
+        wanted = await Creation(format, filename, None if size is None else parse_size(size), _words(options), backing,
+                                backing_format, unsafe).checked()
+        if not quiet:
+            print(formatting(format, wanted), flush=True)
+        await create(wanted)
+
+    run(work())
+
+
+@img.command("info")
+def info_command(
+    filename: Image,
+    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="Its format. auto: what its content "
+                                        "looks like; nothing but info looks without being asked.")] = AUTO,
+    image_opts: ImageOpts = False,
+    backing_chain: Annotated[bool, typer.Option("--backing-chain", help="And all images below.")] = False,
+    output: OutputFormat = "human",
+    share: Share = False,
+) -> None:
+    """What an image is: format, sizes, backing image, snapshots, bitmaps."""
+    from blockstep.images.describe import as_text, described
+
+    chain = run(described(ImageName(filename, format, image_opts), backing_chain))
+    if output == "json":
+        print(json.dumps(chain if backing_chain else chain[0], indent=4))
+    else:
+        print("\n\n".join(as_text(one) for one in chain))
+
+
+@img.command("map")
+def map_command(
+    filename: Image,
+    format: Format = None,
+    image_opts: ImageOpts = False,
+    start: Annotated[str, typer.Option("--start-offset", "-s", metavar="SIZE", help="Where to begin.")] = "0",
+    length: Annotated[str | None, typer.Option("--max-length", "-l", metavar="SIZE", help="Stop after so many bytes.")]
+        = None,
+    output: OutputFormat = "human",
+    share: Share = False,
+) -> None:
+    """Which image of the chain holds which bytes, and where in its file."""
+    from blockstep.images.mapping import map_image
+
+    async def work() -> None:
+        begin = parse_size(start, "--start-offset")
+        count = None if length is None else parse_size(length, "--max-length")
+        line = "["
+        if output == "human":
+            print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+        async with opened(ImageName(filename, format, image_opts)) as image:
+            async for entry in map_image(image, begin, count):
+                if output == "json":
+                    fields = json.dumps(entry.as_json())
+                    print(f"{line}{{ {fields[1:-1]}}}", end="")
+                    line = ",\n"
+                elif entry.data and not entry.zero:
+                    if entry.offset is None:
+                        print("blockstep: the image has external, encrypted or compressed clusters: --output json "
+                              "can show them", file=sys.stderr)
+                        raise Failed(1)
+                    print(f"{_hex(entry.start):<16}{_hex(entry.length):<16}{_hex(entry.offset):<16}{entry.filename}")
+        if output == "json":
+            print("]" if line != "[" else "[]")
+
+    run(work())
+
+
+def _hex(value: int) -> str:
+    return f"{value:#x}" if value else "0"
+
+
+@img.command("compare")
+def compare_command(
+    filename1: Annotated[str, typer.Argument(metavar="FILENAME1", help="One image.")],
+    filename2: Annotated[str, typer.Argument(metavar="FILENAME2", help="The other.")],
+    format1: Annotated[str | None, typer.Option("-f", "--format", "-a", metavar="FMT", help="The one's format: raw, "
+                       "qcow2, overlay; auto.")] = None,
+    format2: Annotated[str | None, typer.Option("-F", "--second-format", "-b", metavar="FMT", help="The other's.")]
+        = None,
+    image_opts: ImageOpts = False,
+    strict: Annotated[bool, typer.Option("-s", "--strict", help="Their lengths and block status must be equal, too.")]
+        = False,
+    cache: SourceCache = "writeback",
+    bar: Bar = False,
+    quiet: Quiet = False,
+    share: Share = False,
+) -> None:
+    """Whether two images read the same. Exit code: 0 yes, 1 no, 2 it could not be found out."""
+    from blockstep.images.compare import compare
+
+    async def work() -> int:
+        async with (opened(ImageName(filename1, format1, image_opts, cache)) as one,
+                    opened(ImageName(filename2, format2, image_opts, cache, option="-F")) as two):
+            with shown("Comparing", bar, quiet) as progress:
+                result = await compare(one, two, strict, progress)
+        if not quiet:
+            print("\n".join(result.lines()))
+        return 0 if result.identical else 1
+
+    raise typer.Exit(run(work(), error_code=2))
+
+
+@img.command("convert")
+def convert_command(
+    filenames: Annotated[list[str] | None, typer.Argument(metavar="FILENAME... TARGET", help="The images, which are "
+                         "put one behind the other, and the new image.")] = None,
+    format: Format = None,
+    target_format: Annotated[str, typer.Option("-O", "--target-format", metavar="FMT", help="The new image's format.")]
+        = "raw",
+    image_opts: ImageOpts = False,
+    target_image_opts: Annotated[bool, typer.Option("--target-image-opts", help="The target is the options of a node; "
+                                 "needs -n.")] = False,
+    options: Options = None,
+    no_create: Annotated[bool, typer.Option("-n", "--no-create", help="Write into a target that exists.")] = False,
+    target_is_zero: Annotated[bool, typer.Option("--target-is-zero", help="With -n: the target reads as zeroes.")]
+        = False,
+    offload: Annotated[bool, typer.Option("-C", "--copy-range-offloading", help="Let the kernel copy between raw "
+                       "files, which may share their blocks; zeroes are not looked for.")] = False,
+    sparse: Annotated[str, typer.Option("-S", "--sparse-size", metavar="SIZE", help="So many zeroes become a hole; "
+                      "0: none do.")] = "4k",
+    cache: Cache = "writeback",
+    source_cache: SourceCache = "writeback",
+    rate: Annotated[str | None, typer.Option("-r", "--rate-limit", metavar="SIZE", help="Bytes a second.")] = None,
+    workers: Annotated[int, typer.Option("-m", "--parallel", metavar="N", help="Requests at a time, 1 to 16.")] = 8,
+    out_of_order: Annotated[bool, typer.Option("-W", "--oob", help="Taken, and of no effect: with -m 1 the target is "
+                            "written in order, else nearly so.")] = False,
+    bar: Bar = False,
+    quiet: Quiet = False,
+    share: Share = False,
+) -> None:
+    """Copy images into a new one, of any format.
+
+    The new image is there when it is complete and durable; until then its name is free, or is the old file's.
+    """
+    from blockstep.images.convert import Conversion, convert
+
+    async def work() -> None:
+        if _help_on_options(target_format, options):
+            return
+        if filenames is None or len(filenames) < 2:
+            raise OptionError("TARGET", None, "given, after the images that are copied")
+        if target_image_opts and not no_create:
+            raise OptionError("--target-image-opts", True, "given with -n")
+        sources = tuple(ImageName(name, format, image_opts, source_cache) for name in filenames[:-1])
+        target = ImageName(filenames[-1], target_format, target_image_opts, cache, option="-O")
+        conversion = Conversion(
+            sources, target, create=not no_create, options=_words(options), zeroed=target_is_zero,
+            sparse=parse_size(sparse, "-S"), offload=offload, workers=workers,
+            rate=0 if rate is None else parse_size(rate, "-r"))
+        with shown("Converting", bar, quiet) as progress:
+            await convert(conversion, progress)
+
+    run(work())
+
+
+@img.command("resize", context_settings={"ignore_unknown_options": True})
+def resize_command(
+    filename: Image,
+    size: Annotated[str, typer.Argument(metavar="[+|-]SIZE", help="The new length, or how much more or less.")],
+    format: Format = None,
+    image_opts: ImageOpts = False,
+    shrink: Annotated[bool, typer.Option("--shrink", help="Needed to make it smaller: what is beyond the end is lost.")]
+        = False,
+    preallocation: Annotated[Literal["off", "metadata", "falloc", "full"], typer.Option(help="Of what is added.")]
+        = "off",
+    quiet: Quiet = False,
+) -> None:
+    """Give an image another length. What is added reads as zeroes."""
+    from blockstep.images.resize import resize, wanted_size
+
+    async def work() -> None:
+        async with opened(ImageName(filename, format, image_opts), writable=True) as image:
+            await resize(image, wanted_size(size, image.length), shrink, preallocation)
+        if not quiet:
+            print("Image resized.")
+
+    run(work())
+
+
+@img.command("commit")
+def commit_command(
+    filename: Image,
+    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="Its format.")] = "qcow2",
+    image_opts: ImageOpts = False,
+    base: Annotated[str | None, typer.Option("-b", "--base", metavar="FILE", help="Merge down to this backing image; "
+                    "the images above it are left as they are.")] = None,
+    keep: Annotated[bool, typer.Option("-d", "--drop", help="Do not empty the image afterwards.")] = False,
+    cache: Cache = "writeback",
+    rate: Annotated[str | None, typer.Option("-r", "--rate-limit", metavar="SIZE", help="Bytes a second.")] = None,
+    bar: Bar = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge an image into its backing image, and empty it."""
+    from blockstep.images.commit import commit
+
+    async def work() -> None:
+        image = ImageName(filename, format, image_opts, cache)
+        with shown("Committing", bar, quiet) as progress:
+            await commit(image, base, keep, 0 if rate is None else parse_size(rate, "-r"), progress)
+        if not quiet:
+            print("Image committed.")
+
+    run(work())
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.add_typer(img)

@@ -1,0 +1,109 @@
+"""What the commands of ``blockstep img`` have in common: options, progress, and how they end.
+
+They exit as qemu-img's do: 1 for an error (``compare``: 2), where the other commands of blockstep exit with 3.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+
+from blockstep.errors import BlockstepError
+from blockstep.images.opened import CacheMode
+
+T = TypeVar("T")
+Output = Literal["human", "json"]
+
+_FORMAT = "raw, qcow2 or overlay; auto: what its content looks like."
+
+Format = Annotated[str | None, typer.Option("-f", "--format", metavar="FMT", help=f"The image's format: {_FORMAT}")]
+ImageOpts = Annotated[bool, typer.Option("--image-opts", help="Names of images are the options of nodes: driver=...")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
+Bar = Annotated[bool, typer.Option("-p", "--progress", help="Show the progress also where there is no terminal.")]
+Share = Annotated[bool, typer.Option("-U", "--force-share", help="Taken, and of no effect: a reader keeps nobody out, "
+                                     "and no writer keeps it out.")]
+Cache = Annotated[CacheMode, typer.Option("-t", "--cache", help="How the image that is written is cached; unsafe: "
+                                          "nothing is made durable.")]
+SourceCache = Annotated[CacheMode, typer.Option("-T", "--source-cache", help="How images that are read are cached.")]
+OutputFormat = Annotated[Output, typer.Option("--output", help="For people, or for programs.")]
+
+
+class Failed(Exception):
+    """The command has said all, and ends with this exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def run(work: Coroutine[Any, Any, T], error_code: int = 1) -> T:
+    """Do the work in an event loop. Errors are one line on standard error, and the exit code.
+
+    SIGTERM, SIGINT and SIGHUP cancel it: files that are not complete are taken away, as after an error.
+    """
+    caught: list[int] = []
+
+    async def until_told() -> T:
+        task = asyncio.ensure_future(work)
+        loop = asyncio.get_running_loop()
+
+        def told(number: int) -> None:
+            caught.append(number)
+            task.cancel()
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                loop.add_signal_handler(number, told, number)
+        return await task
+
+    try:
+        return asyncio.run(until_told())
+    except asyncio.CancelledError:
+        raise typer.Exit(128 + caught[0] if caught else 1) from None
+    except Failed as failed:
+        raise typer.Exit(failed.code) from None
+    except (BlockstepError, OSError) as error:
+        print(f"blockstep: {error}", file=sys.stderr)
+        raise typer.Exit(error_code) from None
+
+
+@contextmanager
+def shown(what: str, wanted: bool, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A function that is told (done, total) in bytes, and shows it.
+
+    On a terminal a bar on standard error; elsewhere, if ``wanted``, the lines of qemu-img on standard output.
+    """
+    if quiet:
+        yield lambda done, total: None
+    elif sys.stderr.isatty() and sys.stdout.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        with Progress("{task.description}", BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+                      TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+            bar = bars.add_task(what, total=None)
+            yield lambda done, total: bars.update(bar, completed=done, total=total)
+    elif wanted:
+        yield _Percent()
+        print()
+    else:
+        yield lambda done, total: None
+
+
+class _Percent:
+    """As qemu-img: a line that is written over, in steps of a percent."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        percent = 100.0 * done / total if total else 100.0
+        if percent >= self._next:
+            print(f"    ({percent:.2f}/100%)\r", end="", flush=True)
+            self._next = percent + 1.0 if percent < 99.0 else max(100.0, percent + 0.01)

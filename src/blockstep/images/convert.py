@@ -1,0 +1,159 @@
+"""Copy images, one after the other, into a new image or an existing one.
+
+    source 0 ─┐                 the target, through a window for each source
+    source 1 ─┼── BlockCopy ──► where a new image reads as zeroes anyway nothing is written
+    ...      ─┘
+
+A new target comes under its name when all of it is there and durable (`blockstep.images.files`). A target that
+exists (``create=False``) is written in place: who interrupts that leaves a mixture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import msgspec
+
+from blockstep.aio.pool import in_thread
+from blockstep.block.bitmap import Bitmap
+from blockstep.block.driver import ZEROES
+from blockstep.block.graph import Graph
+from blockstep.block.io import Backend
+from blockstep.block.permissions import READ, WRITE
+from blockstep.errors import OptionError
+from blockstep.images.compare import Progress, no_progress
+from blockstep.images.create import Creation
+from blockstep.images.files import made_anew
+from blockstep.images.opened import ImageName, opened
+from blockstep.jobs.block_copy import BlockCopy, Control, Pass
+from blockstep.jobs.pace import SpeedLimit
+from blockstep.units import KiB
+
+#: Most and least of ``sparse`` that qemu-img takes.
+SPARSE: Final = (512, 16 << 20)
+SPARSE_DEFAULT: Final = 4 * KiB
+_GRANULARITY: Final = 64 * KiB
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What to do. ``sparse``: so many bytes of zeroes become a hole; 0: none does, the target is fully allocated.
+
+    ``zeroed``: the target that exists reads as zeroes. ``offload``: let the kernel copy from file to file, where
+    zeroes are not looked for. ``rate``: bytes a second; 0: no limit.
+    """
+
+    sources: Sequence[ImageName]
+    target: ImageName
+    create: bool = True
+    options: Mapping[str, str] = field(default_factory=dict)
+    zeroed: bool = False
+    sparse: int = SPARSE_DEFAULT
+    offload: bool = False
+    workers: int = 8
+    rate: int = 0
+
+    def check(self) -> None:
+        """Raises OptionError for what makes no sense together."""
+        if self.sparse and (self.sparse % 512 or not SPARSE[0] <= self.sparse <= SPARSE[1]):
+            raise OptionError("-S", self.sparse, "0, or a multiple of 512 up to 16777216")
+        if self.offload and self.sparse != SPARSE_DEFAULT:
+            raise OptionError("-S", self.sparse, "left out with -C: the kernel copies without looking for zeroes")
+        if self.zeroed and self.create:
+            raise OptionError("--target-is-zero", True, "given with -n: a new image is zero anyway")
+        if not 1 <= self.workers <= 16:
+            raise OptionError("-m", self.workers, "from 1 to 16")
+        if self.options and not self.create:
+            raise OptionError("-o", dict(self.options), "left out with -n: no image is made")
+
+async def convert(conversion: Conversion, progress: Progress = no_progress) -> None:
+    """Do it. Raises OptionError and OSError; a new target is not there then, and neither after a cancellation."""
+    conversion.check()
+    graph = Graph()
+    async with AsyncExitStack() as stack:
+        sources = [await stack.enter_async_context(opened(source, graph=graph)) for source in conversion.sources]
+        total = sum(source.length for source in sources)
+        target = conversion.target
+        if conversion.create:
+            target = await stack.enter_async_context(_made(conversion, total))
+        done = _Progress(progress, total, conversion.rate)
+        async with opened(target, graph=graph, writable=True, **{"node-name": "target"}) as into:
+            if into.length < total:
+                raise OptionError("target", conversion.target.name, f"of at least {total} bytes, and not {into.length}")
+            start = 0
+            for source in sources:
+                await _copy(conversion, graph, source, into, start, done)
+                start += source.length
+        progress(total, total)
+
+
+@asynccontextmanager
+async def _made(conversion: Conversion, size: int) -> AsyncIterator[ImageName]:
+    target = conversion.target
+    if not target.is_file or target.format is None:
+        raise OptionError("-n", False, f"given: '{target.name}' cannot be made here, only written to")
+    wanted = await Creation(target.format, target.name, size, conversion.options).checked()
+    async with made_anew(target.name, durable=target.cache != "unsafe") as path:
+        await in_thread(msgspec.structs.replace(wanted, filename=path).create)
+        yield replace(target, name=path)
+
+
+class _Progress(Control):
+    """Counts for all sources together, and keeps to the rate."""
+
+    def __init__(self, progress: Progress, total: int, rate: int = 0) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+        self._limit = SpeedLimit(rate)
+        progress(0, total)
+
+    async def throttle(self, count: int) -> None:
+        loop = asyncio.get_running_loop()
+        delay = self._limit.wait(loop.time())
+        self._limit.charge(loop.time(), count)  # the next one waits for this one, too
+        await asyncio.sleep(delay)
+
+    def copied(self, count: int) -> None:
+        self._done += count
+        self._progress(self._done, self._total)
+
+
+class _FullCopy(BlockCopy):
+    """Writes all zeroes as data."""
+
+    async def _zero(self, offset: int, length: int) -> None:
+        for at in range(offset, offset + length, len(ZEROES)):
+            await self._write(at, ZEROES[:min(len(ZEROES), offset + length - at)])
+
+
+async def _copy(conversion: Conversion, graph: Graph, source: Backend, into: Backend, start: int,
+                control: Control) -> None:
+    length = source.length
+    if not length:
+        return
+    async with AsyncExitStack() as stack:
+        if len(conversion.sources) > 1:
+            window = await graph.open({"driver": "raw", "file": into.node.name, "offset": start, "size": length})
+            stack.push_async_callback(graph.close, window)
+            into = graph.attach_backend(window, "img", READ | WRITE)
+            stack.push_async_callback(graph.detach_backend, into)
+        todo = Bitmap(length, _GRANULARITY)
+        todo.set(0, length)
+        piece = _piece(conversion, into)
+        zero = (conversion.create or conversion.zeroed) and conversion.sparse
+        written = Bitmap(length, 1 << (piece.bit_length() - 1)) if zero else None
+        kind = BlockCopy if conversion.sparse else _FullCopy
+        engine = kind(source.edge, into.edge, (source, into), control, granularity=_GRANULARITY,
+                      workers=conversion.workers, detect_zeroes=bool(conversion.sparse),
+                      written=written, offload=conversion.offload, piece=piece or _GRANULARITY)
+        await engine.copy(Pass(todo))
+
+
+def _piece(conversion: Conversion, into: Backend) -> int:
+    """Zeroes within a cluster save nothing in formats that have clusters."""
+    if conversion.target.format == "raw" or not conversion.sparse:
+        return conversion.sparse
+    return max(conversion.sparse, into.node.cluster_size)

@@ -1,0 +1,129 @@
+"""New images: the options of qemu-img's ``-o`` to what the driver that makes the file wants."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from blockstep.aio.pool import in_thread
+from blockstep.drivers.create import CreateOptions
+from blockstep.errors import OptionError
+from blockstep.images.files import made_anew
+from blockstep.images.opened import FORMATS, ImageName, opened
+from blockstep.keyval import fit
+
+#: What qemu-img calls ``version``, and its values.
+_COMPAT: Final = {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}
+#: How it shows them.
+_SHOWN: Final = {"v2": "0.10", "v3": "1.1"}
+
+
+def creators() -> dict[str, type[msgspec.Struct]]:
+    """Format -> the options with which its files are made."""
+    kinds = {str(kind.__struct_config__.tag): kind for kind in CreateOptions.__args__}
+    drivers = {name: "file" if name == "raw" else name for name in FORMATS}
+    return {name: kinds[driver] for name, driver in drivers.items() if driver in kinds}
+
+
+@dataclass(frozen=True, slots=True)
+class Creation:
+    """What the user said of a new image. ``options``: words, as from ``-o``. ``backing`` is relative to the image."""
+
+    format: str
+    filename: str
+    size: int | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    backing: str | None = None
+    backing_format: str | None = None
+    unsafe: bool = False
+
+    async def checked(self) -> Any:
+        """The struct of `blockstep.drivers.create` for it; the backing image is looked at for its size.
+
+        Raises OptionError naming ``-f``, ``-b``, ``-F`` or the option of ``-o``, and OSError.
+        """
+        kinds = creators()
+        if self.format not in kinds:
+            raise OptionError("-f", self.format, "one of " + ", ".join(kinds))
+        kind = kinds[self.format]
+        given = dict(self._fields(_known(kind)))
+        if self.size is not None:
+            given["size"] = str(self.size)
+        backing = given.get("backing-file")
+        if backing is not None:
+            form = given.get("backing-fmt")
+            if form is None:
+                raise OptionError("-F", None, f"given: the format of the backing image '{backing}'")
+            if not self.unsafe or "size" not in given:
+                path = os.path.join(os.path.dirname(self.filename), backing)
+                async with opened(ImageName(path, form, option="-F")) as image:
+                    given.setdefault("size", str(image.length))
+        if "size" not in given:
+            raise OptionError("size", None, f"given: '{self.filename}' has no backing image to take it from")
+        words = {"driver": str(kind.__struct_config__.tag), "filename": self.filename, **given}
+        wanted: Any = fit(words, kind, "-o", words=True)
+        wanted.check()
+        return wanted
+
+    def _fields(self, known: set[str]) -> Iterator[tuple[str, str]]:
+        words = dict(self.options)
+        for option, word, value in (("-b", "backing_file", self.backing), ("-F", "backing_fmt", self.backing_format)):
+            if value is None:
+                continue
+            if word.replace("_", "-") not in known:
+                raise OptionError(option, value, f"left out: {self.format} images have no backing image")
+            words[word] = value
+        for word, value in words.items():
+            name = "version" if word == "compat" else word.replace("_", "-")
+            if name not in known:
+                shown = ", ".join(sorted(_word(one) for one in known))
+                raise OptionError("-o", word, f"an option of {self.format} images: {shown}")
+            if word == "compat":
+                if value not in _COMPAT:
+                    raise OptionError("-o compat", value, "0.10 (v2) or 1.1 (v3)")
+                value = _COMPAT[value]
+            yield name, value
+
+
+async def create(wanted: Any) -> None:
+    """Make the file; what was under its name stays until it is complete. Raises OSError that names it."""
+    async with made_anew(wanted.filename) as path:
+        await in_thread(msgspec.structs.replace(wanted, filename=path).create)
+
+
+def formatting(format: str, wanted: Any) -> str:
+    """The line that qemu-img prints: what is made."""
+    default = type(wanted)(filename="", size=0)
+    found = {}
+    for one in msgspec.structs.fields(wanted):
+        value = getattr(wanted, one.name)
+        if one.encode_name not in ("filename", "size") and (value != getattr(default, one.name)):
+            found[_word(one.encode_name)] = _SHOWN.get(value, value) if isinstance(value, str) else value
+    words = [f"Formatting '{wanted.filename}', fmt={format} size={wanted.size}"]
+    words += [f"{name}={'on' if value is True else 'off' if value is False else value}"
+              for name, value in found.items()]
+    return " ".join(words)
+
+
+def option_help(format: str) -> Iterator[str]:
+    """The options of a format, one a line."""
+    kind = creators()[format]
+    for one in msgspec.structs.fields(kind):
+        if one.encode_name not in _OWN:
+            meaning = getattr(msgspec.inspect.type_info(one.type), "extra_json_schema", None) or {}
+            yield f"  {_word(one.encode_name) + '=<value>':<22} - {meaning.get('description', '')}".rstrip(" -")
+
+
+_OWN: Final = {"filename", "file"}
+
+
+def _known(kind: type[msgspec.Struct]) -> set[str]:
+    return {one.encode_name for one in msgspec.structs.fields(kind)} - _OWN
+
+
+def _word(field: str) -> str:
+    return "compat" if field == "version" else field.replace("-", "_")

@@ -1,0 +1,65 @@
+"""Files that come under their names when they are complete.
+
+    .NAME.PID.part ──made, filled, synced──► NAME
+
+Who is interrupted leaves nothing under the name: what was there before stays until the new file takes its place, in
+one step. A process that is killed leaves the ``.part`` file, and nothing refers to it. A file that somebody else writes
+to is not replaced under him (EBUSY), a replaced file keeps its mode, and a symbolic link stays one.
+
+A block device, or anything else that is no regular file, is written in its place.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from blockstep.aio.pool import in_thread
+from blockstep.aio.posix import OpenFile
+
+
+@asynccontextmanager
+async def made_anew(filename: str, durable: bool = True) -> AsyncIterator[str]:
+    """The path at which to make ``filename``. After the section it has its name; after an exception it is gone."""
+    final = os.path.realpath(filename)
+    old = await in_thread(_hold, final)
+    try:
+        if old is None and os.path.exists(final):
+            yield final
+            return
+        directory, name = os.path.split(final)
+        part = os.path.join(directory, f".{name}.{os.getpid()}.part")
+        try:
+            yield part
+            await in_thread(_finish, part, final, old, durable)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(part)
+            raise
+    finally:
+        if old is not None:
+            old.close()
+
+
+def _hold(final: str) -> OpenFile | None:
+    """The regular file that is to be replaced, locked; None: there is none."""
+    try:
+        if not stat.S_ISREG(os.stat(final).st_mode):
+            return None
+    except FileNotFoundError:
+        return None
+    return OpenFile(final, writable=True)
+
+
+def _finish(part: str, final: str, old: OpenFile | None, durable: bool) -> None:
+    if old is not None:
+        os.chmod(part, stat.S_IMODE(os.fstat(old.fd).st_mode))
+    os.rename(part, final)
+    if durable:
+        directory = os.open(os.path.dirname(final), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)

@@ -1,0 +1,119 @@
+"""What the user calls an image, as a node of a graph and a user of it.
+
+    name                         is
+    PATH                         a regular file or a block device
+    nbd://..., nbd+unix://...    an export
+    json:{...}, --image-opts     the options of a node, as the drivers' pages have them; then there is no format
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from blockstep.aio.pool import in_thread
+from blockstep.block.graph import Graph
+from blockstep.block.io import Backend
+from blockstep.block.permissions import READ, RESIZE, WRITE
+from blockstep.errors import OptionError
+from blockstep.keyval import is_json, parse
+
+#: How images are cached, as people who come from QEMU say it. A command makes all durable at its end, so that
+#: writethrough differs from writeback by nothing that could be seen.
+CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
+#: The formats that an image can have, and ``auto``: look at its content.
+FORMATS: Final = ("raw", "qcow2", "overlay")
+AUTO: Final = "auto"
+
+#: Beginnings of files -> format.
+_MAGIC: Final = {b"QFI\xfb": "qcow2", b"BLKSTPOV": "overlay"}
+_URI: Final = ("nbd:", "nbds:", "nbd+unix:", "nbds+unix:")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageName:
+    """What the user said of one image. ``option`` is how its format is given, for errors."""
+
+    name: str
+    format: str | None = None
+    image_opts: bool = False
+    cache: CacheMode = "writeback"
+    option: str = "-f"
+
+    @property
+    def is_options(self) -> bool:
+        """Whether ``name`` is the options of a node."""
+        return self.image_opts or is_json(self.name)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether ``name`` is a path."""
+        return not self.is_options and not self.name.startswith(_URI)
+
+    async def format_known(self) -> str:
+        """The format: the one that was given, or with ``auto`` the one that the content looks like.
+
+        Raises OptionError if none was given, or one that does not exist; OSError if the file cannot be read.
+        """
+        if self.format == AUTO:
+            return await in_thread(probe, self.name) if self.is_file else "raw"
+        if self.format not in FORMATS:
+            known = f"one of {', '.join(FORMATS)}, or {AUTO}: what '{self.name}' looks like"
+            raise OptionError(self.option, self.format, known if self.format else f"given: {known}")
+        return self.format
+
+    async def node_options(self, writable: bool = False) -> dict[str, Any]:
+        """The options of its node."""
+        options: dict[str, Any]
+        if self.is_options:
+            options = parse(self.name, "--image-opts", implied=None)
+            if not options:
+                raise OptionError("--image-opts", self.name, "the options of a node: driver=...")
+        else:
+            kind = await self.format_known()
+            place = ({"driver": "file", "filename": self.name} if self.is_file else
+                     {"driver": "nbd", "uri": self.name})
+            options = {**place} if kind == "raw" else {"driver": kind, "file": place}
+        cache = {"direct": self.cache in ("none", "directsync"), "no-flush": self.cache == "unsafe"}
+        if any(cache.values()):
+            options.setdefault("cache", {name: value for name, value in cache.items() if value})
+        options.setdefault("read-only", not writable)
+        if writable:
+            options.setdefault("discard", "unmap")
+        return options
+
+
+def probe(filename: str) -> str:
+    """The format that a file looks like. What looks like none is raw. Raises OSError."""
+    with open(filename, "rb", buffering=0) as file:
+        begin = file.read(max(map(len, _MAGIC)))
+    return next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), "raw")
+
+
+@asynccontextmanager
+async def opened(image: ImageName, *, writable: bool = False, graph: Graph | None = None,
+                 **more: Any) -> AsyncIterator[Backend]:
+    """The image, open inside the section, in ``graph`` or one of its own. ``more``: further options of its node.
+
+    After a section that wrote and went well, everything is durable (unless the cache mode is unsafe). Raises
+    OptionError and OSError, as the driver does, naming the file.
+    """
+    from blockstep import drivers  # noqa: F401  registers them; not needed to show help
+
+    graph = graph if graph is not None else Graph()
+    options = await image.node_options(writable)
+    node = await graph.open({**options, **more}, strict=not image.is_options)
+    try:
+        taken = READ | WRITE | RESIZE if writable else READ
+        backend = graph.attach_backend(node, "img", taken)
+        try:
+            yield backend
+            if writable:
+                await backend.flush()
+        finally:
+            await graph.detach_backend(backend)
+    finally:
+        if graph.nodes.get(node.name) is node:
+            await graph.close(node)
