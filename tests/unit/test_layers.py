@@ -35,8 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "picture": BASE | {"block"},
     "shell": BASE | {"qmp"},
     "qmp": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory"},
-    "daemon": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp"},
-    "testing": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp", "daemon"},
+    "daemon": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "images", "qmp"},
+    "testing": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "images", "qmp",
+                "daemon"},
     "cli": BASE | {"block", "drivers", "jobs", "nbd", "replication", "inventory", "qmp", "daemon", "images", "picture",
             "shell", "testing"},
 }

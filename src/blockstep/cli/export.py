@@ -1,4 +1,4 @@
-"""``blockstep export``: serve one raw file or block device over NBD."""
+"""``blockstep export``: serve one image over NBD."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from blockstep.cli.options import Listen, Socket, parse_served
 
 
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The raw file or block device.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The image: a file or block device.")],
+    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="raw, qcow2 or overlay; auto: what its "
+                                        "content looks like, which the disk's user can change if it is raw.")] = "raw",
     name: Annotated[str, typer.Option("--name", help="The export's name.")] = "",
     socket: Socket = None,
     listen: Listen = None,
@@ -25,7 +27,7 @@ def export(
     tls_verify_peer: Annotated[bool, typer.Option(help="Clients must have a certificate of the same CA.")] = False,
     max_connections: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
 ) -> None:
-    """Serve a raw file or block device over NBD, until SIGTERM or SIGINT.
+    """Serve an image over NBD, until SIGTERM or SIGINT; then close it.
 
     Listens where --socket or --listen say, or on the sockets that systemd passes, or else on a socket
     in the runtime directory.
@@ -34,7 +36,7 @@ def export(
     from blockstep.daemon.export import ExportConfig, main
 
     config = ExportConfig(
-        path=file, name=name, address=parse_served(socket, listen, "export.nbd"), read_only=read_only,
+        path=file, format=format, name=name, address=parse_served(socket, listen, "export.nbd"), read_only=read_only,
         direct=cache == "none", discard=discard, tls=tls, tls_certificates=tls_certificates,
         tls_verify_peer=tls_verify_peer, max_connections=max_connections, given=bool(socket or listen))
     run(main(config, lambda uris: typer.echo("\n".join(uris))))

@@ -1,7 +1,8 @@
-"""``blockstep export``: one raw file or block device over NBD; what qemu-nbd does for one."""
+"""``blockstep export``: one image, raw or of another format, over NBD; what qemu-nbd does for one."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from blockstep.block.graph import Graph
 from blockstep.block.permissions import NONE, READ, WRITE
 from blockstep.daemon.disks import serve, uris
 from blockstep.daemon.service import Service
+from blockstep.images.opened import ImageName
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server
 from blockstep.nbd.tls import server_context
@@ -24,6 +26,7 @@ class ExportConfig:
     path: Path
     name: str
     address: Address
+    format: str = "raw"
     read_only: bool = False
     direct: bool = False
     discard: Literal["unmap", "ignore"] = "unmap"
@@ -35,16 +38,17 @@ class ExportConfig:
 
 
 async def main(config: ExportConfig, ready: Callable[[list[str]], None]) -> None:
-    """Serve until SIGTERM or SIGINT; then finish what is in flight, flush, and close.
+    """Serve until SIGTERM or SIGINT; then finish what is in flight, flush, and close the image.
 
-    ``ready`` gets the URIs once clients can connect. Raises OptionError or OSError if it cannot serve.
+    An image of a format that says whether it was closed in good order says so then. ``ready`` gets the URIs once clients can connect. Raises OptionError or OSError if it cannot serve.
     """
     tls = server_context(config.tls_certificates or "", config.tls_verify_peer) if config.tls != "off" else None
     service = Service(None)
     graph = Graph()
-    node = await graph.open({
-        "driver": "file", "node-name": "disk", "filename": str(config.path), "read-only": config.read_only,
-        "discard": config.discard, "cache": {"direct": config.direct}})
+    image = ImageName(os.path.abspath(config.path), config.format, cache="none" if config.direct else "writeback",
+                      option="--format")
+    options = await image.node_options(writable=not config.read_only)
+    node = await graph.open({**options, "node-name": "disk", "discard": config.discard})
     backend = graph.attach_backend(node, "export", READ | (NONE if config.read_only else WRITE))
     server = Server(tls=config.tls, tls_context=tls, max_connections=config.max_connections)
     try:
