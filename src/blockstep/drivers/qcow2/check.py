@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Final
 
@@ -145,6 +145,8 @@ class Checker:
         self.blocks: Final[dict[int, int]] = {}  #: number of a refcount block -> its offset
         #: The refcount table and its blocks cannot be used: they are damaged, or lie where something else does.
         self.rebuild = False
+        #: (cluster, how many) of the refcount table and of each block, where nothing else is.
+        self.refcount_clusters: list[tuple[int, int]] = []
         self.bitmaps_broken = False
         #: The snapshots whose L1 tables can be read; not all, if `snapshots_broken`.
         self.snapshots: list[Snapshot] = []
@@ -228,15 +230,15 @@ class Checker:
         if not header.snapshot_count:
             return
         room = min(MOST_SNAPSHOT_TABLE, max(0, self._length - header.snapshots_offset))
+        data = self._prefix(header.snapshots_offset, room)
         try:
-            found, size = parse_snapshots(header, self._prefix(header.snapshots_offset, room))
+            found, size = parse_snapshots(header, data)
         except ImageError as error:
             self._corrupt(f"snapshot table: {error}")
             self.snapshots_broken = True
-            return
+            found, size = self._first_snapshots(data)
         if not self._metadata_run(header.snapshots_offset, self._clusters(size), "snapshot table"):
             self.snapshots_broken = True
-            return
         if sum(each.l1_size for each in found) * 8 > MOST_SNAPSHOT_L1:
             raise ImageError("snapshot l1_size", sum(each.l1_size for each in found),
                              f"at most {MOST_SNAPSHOT_L1 // 8} in all snapshots together")
@@ -249,6 +251,19 @@ class Checker:
                 self.snapshots.append(each)
             else:
                 self.snapshots_broken = True
+
+    def _first_snapshots(self, data: bytes) -> tuple[list[Snapshot], int]:
+        """The snapshots before the first that is wrong."""
+        good, bad = 0, self.header.snapshot_count
+        best: tuple[list[Snapshot], int] = [], 0
+        while good + 1 < bad:
+            middle = (good + bad) // 2
+            try:
+                best = parse_snapshots(replace(self.header, snapshot_count=middle), data)
+                good = middle
+            except ImageError:
+                bad = middle
+        return best
 
     def _prefix(self, offset: int, room: int) -> bytes:
         """A table of unknown size: as much of it as there may be, read in growing steps until it parses."""
@@ -527,10 +542,12 @@ class Checker:
 
     def _refcount_structures(self) -> None:
         header = self.header
-        if not self._metadata_run(header.refcount_table_offset, header.refcount_table_clusters, "refcount table"):
-            self.rebuild = True
-        for number, offset in self.blocks.items():
-            if not self._metadata_run(offset, 1, f"refcount block {number}"):
+        parts = [(header.refcount_table_offset, header.refcount_table_clusters, "refcount table")]
+        parts += [(offset, 1, f"refcount block {number}") for number, offset in self.blocks.items()]
+        for offset, count, what in parts:
+            if self._metadata_run(offset, count, what):
+                self.refcount_clusters.append((offset >> header.cluster_bits, count))
+            else:
                 self.rebuild = True
 
     def _compare(self) -> None:

@@ -1,0 +1,175 @@
+"""The check of qcow2 images beside that of qemu-img."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blockstep.drivers.qcow2.format import (
+    COMPRESSED,
+    COPIED,
+    OFFSET,
+    Header,
+    parse_header,
+)
+from tests.peers import need, run
+from tests.unit.drivers.qcow2.images import KINDS, make, our_check, our_repair, qemu_check
+
+pytestmark = pytest.mark.interop
+
+
+@pytest.fixture(autouse=True)
+def _qemu() -> None:
+    need("qemu-img", "qemu-io")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_good_image_gives_the_numbers_of_qemu_img(tmp_path: Path, kind: str) -> None:
+    image = make(tmp_path / "image", kind)
+    assert our_check(image).as_json(str(image)) == qemu_check(image)
+
+
+class Damage:
+    """An image whose tables can be changed by hand."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.data = path, bytearray(path.read_bytes())
+        self.header: Header = parse_header(bytes(self.data[:1 << 21]))
+
+    def u64(self, at: int) -> int:
+        return int.from_bytes(self.data[at:at + 8], "big")
+
+    def put(self, at: int, value: int, size: int = 8) -> None:
+        self.data[at:at + size] = value.to_bytes(size, "big")
+
+    @property
+    def l1(self) -> int:
+        """Where the entry of the first L2 table is."""
+        return self.header.l1_table_offset
+
+    @property
+    def l2(self) -> int:
+        return self.u64(self.l1) & OFFSET
+
+    def entry(self, wanted: Callable[[int], bool]) -> int:
+        """Where the first such entry of the first L2 table is."""
+        step = 16 if self.header.extended_l2 else 8
+        return next(at for at in range(self.l2, self.l2 + self.header.cluster_size, step) if wanted(self.u64(at)))
+
+    @property
+    def exclusive(self) -> int:
+        return self.entry(lambda entry: bool(entry & COPIED))
+
+    @property
+    def block(self) -> int:
+        """Where the first refcount block is."""
+        return self.u64(self.header.refcount_table_offset)
+
+    def refcount(self, cluster: int, value: int) -> None:
+        assert self.header.refcount_order == 4
+        self.put(self.block + 2 * cluster, value, 2)
+
+    @property
+    def snapshot(self) -> int:
+        return self.header.snapshots_offset
+
+    def save(self) -> None:
+        self.path.write_bytes(self.data)
+
+
+def _overlap(image: Damage) -> None:
+    image.put(image.exclusive, image.header.l1_table_offset | COPIED)
+
+
+def _l2_over_refcount_block(image: Damage) -> None:
+    image.put(image.l1, image.block | COPIED)
+
+
+def _twice(image: Damage) -> None:
+    at = image.exclusive
+    image.put(at + (16 if image.header.extended_l2 else 8), image.u64(at))
+
+
+DAMAGES: dict[str, Callable[[Damage], object]] = {
+    "refcount too low": lambda image: image.refcount((image.u64(image.exclusive) & OFFSET) >> 16, 0),
+    "refcount too high": lambda image: image.refcount((image.u64(image.exclusive) & OFFSET) >> 16, 7),
+    "leak": lambda image: image.refcount(len(image.data) // 65536 - 1, 9),
+    "leaked cluster": lambda image: (image.data.extend(bytes(65536)), image.refcount(len(image.data) // 65536 - 1, 1)),
+    "all refcounts gone": lambda image: image.data.__setitem__(slice(image.block, image.block + 65536), bytes(65536)),
+    "refcount of the header": lambda image: image.refcount(0, 0),
+    "not marked as exclusive": lambda image: image.put(image.exclusive, image.u64(image.exclusive) & ~COPIED),
+    "marked as exclusive": lambda image: image.put(
+        image.entry(lambda entry: 0 < entry < COMPRESSED and entry != 1), image.u64(
+            image.entry(lambda entry: 0 < entry < COMPRESSED and entry != 1)) | COPIED),
+    "L1 entry not marked": lambda image: image.put(image.l1, image.u64(image.l1) & ~COPIED),
+    "L1 entry reserved": lambda image: image.put(image.l1, image.u64(image.l1) | 2),
+    "L1 entry unaligned": lambda image: image.put(image.l1, image.u64(image.l1) | 512),
+    "L1 entry outside": lambda image: image.put(image.l1, 1 << 40 | COPIED),
+    "L1 entry over the header": lambda image: image.put(image.l1, COPIED),
+    "L2 table over a refcount block": _l2_over_refcount_block,
+    "L2 entry reserved": lambda image: image.put(image.exclusive, image.u64(image.exclusive) | 16),
+    "L2 entry unaligned": lambda image: image.put(image.exclusive, image.u64(image.exclusive) + 512),
+    "L2 entry outside": lambda image: image.put(image.exclusive, 1 << 44 | COPIED),
+    "L2 entry without an offset": lambda image: image.put(image.exclusive, COPIED),
+    "data over the L1 table": _overlap,
+    "one cluster twice": _twice,
+    "compressed outside": lambda image: image.put(
+        image.entry(lambda entry: bool(entry & COMPRESSED)), COMPRESSED | 1 << 45),
+    "compressed and exclusive": lambda image: image.put(
+        image.entry(lambda entry: bool(entry & COMPRESSED)),
+        image.u64(image.entry(lambda entry: bool(entry & COMPRESSED))) | COPIED),
+    "refcount block unaligned": lambda image: image.put(image.header.refcount_table_offset, image.block + 512),
+    "refcount block outside": lambda image: image.put(image.header.refcount_table_offset, 1 << 42),
+    "refcount block not there": lambda image: image.put(image.header.refcount_table_offset, 0),
+    "refcount block twice": lambda image: image.put(image.header.refcount_table_offset + 8, image.block),
+    "refcount block over data": lambda image: image.put(
+        image.header.refcount_table_offset, image.u64(image.exclusive) & OFFSET),
+    "snapshot's L1 table outside": lambda image: image.put(image.snapshot, 1 << 40),
+    "snapshot's L1 table unaligned": lambda image: image.put(image.snapshot, image.u64(image.snapshot) + 512),
+    "snapshot's L1 table over the active one": lambda image: image.put(image.snapshot, image.l1),
+    "snapshot with too much extra data": lambda image: image.put(image.snapshot + 36, 1 << 30, 4),
+    "snapshots that are not there": lambda image: image.put(60, 500, 4),
+    "bitmap directory outside": lambda image: image.data.__setitem__(
+        slice(image.data.index(b"\x23\x85\x28\x75") + 24, image.data.index(b"\x23\x85\x28\x75") + 32),
+        (1 << 40).to_bytes(8, "big")),
+    "truncated": lambda image: image.data.__delitem__(slice(len(image.data) * 2 // 3, None)),
+    "truncated a little": lambda image: image.data.__delitem__(slice(len(image.data) - 70000, None)),
+    "truncated much": lambda image: image.data.__delitem__(slice(len(image.data) // 3 + 1, None)),
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    need("qemu-img", "qemu-io")
+    directory = tmp_path_factory.mktemp("images")
+    return {kind: make(directory / kind, kind) for kind in ("default", "subclusters")}
+
+
+@pytest.mark.parametrize("kind", ["default", "subclusters"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_and_repaired(tmp_path: Path, images: dict[str, Path], kind: str, damage: str) -> None:
+    path = tmp_path / "image"
+    shutil.copy(images[kind], path)
+    image = Damage(path)
+    DAMAGES[damage](image)
+    image.save()
+    theirs = qemu_check(path)
+    ours = our_check(path)
+    if theirs is None or theirs.get("corruptions") or theirs["check-errors"]:
+        assert ours.corruptions
+    elif theirs.get("leaks"):
+        assert ours.leaks
+    assert not ours.clean
+    repaired = our_repair(path, "all")
+    assert repaired.clean
+    assert repaired.corruptions_fixed == ours.corruptions
+    assert repaired.leaks_fixed == ours.leaks
+    again = qemu_check(path)
+    assert again is not None
+    assert not again.get("corruptions")
+    assert not again.get("leaks")
+    assert not again["check-errors"]
+    run("qemu-img", "convert", "-O", "raw", str(path), str(tmp_path / "raw"))
