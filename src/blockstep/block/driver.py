@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
 
 from blockstep.aio.inline import submit
-from blockstep.block.node import Child, Node, NodeOptions
+from blockstep.block.node import Child, Node, NodeOptions, NodeRef
+from blockstep.block.permissions import Role
 from blockstep.errors import OptionError
 
 Buffer = bytes | bytearray | memoryview
@@ -84,6 +85,13 @@ class Driver(Node):
     cluster_size: int = 65536
     #: The node's size in bytes. Changes only in `truncate` (or a child's).
     length: int = 0
+
+    async def implied_children(self) -> Sequence[tuple[str, Role, NodeRef]]:
+        """Children that an image itself names, to be opened like those of the options: (child name, role, options).
+
+        Asked before `open`, when the children that the options name are attached and open.
+        """
+        return ()
 
     async def open(self) -> None:
         """Get hold of the storage. The children are attached and open. Sets `length`.

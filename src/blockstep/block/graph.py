@@ -32,6 +32,8 @@ from blockstep.errors import GraphError, NodeNotFound, OptionError
 
 #: What a file says that is there and must not be written to.
 _CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS}
+#: Images that name each other as backing files: more are taken for a mistake.
+_LONGEST_CHAIN = 100
 
 
 class Graph:
@@ -67,7 +69,8 @@ class Graph:
             raise NodeNotFound(name) from None
 
     async def open(
-        self, options: Mapping[str, Any] | NodeOptions, *, owned: bool = True, strict: bool = True
+        self, options: Mapping[str, Any] | NodeOptions, *, owned: bool = True, strict: bool = True,
+        _implied: tuple[NodeRef, ...] = ()
     ) -> Driver:
         """Open a node, and those of its children that are given as options.
 
@@ -88,17 +91,12 @@ class Graph:
         self.nodes[name] = node  # the name is taken from here on, whatever is opened meanwhile
         try:
             for child_name, role, ref in child_references(driver, checked):
-                if isinstance(ref, str):
-                    child = self.find(ref)
-                else:
-                    child = await self.open(child_options(checked, role, ref), owned=False, strict=strict)
-                    child.given = given_names(ref)
-                try:
-                    with self.change() as change:
-                        change.attach(node, child_name, role, child)
-                except BaseException:
-                    await self.close_unused(child)
-                    raise
+                await self._open_child(node, child_name, role, ref, strict, _implied)
+            for child_name, role, ref in await node.implied_children():
+                if ref in _implied or len(_implied) >= _LONGEST_CHAIN:
+                    raise OptionError(child_name, ref, f"at the end of a chain of at most {_LONGEST_CHAIN} images, "
+                                                       "none of which comes twice")
+                await self._open_child(node, child_name, role, ref, strict, (*_implied, ref))
             await _open(node)
         except BaseException:
             del self.nodes[name]
@@ -106,6 +104,21 @@ class Graph:
             raise
         node.owned = owned
         return node
+
+    async def _open_child(self, node: Driver, name: str, role: Role, ref: NodeRef, strict: bool,
+                          implied: tuple[NodeRef, ...]) -> None:
+        if isinstance(ref, str):
+            child = self.find(ref)
+        else:
+            child = await self.open(child_options(node.options, role, ref), owned=False, strict=strict,
+                                    _implied=implied)
+            child.given = given_names(ref)
+        try:
+            with self.change() as change:
+                change.attach(node, name, role, child)
+        except BaseException:
+            await self.close_unused(child)
+            raise
 
     async def close(self, node: Driver) -> None:
         """Close a node that nobody uses, and those below that only it used. Raises GraphError if it is in use."""
@@ -316,7 +329,7 @@ def child_references(driver: type[Driver], options: NodeOptions) -> Iterator[tup
         ref: NodeRef | list[NodeRef] | None = getattr(options, field)
         if isinstance(ref, list):
             yield from ((f"{field}.{index}", role, item) for index, item in enumerate(ref))
-        elif ref is not None:
+        elif ref is not None and ref != {}:  # {}: as the node itself says, `Node.implied_children`
             yield field, role, ref
 
 

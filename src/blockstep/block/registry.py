@@ -21,7 +21,6 @@ _drivers: dict[str, type[Driver]] = {}
 
 #: Drivers that people who come from QEMU ask for -> what there is for them.
 _INSTEAD: Final = {
-    "qcow2": "qcow2 images cannot be used yet; an overlay keeps what was written over a backing node, too",
     "host_cdrom": "a drive is a block device, opened by 'host_device' with read-only",
     "snapshot-access": "a backup job with sync=none exposes a snapshot through its target",
     "copy-on-read": "a mirror job copies all of a disk while it is used",

@@ -1,0 +1,59 @@
+"""Compressed clusters: deflate without a header and a window of 4 KiB, or zstd where Python can do that.
+
+Nothing is unpacked beyond a cluster's length, whatever the data says.
+"""
+
+from __future__ import annotations
+
+import importlib
+import zlib
+from typing import Any, Final
+
+from blockstep.drivers.qcow2.format import COMPRESSION_NAMES, ZLIB, ZSTD
+from blockstep.drivers.qcow2.refcounts import broken
+from blockstep.errors import ImageError
+
+#: Of deflate: the logarithm of the window, negative for data without a header.
+_WINDOW: Final = -12
+
+
+def check_compression(kind: int) -> None:
+    """Raises ImageError if compressed clusters of that kind cannot be read here."""
+    if kind == ZSTD and _zstd() is None:
+        raise ImageError("compression_type", COMPRESSION_NAMES[kind],
+                         "zlib, where Python has no zstd (3.14 has; else the package 'zstandard' brings it)")
+
+
+def decompress(kind: int, data: bytes, size: int) -> bytes:
+    """The cluster of ``size`` bytes that ``data`` begins with. Raises OSError (EIO) if there is none."""
+    try:
+        unpacked = zlib.decompressobj(_WINDOW).decompress(data, size) if kind == ZLIB else _unpack_zstd(data, size)
+    except Exception as error:  # the packages have an error class of their own each
+        raise broken(f"a compressed cluster cannot be unpacked: {error}") from error
+    if len(unpacked) != size:
+        raise broken(f"a compressed cluster has {len(unpacked)} bytes")
+    return unpacked
+
+
+def compress(data: bytes) -> bytes | None:
+    """``data``, a cluster, as deflate; None if it becomes no shorter."""
+    packer = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, _WINDOW)
+    packed = packer.compress(data) + packer.flush()
+    return packed if len(packed) < len(data) else None
+
+
+def _zstd() -> Any:
+    for name in ("compression.zstd", "zstandard"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    return None
+
+
+def _unpack_zstd(data: bytes, size: int) -> bytes:
+    module = _zstd()
+    if module.__name__ == "zstandard":
+        with module.ZstdDecompressor(max_window_size=1 << 23).stream_reader(data, read_across_frames=False) as reader:
+            return bytes(reader.read(size))
+    return bytes(module.ZstdDecompressor().decompress(data, size))

@@ -1,0 +1,238 @@
+"""Where the disk's clusters are: the L1 table, and a cache of L2 tables.
+
+All tables are kept decoded, an L2 table under its index in the L1 table. Those that changed stay until they are saved;
+of the others the oldest go when there are more than the cache holds. **Nobody keeps a table across a wait**: it may
+have gone meanwhile, and a change of it would be lost. So a change is: `own`, then at once `change`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from typing import Final, NamedTuple
+
+from blockstep.block.node import Child
+from blockstep.drivers.qcow2.format import (
+    COMPRESSED,
+    COPIED,
+    L1_RESERVED,
+    L2_RESERVED,
+    OFFSET,
+    ZERO,
+    Header,
+    Subclusters,
+    compressed_place,
+    decode_table,
+    encode_table,
+)
+from blockstep.drivers.qcow2.refcounts import Refcounts, broken, read_file
+
+#: Entries of 8 bytes in a sector: the least that is written of a table.
+_UNIT: Final = 64
+
+
+class Kind(Enum):
+    """What a run of the disk is."""
+
+    DATA = "data"  #: at `Run.host`
+    ZERO = "zero"
+    PACKED = "packed"  #: compressed; `Run.host` is its L2 entry
+    BELOW = "below"  #: the backing node's, or zeroes
+
+
+class Run(NamedTuple):
+    """Neighbouring bytes of one kind; those of DATA are neighbours in the file as well."""
+
+    kind: Kind
+    host: int
+    length: int
+
+
+class Tables:
+    """L1 and L2 of the disk. ``save`` is called when too many tables wait for being saved."""
+
+    def __init__(self, file: Child, header: Header, refcounts: Refcounts, most: int,
+                 save: Callable[[], Awaitable[None]]) -> None:
+        self._file, self._refcounts, self._most, self._save = file, refcounts, max(4, most), save
+        self.bits = header.cluster_bits
+        self.l2_shift = header.cluster_bits + header.l2_bits
+        self.mask = (1 << header.l2_bits) - 1
+        self._version = header.version
+        self._extended = header.extended_l2
+        self.l1: array[int] = array("Q")
+        self.l1_offset = header.l1_table_offset
+        self._l1_size = header.l1_size
+        self.l1_dirty: set[int] = set()
+        self.l2: dict[int, array[int]] = {}
+        self.dirty: dict[int, tuple[int, int]] = {}  #: of L2 tables: the items that changed, [first, end)
+        self._loading = asyncio.Lock()
+        self._owning = asyncio.Lock()
+        #: Bits that the entry of a cluster with plain data does not have: see the hot paths.
+        self.odd = COMPRESSED | L2_RESERVED | ZERO | ((1 << self.bits) - 1)
+
+    async def open(self) -> None:
+        """Load the L1 table."""
+        self.l1 = decode_table(await read_file(self._file, self.l1_offset, self._l1_size * 8))
+
+    async def table(self, index: int) -> array[int] | None:
+        """An L2 table; None: there is none, nothing is allocated."""
+        table = self.l2.get(index)
+        if table is not None or not self.l1[index]:
+            return table
+        async with self._loading:
+            while True:
+                table = self.l2.get(index)
+                entry = self.l1[index]
+                if table is not None or not entry:
+                    return table
+                offset = entry & OFFSET
+                if offset & ((1 << self.bits) - 1) or entry & L1_RESERVED or not (
+                        0 < offset < self._refcounts.file_length):
+                    raise broken(f"L2 table {index} is said to be at {entry:#x}")
+                while len(self.l2) >= self._most:
+                    clean = next((each for each in self.l2 if each not in self.dirty), None)
+                    if clean is None:
+                        await self._save()
+                    else:
+                        del self.l2[clean]
+                loaded = decode_table(await read_file(self._file, offset, 1 << self.bits))
+                if self.l1[index] == entry and index not in self.l2:
+                    self.l2[index] = loaded
+
+    async def own(self, index: int) -> array[int]:
+        """The L2 table, in memory now and in a place of its own, so that it may be changed before the next wait."""
+        while True:
+            if self.l1[index] & COPIED:
+                table = self.l2.get(index) or await self.table(index)
+                if self.l1[index] & COPIED and index in self.l2:
+                    return self.l2[index]
+                continue
+            async with self._owning:
+                if self.l1[index] & COPIED:
+                    continue
+                table = await self.table(index)  # if it is shared: nobody changes it meanwhile, it is not ours
+                offset, _, _ = await self._refcounts.allocate(1)
+                old = self.l1[index]
+                if table is None:
+                    self.l2[index] = table = array("Q", bytes(1 << self.bits))
+                self.l2.setdefault(index, table)
+                self.l1[index] = offset | COPIED
+                self.l1_dirty.add(index)
+                self.dirty[index] = (0, len(table))
+                if old:
+                    self._refcounts.retired.append((old & OFFSET) >> self.bits)
+
+    def change(self, index: int, first: int, entries: array[int] | list[int]) -> None:
+        """Put entries into a table that `own` has just returned; what the old ones referred to is retired."""
+        table = self.l2[index]
+        for at, entry in enumerate(entries, first):
+            old = table[at]
+            if old and (old ^ entry) & (OFFSET | COMPRESSED):
+                self._retire(old)
+            table[at] = entry
+        end = first + len(entries)
+        was = self.dirty.get(index)
+        self.dirty[index] = (first, end) if was is None else (min(first, was[0]), max(end, was[1]))
+
+    def _retire(self, entry: int) -> None:
+        self._refcounts.retired.extend(clusters_of(entry, self.bits))
+
+    def dirty_bytes(self, index: int) -> tuple[int, bytes]:
+        """Where in the file, and what, is to be written of an L2 table that changed."""
+        first, end = self.dirty[index]
+        first, end = first // _UNIT * _UNIT, -(-end // _UNIT) * _UNIT
+        return (self.l1[index] & OFFSET) + first * 8, encode_table(self.l2[index][first:end])
+
+    def l1_bytes(self) -> list[tuple[int, bytes]]:
+        """What is to be written of the L1 table."""
+        pieces = []
+        for unit in sorted({index // _UNIT for index in self.l1_dirty}):
+            data = encode_table(self.l1[unit * _UNIT:(unit + 1) * _UNIT])
+            pieces.append((self.l1_offset + unit * _UNIT * 8, data))
+        return pieces
+
+    # --- looking up ---
+
+    async def runs(self, offset: int, end: int) -> list[Run]:
+        """What the range is, at least a part of it from ``offset`` on: up to the end of an L2 table with entries."""
+        found: list[Run] = []
+        while offset < end:
+            index = offset >> self.l2_shift
+            stop = min(end, (index + 1) << self.l2_shift)
+            table = self.l2.get(index) or await self.table(index)
+            if table is None:
+                _add(found, Run(Kind.BELOW, 0, stop - offset))
+            elif self._extended:
+                self._subcluster_runs(found, table, offset, stop)
+            else:
+                self._runs(found, table, offset, stop)
+            offset = stop
+            if table is not None:
+                break
+        return found
+
+    def _runs(self, found: list[Run], table: array[int], offset: int, stop: int) -> None:
+        bits, size, mask, odd = self.bits, 1 << self.bits, self.mask, self.odd
+        while offset < stop:
+            entry = table[(offset >> bits) & mask]
+            within = offset & (size - 1)
+            length = min(size - within, stop - offset)
+            if not entry & odd:
+                host = entry & OFFSET
+                _add(found, Run(Kind.DATA, host + within, length) if host else Run(Kind.BELOW, 0, length))
+            elif entry & COMPRESSED:
+                found.append(Run(Kind.PACKED, entry, length))
+            else:
+                self._check_entry(entry, offset)
+                _add(found, Run(Kind.ZERO, 0, length))
+            offset += length
+
+    def _check_entry(self, entry: int, offset: int) -> None:
+        """An entry of no plain kind: only the zero flag of version 3 may be the reason."""
+        if entry & L2_RESERVED or entry & OFFSET & ((1 << self.bits) - 1) or (
+                entry & ZERO and (self._version < 3 or self._extended)):
+            raise broken(f"the L2 entry of the disk's byte {offset} is {entry:#x}")
+
+    def _subcluster_runs(self, found: list[Run], table: array[int], offset: int, stop: int) -> None:
+        bits, size, unit = self.bits, 1 << self.bits, 1 << (self.bits - 5)
+        while offset < stop:
+            at = (offset >> bits) & self.mask
+            entry, subclusters = table[2 * at], Subclusters.parse(table[2 * at + 1])
+            if entry & COMPRESSED:
+                length = min(size - (offset & (size - 1)), stop - offset)
+                found.append(Run(Kind.PACKED, entry, length))
+                offset += length
+                continue
+            self._check_entry(entry, offset)
+            if not subclusters.valid or (subclusters.allocated and not entry & OFFSET):
+                raise broken(f"the subclusters of the disk's byte {offset} are {subclusters}")
+            cluster_end = min(stop, (offset | (size - 1)) + 1)
+            while offset < cluster_end:
+                within = offset & (size - 1)
+                length = min(unit - (within & (unit - 1)), cluster_end - offset)
+                bit = 1 << (within >> (bits - 5))
+                if subclusters.allocated & bit:
+                    _add(found, Run(Kind.DATA, (entry & OFFSET) + within, length))
+                else:
+                    _add(found, Run(Kind.ZERO if subclusters.zero & bit else Kind.BELOW, 0, length))
+                offset += length
+
+
+def clusters_of(entry: int, bits: int) -> range:
+    """The clusters of the file that an L2 entry refers to."""
+    if entry & COMPRESSED:
+        offset, length = compressed_place(entry, bits)
+        return range(offset >> bits, ((offset + length - 1) >> bits) + 1)
+    cluster = (entry & OFFSET) >> bits
+    return range(cluster, cluster + 1 if cluster else cluster)
+
+
+def _add(found: list[Run], run: Run) -> None:
+    if found:
+        last = found[-1]
+        if last.kind is run.kind and last.host + (last.length if run.kind is Kind.DATA else 0) == run.host:
+            found[-1] = Run(run.kind, last.host, last.length + run.length)
+            return
+    found.append(run)
