@@ -38,9 +38,9 @@ class ExportConfig:
 
 
 async def main(config: ExportConfig, ready: Callable[[list[str]], None]) -> None:
-    """Serve until SIGTERM or SIGINT; then finish what is in flight, flush, and close the image.
+    """Serve until SIGTERM or SIGINT; then finish what is in flight, flush, and close the image in good order.
 
-    An image of a format that says whether it was closed in good order says so then. ``ready`` gets the URIs once clients can connect. Raises OptionError or OSError if it cannot serve.
+    ``ready`` gets the URIs once clients can connect. Raises OptionError or OSError if it cannot serve.
     """
     tls = server_context(config.tls_certificates or "", config.tls_verify_peer) if config.tls != "off" else None
     service = Service(None)

@@ -5,52 +5,72 @@ The names of the fields are those of qemu-img's JSON.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from blockstep.block.driver import Driver
-from blockstep.block.status import backing_of
+from blockstep.block.node import Child
 from blockstep.drivers.file import File
 from blockstep.drivers.nbd import Nbd
 from blockstep.drivers.overlay import Overlay
-from blockstep.images.opened import ImageName, opened
-from blockstep.inventory.filenames import actual_size, filename_of
+from blockstep.drivers.qcow2.backing import place_of
+from blockstep.drivers.qcow2.driver import Qcow2
+from blockstep.errors import BlockstepError
+from blockstep.images.opened import AUTO, ImageName, opened
+from blockstep.images.qcow2 import qcow2_fields
+from blockstep.inventory.filenames import actual_size
 from blockstep.units import KiB
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 async def described(image: ImageName, chain: bool = False) -> list[dict[str, Any]]:
-    """The image, and with ``chain`` those below it, the nearest first. Raises OptionError and OSError."""
-    format = None if image.is_options else await image.format_known()
+    """The image, and with ``chain`` those below it, the nearest first.
+
+    A qcow2 image is described from its header, so also one that cannot be used. Raises OptionError, OSError and
+    ImageError, and BlockstepError for a chain that loops.
+    """
+    found: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    below: ImageName | None = image
+    while below is not None:
+        place = os.path.realpath(below.name) if below.is_file else below.name
+        if place in seen:
+            raise BlockstepError(f"the backing chain of '{image.name}' loops: '{below.name}' is in it twice")
+        seen.add(place)
+        fields, below = await _describe(below)
+        found.append(fields)
+        if not chain:
+            break
+    return found
+
+
+async def _describe(image: ImageName) -> tuple[dict[str, Any], ImageName | None]:
+    """One image, and the one that it names as its backing image."""
+    if not image.is_options and await image.format_known() == "qcow2":
+        async with opened(replace(image, format="raw")) as file:
+            return await _qcow2(image, image.name, file.edge)
     async with opened(image) as backend:
-        node: Driver | None = backend.node
-        found: list[dict[str, Any]] = []
-        name = image.name if image.is_file else filename_of(backend.node)
-        while node is not None:
-            found.append(describe(node, name, format or format_of(node)))
-            node, format = backing_of(node) if chain else None, None
-            if node is not None:
-                name = filename_of(node)
-    return found
+        node = backend.node
+        if isinstance(node, Qcow2):
+            return await _qcow2(image, place_of(node.file.node) or image.name, node.file)
+        fields: dict[str, Any] = {"virtual-size": node.length, "filename": image.name}
+        if isinstance(node, Overlay):
+            fields["cluster-size"] = node.cluster_size
+        fields["format"] = "raw" if isinstance(node, (File, Nbd)) else node.driver
+        if (size := actual_size(node)) is not None:
+            fields["actual-size"] = size
+        return {**fields, "dirty-flag": False}, None
 
 
-def format_of(node: Driver) -> str:
-    """What an image format is called that a driver makes a node of."""
-    return "raw" if isinstance(node, (File, Nbd)) else node.driver
-
-
-def describe(node: Driver, filename: str, format: str) -> dict[str, Any]:
-    """The fields of one image; sizes in bytes. What is not known is absent."""
-    found: dict[str, Any] = {"virtual-size": node.length, "filename": filename, "format": format}
-    size = actual_size(node)
-    if size is not None:
-        found["actual-size"] = size
-    if isinstance(node, Overlay):
-        found["cluster-size"] = node.cluster_size
-    found["dirty-flag"] = False
-    return found
+async def _qcow2(image: ImageName, name: str, file: Child) -> tuple[dict[str, Any], ImageName | None]:
+    fields, header = await qcow2_fields(file, name)
+    if header.backing_file is None:
+        return fields, None
+    below = ImageName(fields["full-backing-filename"], header.backing_format or AUTO, cache=image.cache)
+    return fields, below
 
 
 def as_text(fields: Mapping[str, Any]) -> str:
@@ -81,12 +101,12 @@ def as_text(fields: Mapping[str, Any]) -> str:
 
 def snapshot_table(snapshots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Internal snapshots as a table, head first."""
-    yield f"{'ID':<10}{'TAG':<15}{'VM SIZE':>10}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}"
+    yield f"{'ID':<10}{'TAG':<18}{'VM SIZE':<7}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}"
     for one in snapshots:
         date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one["date-sec"]))
         seconds, milliseconds = one["vm-clock-sec"], one["vm-clock-nsec"] // 1_000_000
         clock = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{milliseconds:03d}"
-        yield (f"{one['id']:<9} {one['name']:<14} {short_size(one['vm-state-size']):>9}{date:>20}{clock:>13}"
+        yield (f"{one['id']:<9} {one['name']:<15} {short_size(one['vm-state-size']):>9}{date:>20}{clock:>13}"
                f"{one.get('icount', ''):>11}")
 
 

@@ -107,8 +107,9 @@ def test_a_rate_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(("options", "names"), [
-    ({"sparse": 511}, "-S"), ({"sparse": 32 * MiB}, "-S"), ({"zeroed": True}, "--target-is-zero"), ({"workers": 0}, "-m"),
-    ({"workers": 17}, "-m"), ({"create": False, "options": {"size": "1M"}}, "-o"), ({"options": {"bla": "1"}}, "-o"),
+    ({"sparse": 511}, "-S"), ({"sparse": 32 * MiB}, "-S"), ({"zeroed": True}, "--target-is-zero"),
+    ({"workers": 0}, "-m"), ({"workers": 17}, "-m"),
+    ({"create": False, "options": {"size": "1M"}}, "-o"), ({"options": {"bla": "1"}}, "-o"),
 ])
 def test_what_makes_no_sense_is_named(tmp_path: Path, options: dict[str, object], names: str) -> None:
     source = raw(tmp_path / "source", MiB)
