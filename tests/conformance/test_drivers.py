@@ -14,6 +14,7 @@ from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
 from blockstep.block.registry import driver_names
+from blockstep.drivers.create import CreateQcow2
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server
 from blockstep.testing.conformance import CHECKS, Check, Step, Subject, content_of, run, run_trace, traces
@@ -109,6 +110,21 @@ def over_nbd(**options: Any) -> Subject:
     return Subject("nbd", open_it, resizes=False, close=close)
 
 
+def over_qcow2(small: int, **options: Any) -> Subject:
+    """A qcow2 image over a raw file with other content; its clusters have 2 ** ``small`` bytes."""
+    image = {"driver": "qcow2", "file": {"driver": "file", "filename": "@/image"}, **options}
+
+    async def open_it(graph: Graph, path: Path, content: bytes) -> Driver:
+        (path / "disk").write_bytes(BELOW[:len(content)])
+        CreateQcow2(filename=str(path / "image"), size=len(content), cluster_size=1 << small,
+                    backing_file="disk", backing_fmt="raw").create()
+        node = await graph.open(_placed(image, path))
+        await node.pwrite(0, content)
+        return node
+
+    return Subject(f"qcow2-{small}", open_it, again(**image), below=BELOW)
+
+
 DISK = {"driver": "file", "filename": "@/disk"}
 OTHER = {"driver": "file", "filename": "@/other"}
 OVERLAY = {"driver": "overlay", "backing": DISK}
@@ -124,6 +140,8 @@ SUBJECTS = [
     Subject("overlay-spilled", over_backing(**OVERLAY, memory_limit=65536, spill_dir="@"), below=BELOW),
     Subject("overlay-in-a-file", over_backing(**IMAGE), again(**IMAGE), below=BELOW),
     Subject("overlay-of-small-clusters", over_backing(**IMAGE, cluster_size=4096), again(**IMAGE), below=BELOW),
+    over_qcow2(16),
+    over_qcow2(9, l2_cache_size=2048, refcount_cache_size=2048),
     same_file("raw", driver="raw", file=DISK),
     Subject("raw-window", over_window, resizes=False),
     same_file("throttle", driver="throttle", file=DISK, limits={"iops-total": 1_000_000}),

@@ -16,6 +16,8 @@ from msgspec import Meta
 
 from blockstep.aio.posix import OpenFile, write_whole
 from blockstep.drivers.overlay_image import OverlayImage
+from blockstep.drivers.qcow2.create import new_header, write_image
+from blockstep.drivers.qcow2.format import Header
 from blockstep.errors import OptionError
 
 _PIECE: Final = 1 << 20
@@ -90,5 +92,41 @@ class CreateOverlay(_Create, tag="overlay"):
             image.close()
 
 
+class CreateQcow2(_Create, tag="qcow2"):
+    """A qcow2 image."""
+
+    version: Annotated[Literal["v2", "v3"], Meta(description="Of the format.")] = "v3"
+    backing_file: Annotated[str | None, Meta(
+        description="What shows through where the image holds nothing; a relative name begins at the image's "
+                    "directory.")] = None
+    backing_fmt: Annotated[str | None, Meta(description="The driver for the backing file.")] = None
+    cluster_size: Annotated[int, Meta(description="Bytes, a power of two from 512 to 2 MiB.")] = 65536
+    preallocation: Annotated[Literal["off", "metadata", "falloc", "full"], Meta(
+        description="metadata: all clusters have their places; falloc: and room; full: zeroes are written.")] = "off"
+    lazy_refcounts: Annotated[bool, Meta(description="Let others postpone the update of refcounts.")] = False
+    refcount_bits: Annotated[int, Meta(description="Width of refcounts, a power of two up to 64.")] = 16
+
+    def check(self) -> None:
+        super().check()
+        self._header()
+        if self.preallocation != "off" and self.backing_file is not None:
+            raise OptionError("preallocation", self.preallocation, "off with a backing file: it would be hidden")
+
+    def _header(self) -> Header:
+        return new_header(self.size, version=int(self.version[1]), cluster_size=self.cluster_size,
+                          refcount_bits=self.refcount_bits, lazy_refcounts=self.lazy_refcounts,
+                          backing_file=self.backing_file, backing_fmt=self.backing_fmt)
+
+    def create(self) -> None:
+        header = self._header()
+        file = OpenFile(self.filename, writable=True, create=True)
+        try:
+            os.ftruncate(file.fd, 0)
+            write_image(file.fd, header, self.preallocation)
+            os.fsync(file.fd)
+        finally:
+            file.close()
+
+
 #: The options of all drivers that can make files.
-CreateOptions = CreateFile | CreateOverlay
+CreateOptions = CreateFile | CreateOverlay | CreateQcow2
