@@ -8,13 +8,12 @@ from typing import Final, NamedTuple
 from blockstep.block.driver import Driver, Extent
 from blockstep.block.io import Backend
 from blockstep.block.status import backing_of
-from blockstep.drivers.file import File
+from blockstep.drivers.qcow2.driver import Qcow2
+from blockstep.images.qcow2 import full_name
 from blockstep.inventory.filenames import filename_of
 from blockstep.units import GiB
 
 _WINDOW: Final = GiB
-#: Less is not cut for the sake of an offset: the smallest cluster of any format.
-_SMALLEST: Final = 512
 
 
 class MapEntry(NamedTuple):
@@ -39,12 +38,12 @@ async def map_image(image: Backend, start: int = 0, length: int | None = None) -
     """The entries of a range, in order; neighbours differ. Raises OSError."""
     end = image.length if length is None else min(image.length, start + length)
     layers = _layers(image.node)
-    borders = sorted({node.length for node in layers if node.length < image.length})
+    borders = sorted({node.length for node, _ in layers if node.length < image.length})
     last: MapEntry | None = None
     while start < end:
         stop = min([end, start + _WINDOW, *(border for border in borders if border > start)])
         for extent in await image.block_status(start, stop - start):
-            for entry in _entries(layers, start, extent):
+            for entry in await _entries(layers, start, extent):
                 if last is not None and _continues(last, entry):
                     last = last._replace(length=last.length + entry.length)
                 else:
@@ -56,47 +55,43 @@ async def map_image(image: Backend, start: int = 0, length: int | None = None) -
         yield last
 
 
-def _layers(node: Driver) -> list[Driver]:
-    layers = [node]
-    while (below := backing_of(layers[-1])) is not None:
-        layers.append(below)
+Layer = tuple[Driver, str]
+
+
+def _layers(node: Driver) -> list[Layer]:
+    """The layers with the names of their files, which are seen from where the first one is."""
+    layers = [(node, filename_of(node))]
+    while (below := backing_of(layers[-1][0])) is not None:
+        above, name = layers[-1]
+        given = above.header.backing_file if isinstance(above, Qcow2) and above.options.backing == {} else None
+        layers.append((below, full_name(given, name) if given else filename_of(below)))
     return layers
 
 
-def _entries(layers: list[Driver], start: int, extent: Extent) -> list[MapEntry]:
+async def _entries(layers: list[Layer], start: int, extent: Extent) -> list[MapEntry]:
     if not extent.depth:  # nobody holds it: the lowest layer that reaches so far was the last to be asked
-        depth = max(number for number, node in enumerate(layers) if number == 0 or node.length > start)
+        depth = max(number for number, (node, _) in enumerate(layers) if number == 0 or node.length > start)
         return [MapEntry(start, extent.length, depth, False, extent.zero, extent.data)]
-    depth = extent.depth - 1
-    entry = MapEntry(start, extent.length, depth, True, extent.zero, extent.data)
-    if extent.zero and not _is_file(layers[depth]):
-        return [entry]
-    return _located(entry, layers[depth])
+    node, name = layers[extent.depth - 1]
+    entries = []
+    for length, place in await _places(_unfiltered(node), start, extent.length):
+        entries.append(MapEntry(start, length, extent.depth - 1, True, extent.zero, extent.data, place, name))
+        start += length
+    return entries
 
 
-def _located(entry: MapEntry, node: Driver) -> list[MapEntry]:
-    """The entry with the place of its bytes, in as many pieces as it lies in."""
-    place = node.raw_range(entry.start, entry.length)
-    if place is not None:
-        return [entry._replace(offset=place[1], filename=filename_of(node))]
-    unit = max(node.cluster_size, _SMALLEST)
-    middle = (entry.start + entry.length // 2) // unit * unit
-    if middle <= entry.start:
-        middle += unit
-    if middle >= entry.start + entry.length:
-        return [entry._replace(filename=filename_of(node))]
-    low = _located(entry._replace(length=middle - entry.start), node)
-    high = _located(entry._replace(start=middle, length=entry.start + entry.length - middle), node)
-    if _continues(low[-1], high[0]):
-        high[0] = low[-1]._replace(length=low[-1].length + high[0].length)
-        low.pop()
-    return low + high
+async def _places(node: Driver, start: int, length: int) -> list[tuple[int, int | None]]:
+    """Runs of (bytes, where they are in the node's file)."""
+    if isinstance(node, Qcow2):
+        return await node.places(start, length)
+    place = node.raw_range(start, length)
+    return [(length, None if place is None else place[1])]
 
 
-def _is_file(node: Driver) -> bool:
+def _unfiltered(node: Driver) -> Driver:
     while node.is_filter and "file" in node.children:
         node = node.children["file"].node
-    return isinstance(node, File)
+    return node
 
 
 def _continues(one: MapEntry, two: MapEntry) -> bool:

@@ -14,6 +14,7 @@ from blockstep.drivers.file import File
 from blockstep.drivers.memory import Memory
 from blockstep.drivers.nbd import Nbd
 from blockstep.drivers.overlay import Overlay
+from blockstep.drivers.qcow2.driver import Qcow2
 from blockstep.drivers.raw import Raw
 
 #: What says how a node is used, not which it is.
@@ -28,6 +29,8 @@ def filename_of(node: Driver) -> str:
         return node.options.filename
     if isinstance(node, Nbd) and node.uri:
         return node.uri
+    if isinstance(node, Qcow2):
+        return filename_of(node.file.node)
     if isinstance(node, Raw) and not node.options.offset and node.options.size is None:
         return filename_of(node.file.node)
     return "json:" + json.dumps(_options(node))
@@ -39,7 +42,7 @@ def actual_size(node: Driver) -> int | None:
         return os.fstat(node.fd).st_blocks * 512
     if isinstance(node, Overlay):
         return node.used
-    if (node.is_filter or isinstance(node, Raw)) and "file" in node.children:
+    if (node.is_filter or isinstance(node, (Raw, Qcow2))) and "file" in node.children:
         return actual_size(node.children["file"].node)
     return None
 

@@ -268,6 +268,16 @@ class Qcow2(Driver):
             offset += run.length
         return extents
 
+    async def places(self, offset: int, length: int) -> list[tuple[int, int | None]]:
+        """Where a range lies in ``file``: runs of (bytes, offset in it), None for what does not lie there as it is."""
+        found: list[tuple[int, int | None]] = []
+        end = offset + length
+        while offset < end:
+            for run in await self._tables.runs(offset, end):
+                found.append((run.length, run.host if run.kind is Kind.DATA else None))
+                offset += run.length
+        return found
+
     # --- writes ---
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
