@@ -320,6 +320,32 @@ def commit_command(
     run(work())
 
 
+@img.command("rebase")
+def rebase_command(
+    filename: Image,
+    backing: Annotated[str | None, typer.Option("-b", "--backing", metavar="FILE", help="The new backing image, "
+                       "relative to the image; an empty name: none.")] = None,
+    backing_format: Annotated[str | None, typer.Option("-F", "--backing-format", metavar="FMT", help="Its format.")]
+        = None,
+    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="The image's format.")] = "qcow2",
+    unsafe: Annotated[bool, typer.Option("-u", help="Change only the name: the new backing image has the content of "
+                      "the old one.")] = False,
+    cache: Cache = "writeback",
+    bar: Bar = False,
+    quiet: Quiet = False,
+) -> None:
+    """Give an image another backing image. It reads as before: what differs is copied into it first."""
+    from blockstep.images.rebase import rebase
+
+    async def work() -> None:
+        if backing is None and not unsafe:
+            raise OptionError("-b", None, "given: the new backing image, or an empty name for none")
+        with shown("Rebasing", bar, quiet) as progress:
+            await rebase(ImageName(filename, format, cache=cache), backing or "", backing_format, unsafe, progress)
+
+    run(work())
+
+
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.add_typer(img)
