@@ -119,8 +119,8 @@ def info_command(
 def check_command(
     filename: Image,
     format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="Its format.")] = "qcow2",
-    repair: Annotated[Literal["leaks", "all"] | None, typer.Option("-r", "--repair", help="Give leaked clusters back; "
-                      "or repair everything, at the risk of a wrong choice.")] = None,
+    repair: Annotated[Literal["leaks", "all"] | None, typer.Option("-r", "--repair", metavar="leaks|all",
+                      help="Give leaked clusters back; or repair everything, at the risk of a wrong choice.")] = None,
     output: OutputFormat = "human",
     quiet: Quiet = False,
     share: Share = False,
@@ -190,9 +190,9 @@ def _hex(value: int) -> str:
 def compare_command(
     filename1: Annotated[str, typer.Argument(metavar="FILENAME1", help="One image.")],
     filename2: Annotated[str, typer.Argument(metavar="FILENAME2", help="The other.")],
-    format1: Annotated[str | None, typer.Option("-f", "--format", "-a", metavar="FMT", help="The one's format: raw, "
-                       "qcow2, overlay; auto.")] = None,
-    format2: Annotated[str | None, typer.Option("-F", "--second-format", "-b", metavar="FMT", help="The other's.")]
+    format1: Annotated[str | None, typer.Option("-f", "--format", metavar="FMT", help="The one's format: raw, qcow2, "
+                       "overlay; auto.")] = None,
+    format2: Annotated[str | None, typer.Option("-F", "--second-format", metavar="FMT", help="The other's.")]
         = None,
     image_opts: ImageOpts = False,
     strict: Annotated[bool, typer.Option("-s", "--strict", help="Their lengths and block status must be equal, too.")]

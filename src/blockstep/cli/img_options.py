@@ -23,7 +23,8 @@ Output = Literal["human", "json"]
 _FORMAT = "raw, qcow2 or overlay; auto: what its content looks like."
 
 Format = Annotated[str | None, typer.Option("-f", "--format", metavar="FMT", help=f"The image's format: {_FORMAT}")]
-ImageOpts = Annotated[bool, typer.Option("--image-opts", help="Names of images are the options of nodes: driver=...")]
+ImageOpts = Annotated[bool, typer.Option("--image-opts", help="Names of images are the options of nodes, "
+                      "as in driver=qcow2,file.driver=file,file.filename=FILE.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
 Bar = Annotated[bool, typer.Option("-p", "--progress", help="Show the progress also where there is no terminal.")]
 Share = Annotated[bool, typer.Option("-U", "--force-share", help="Taken, and of no effect: a reader keeps nobody out, "
