@@ -1,0 +1,383 @@
+"""The driver qcow2 beside QEMU: it reads what QEMU made, QEMU reads what it made and finds nothing wrong with it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from blockstep.block.driver import FUA, MAY_UNMAP
+from blockstep.block.graph import Graph
+from blockstep.block.io import Backend
+from blockstep.block.permissions import READ, RESIZE, WRITE
+from blockstep.drivers.blklog import FLUSH_FLAG, read_log
+from blockstep.errors import OptionError
+from blockstep.units import KiB, MiB
+from tests.peers import need, run
+
+pytestmark = pytest.mark.interop
+need("qemu-img", "qemu-io")
+
+SIZE: Final = 1 * MiB + 64 * KiB
+
+#: Options of qemu-img create.
+IMAGES: Final = (
+    "compat=1.1", "compat=0.10", "compat=1.1,cluster_size=512", "compat=0.10,cluster_size=4k",
+    "compat=1.1,cluster_size=4k,refcount_bits=1", "compat=1.1,cluster_size=512,refcount_bits=64",
+    "compat=1.1,cluster_size=16k,refcount_bits=4", "compat=1.1,cluster_size=4k,lazy_refcounts=on",
+    "compat=1.1,cluster_size=2M", "compat=1.1,preallocation=metadata",
+)
+
+
+def image_options(path: Path, **options: Any) -> dict[str, Any]:
+    return {"driver": "qcow2", "node-name": "disk", "file": {"driver": "file", "filename": str(path)}, **options}
+
+
+@asynccontextmanager
+async def disk(options: dict[str, Any]) -> AsyncIterator[Backend]:
+    """A user of a disk in a graph of its own, which is closed in order at the end."""
+    graph = Graph()
+    node = await graph.open(options)
+    user = graph.attach_backend(node, "test", READ | (WRITE | RESIZE if not node.read_only else READ))
+    try:
+        yield user
+    finally:
+        await graph.detach_backend(user)
+        await graph.close(node)
+
+
+def content(path: Path) -> bytes:
+    """What an image reads as, by qemu-img."""
+    plain = path.with_suffix(".plain")
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(path), str(plain))
+    return plain.read_bytes()
+
+
+def check(path: Path, *allowed: int) -> None:
+    """qemu-img check finds nothing wrong; 3 among ``allowed``: leaks at most."""
+    result = subprocess.run(["qemu-img", "check", "-f", "qcow2", str(path)], capture_output=True, text=True, timeout=30)
+    assert result.returncode in (0, *allowed), result.stdout + result.stderr
+
+
+def made(path: Path, options: str, size: int = SIZE, base: bytes | None = None) -> bytearray:
+    """An image of qemu-img; with ``base``, over a raw file of that content. Returns what it reads as."""
+    backing: list[str] = []
+    if base is not None:
+        path.with_name("base").write_bytes(base)
+        backing = ["-b", "base", "-F", "raw"]
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, *backing, str(path), str(size))
+    return bytearray((base or b"")[:size].ljust(size, b"\0"))
+
+
+async def some_requests(user: Backend, model: bytearray, rnd: random.Random, count: int) -> None:
+    """Random requests to a disk and to its model."""
+    length = len(model)
+    for _ in range(count):
+        offset = rnd.choice((rnd.randrange(length), rnd.randrange(length) & -4096))
+        size = min(length - offset, rnd.choice((1, 512, 4096, 4096, 65536, 300_000)))
+        kind = rnd.choice(("write", "write", "write", "zero", "discard", "flush", "read"))
+        if kind == "write":
+            model[offset:offset + size] = data = rnd.randbytes(size)
+            await user.pwrite(offset, data, rnd.choice((0, 0, FUA)))
+        elif kind == "zero":
+            model[offset:offset + size] = bytes(size)
+            await user.write_zeroes(offset, size, rnd.choice((0, FUA, MAY_UNMAP)))
+        elif kind == "discard":
+            await user.discard(offset, size)
+            data = bytes(await user.pread(offset, size))
+            assert all(got in (0, old) for got, old in zip(data, model[offset:offset + size], strict=True))
+            model[offset:offset + size] = data
+        elif kind == "flush":
+            await user.flush()
+        else:
+            assert bytes(await user.pread(offset, size)) == model[offset:offset + size]
+
+
+@pytest.mark.parametrize("backed", [False, True], ids=["alone", "backed"])
+@pytest.mark.parametrize("options", IMAGES)
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 32))
+def test_random_requests_leave_an_image_that_qemu_reads_alike(
+    options: str, backed: bool, tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    if backed and "preallocation" in options:
+        return
+    path, rnd = tmp_path_factory.mktemp("image") / "disk.qcow2", random.Random(seed)
+    model = made(path, options, base=rnd.randbytes(SIZE // 2 + 77) if backed else None)
+
+    async def go() -> None:
+        async with disk(image_options(path, **{"l2-cache-size": 4096, "refcount-cache-size": 4096})) as user:
+            await some_requests(user, model, rnd, 40)
+            assert bytes(await user.pread(0, SIZE)) == model
+
+    asyncio.run(go())
+    check(path)
+    assert content(path) == model
+
+
+@pytest.mark.parametrize("options", IMAGES)
+def test_an_image_is_used_by_qemu_and_by_us_in_turns(options: str, tmp_path: Path) -> None:
+    path, rnd = tmp_path / "disk.qcow2", random.Random(options)
+    model = made(path, options)
+
+    async def ours() -> None:
+        async with disk(image_options(path)) as user:
+            assert bytes(await user.pread(0, SIZE)) == model
+            await some_requests(user, model, rnd, 15)
+
+    for value in range(1, 4):
+        offset, size = rnd.randrange(SIZE // 2) & -512, 123 * KiB
+        zero = rnd.randrange(SIZE - 70 * KiB) & -512
+        run("qemu-io", "-f", "qcow2", "-c", f"write -P {value} {offset} {size}", "-c", f"write -z {zero} 64k",
+            "-c", f"discard {zero} 32k", str(path))
+        model[offset:offset + size] = bytes([value]) * size
+        model[zero:zero + 64 * KiB] = bytes(64 * KiB)
+        asyncio.run(ours())
+        check(path)
+        assert content(path) == model
+
+
+@pytest.mark.parametrize("options", [*IMAGES, "compat=1.1,extended_l2=on", "compat=1.1,compression_type=zstd"])
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "compressed"])
+def test_what_qemu_wrote_is_read(options: str, compressed: bool, tmp_path: Path) -> None:
+    if compressed and "preallocation" in options:
+        pytest.skip("qemu-img has no compressed images with preallocation")
+    if "zstd" in options:
+        pytest.importorskip("zstandard")
+    path, rnd = tmp_path / "disk.qcow2", random.Random(options)
+    plain = tmp_path / "plain"
+    data = bytearray(b"".join(bytes([rnd.randrange(256)]) * 512 for _ in range(SIZE // 512)))
+    data[100 * KiB:300 * KiB] = bytes(200 * KiB)
+    plain.write_bytes(data)
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *(["-c"] if compressed else []), "-o", options, str(plain),
+        str(path))
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 9 5k 7k", "-c", "write -z 700k 30k", str(path))
+    data[5 * KiB:12 * KiB], data[700 * KiB:730 * KiB] = b"\x09" * (7 * KiB), bytes(30 * KiB)
+
+    async def go() -> None:
+        async with disk(image_options(path, **{"read-only": True})) as user:
+            assert bytes(await user.pread(0, SIZE)) == data
+            for _ in range(100):
+                offset = rnd.randrange(SIZE - 5000)
+                assert bytes(await user.pread(offset, 5000)) == data[offset:offset + 5000]
+        if "extended" not in options:
+            async with disk(image_options(path)) as user:
+                await some_requests(user, data, rnd, 30)
+
+    asyncio.run(go())
+    check(path)
+    assert content(path) == data
+
+
+def test_a_chain_is_found_by_the_names_in_the_headers(tmp_path: Path) -> None:
+    data = made(tmp_path / "low.qcow2", "compat=1.1", base=random.Random(1).randbytes(SIZE))
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 64k 64k", str(tmp_path / "low.qcow2"))
+    json_name = '{"driver": "qcow2", "file.driver": "file", "file.filename": "%s"}' % (tmp_path / "low.qcow2")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", f"json:{json_name}", "-F", "qcow2",
+        str(tmp_path / "mid.qcow2"))
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2", str(tmp_path / "top.qcow2"),
+        str(2 * SIZE))
+    data[64 * KiB:128 * KiB] = b"\x01" * (64 * KiB)
+
+    async def go() -> None:
+        async with disk(image_options(tmp_path / "top.qcow2")) as user:
+            assert bytes(await user.pread(0, 2 * SIZE)) == data + bytes(SIZE)
+            await user.pwrite(0, b"top")
+            extents = await user.block_status(0, 2 * SIZE)
+            assert [extent.depth for extent in extents if extent.allocated][:3] == [1, 3, 4]
+        async with disk(image_options(tmp_path / "top.qcow2", backing=None)) as user:
+            assert bytes(await user.pread(3, 1000)) == data[3:1003]  # the rest of its cluster was copied
+            assert bytes(await user.pread(64 * KiB, 64 * KiB)) == bytes(64 * KiB)
+
+    asyncio.run(go())
+    check(tmp_path / "top.qcow2")
+
+
+def test_a_snapshot_keeps_what_it_has_while_the_disk_is_written(tmp_path: Path) -> None:
+    path, rnd = tmp_path / "disk.qcow2", random.Random(3)
+    model = made(path, "compat=1.1,cluster_size=4k")
+
+    async def write() -> None:
+        async with disk(image_options(path)) as user:
+            assert bytes(await user.pread(0, SIZE)) == model
+            await some_requests(user, model, rnd, 40)
+
+    asyncio.run(write())
+    kept = bytes(model)
+    run("qemu-img", "snapshot", "-c", "kept", str(path))
+    asyncio.run(write())
+    check(path)
+    assert content(path) == model
+    run("qemu-img", "snapshot", "-a", "kept", str(path))
+    check(path)
+    assert content(path) == kept
+    model[:] = kept
+    asyncio.run(write())
+    run("qemu-img", "snapshot", "-d", "kept", str(path))
+    check(path)
+    assert content(path) == model
+
+
+@pytest.mark.parametrize("options", ["compat=1.1", "compat=1.1,cluster_size=512", "compat=0.10,cluster_size=4k"])
+def test_the_size_changes_both_ways(options: str, tmp_path: Path) -> None:
+    path, rnd = tmp_path / "disk.qcow2", random.Random(4)
+    model = made(path, options, base=rnd.randbytes(SIZE))
+
+    async def go() -> None:
+        async with disk(image_options(path)) as user:
+            for length in (SIZE - 300 * KiB, 4 * SIZE, SIZE // 3 & -512, 3 * SIZE + 512):
+                await some_requests(user, model, rnd, 10)
+                await user.truncate(length)
+                del model[length:]
+                model.extend(bytes(length - len(model)))
+                assert bytes(await user.pread(0, length)) == model
+
+    asyncio.run(go())
+    check(path)
+    assert content(path) == model
+
+
+def test_emptied_images_stay_small_however_often(tmp_path: Path) -> None:
+    path, rnd = tmp_path / "disk.qcow2", random.Random(5)
+    base = rnd.randbytes(SIZE)
+    made(path, "compat=1.1,cluster_size=4k", base=base)
+    sizes = []
+
+    async def go() -> None:
+        async with disk(image_options(path)) as user:
+            for _ in range(12):
+                await user.pwrite(0, rnd.randbytes(SIZE // 2))
+                await user.flush()
+                await user.node.make_empty()
+                assert bytes(await user.pread(0, SIZE)) == base
+                await user.pwrite(5000, b"written before the flush")
+                await user.flush()
+                sizes.append(path.stat().st_size)
+
+    asyncio.run(go())
+    assert sizes[-1] == sizes[4]
+    check(path)
+    assert content(path) == base[:5000] + b"written before the flush" + base[5024:]
+
+
+def log_of(path: Path, requests: Callable[[Backend, Any], Coroutine[Any, Any, None]], **options: Any) -> None:
+    """Do requests to an image whose file is logged, and do not close it."""
+
+    async def go() -> None:
+        graph = Graph()
+        options_ = image_options(path, **options)
+        options_["file"] = {"driver": "blklog", "node-name": "log", "file": options_["file"],
+                            "log": {"driver": "file", "filename": str(path.with_name("log"))}}
+        path.with_name("log").write_bytes(b"")
+        node = await graph.open(options_)
+        await requests(graph.attach_backend(node, "test", READ | WRITE), graph.find("log"))
+        await graph.find("log").close()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("options", ["compat=1.1", "compat=1.1,cluster_size=512", "compat=0.10,cluster_size=4k"])
+def test_a_crash_at_any_write_leaves_leaks_at_worst_and_what_was_flushed(options: str, tmp_path: Path) -> None:
+    path, rnd = tmp_path / "disk.qcow2", random.Random(options)
+    base = rnd.randbytes(SIZE // 2)
+    model = made(path, options, base=base)
+    before = path.read_bytes()
+    # (entries of the log, what the disk reads as) at the end of each flush
+    flushed: list[tuple[int, bytes]] = [(0, bytes(model))]
+
+    async def requests(user: Backend, log: Any) -> None:
+        for step in range(12):
+            await some_requests(user, model, rnd, 5)
+            if step % 4 == 3:
+                await user.node.make_empty()
+                model[:] = base.ljust(SIZE, b"\0")
+                await some_requests(user, model, rnd, 3)
+            await user.flush()
+            flushed.append((log._entries, bytes(model)))
+
+    log_of(path, requests, **{"l2-cache-size": 4096, "refcount-cache-size": 4096})
+    with path.with_name("log").open("rb") as log:
+        entries = list(read_log(log))
+    crashed = tmp_path / "crashed.qcow2"
+    ends = {count for count, _ in flushed}
+    for count in sorted(ends | set(rnd.sample(range(len(entries)), min(60, len(entries))))):
+        image = bytearray(before)
+        safe = max((index for index in range(count) if entries[index].flags & FLUSH_FLAG), default=0)
+        for index, entry in enumerate(entries[:count]):
+            if index < safe or count in ends or rnd.random() < 0.5:
+                image.extend(bytes(max(0, entry.offset + len(entry.data) - len(image))))
+                image[entry.offset:entry.offset + len(entry.data)] = entry.data
+        crashed.write_bytes(image)
+        check(crashed, 3)
+        if count in ends:
+            assert content(crashed) == dict(flushed)[count], f"after {count} entries"
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(("create", "said"), [
+    (["-o", "encrypt.format=luks,encrypt.key-secret=s", "--object", "secret,id=s,data=x"], "LUKS"),
+    (["-o", "data_file=data.raw"], "external data file"),
+])
+def test_what_cannot_be_used_is_refused_by_name(create: list[str], said: str, tmp_path: Path) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *create, "disk.qcow2", "1M"], cwd=tmp_path, check=True,
+                   timeout=60)
+
+    async def go() -> None:
+        with pytest.raises(OptionError, match=said):
+            await Graph().open(image_options(tmp_path / "disk.qcow2"))
+
+    asyncio.run(go())
+
+
+def test_extended_l2_entries_are_for_reading(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    made(path, "extended_l2=on")
+
+    async def go() -> None:
+        with pytest.raises(OptionError, match="extended L2"):
+            await Graph().open(image_options(path))
+        async with disk(image_options(path, **{"auto-read-only": True})) as user:
+            assert user.node.read_only
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(("bits", "said"), [(1, "dirty bit"), (2, "corrupt")])
+def test_an_image_that_needs_repair_is_for_reading(bits: int, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    made(path, "compat=1.1")
+    with path.open("r+b") as file:
+        file.seek(79)
+        file.write(bytes([bits]))
+
+    async def go() -> None:
+        with pytest.raises(OptionError, match=said):
+            await Graph().open(image_options(path))
+        async with disk(image_options(path, **{"read-only": True})) as user:
+            assert bytes(await user.pread(0, 10)) == bytes(10)
+
+    asyncio.run(go())
+
+
+def test_a_chain_that_loops_is_refused_at_once(tmp_path: Path) -> None:
+    for name, below in (("a", "b"), ("b", "a")):
+        run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", f"{below}.qcow2", "-F", "qcow2",
+            str(tmp_path / f"{name}.qcow2"), "1M")
+
+    async def go() -> None:
+        graph = Graph()
+        with pytest.raises(OptionError, match="twice"):
+            await graph.open(image_options(tmp_path / "a.qcow2"))
+        assert not graph.nodes
+
+    asyncio.run(go())
