@@ -151,6 +151,8 @@ class Checker:
         #: The snapshots whose L1 tables can be read; not all, if `snapshots_broken`.
         self.snapshots: list[Snapshot] = []
         self.snapshots_broken = False
+        #: (cluster, how many) of the snapshot table.
+        self.snapshot_clusters: tuple[int, int] = 0, 0
         #: Clusters of metadata that L2 entries use as well.
         self.taken: frozenset[int] = frozenset()
         self._metadata: list[tuple[int, int, int]] = []  # (cluster, how many, how often it is used)
@@ -170,6 +172,21 @@ class Checker:
         self._refcount_structures()
         self._compare()
         return self.result
+
+    def count_l1(self, offset: int, size: int) -> Counts:
+        """Instead of `run`: what the L1 table of ``size`` entries at ``offset`` uses: L2 tables, data; not itself."""
+        for table, weight in self._l1_table(offset, size, f"L1 table at {offset:#x}").items():
+            self.counts.add(table >> self.header.cluster_bits, weight)
+            self._l2_table(table, weight, 0)
+        return self.counts
+
+    def read_snapshots(self) -> list[Snapshot]:
+        """The snapshot table, before or after `run`. Raises ImageError if it is wrong."""
+        header = self.header
+        if not header.snapshot_count:
+            return []
+        room = min(MOST_SNAPSHOT_TABLE, max(0, self._length - header.snapshots_offset))
+        return parse_snapshots(header, self._prefix(header.snapshots_offset, room))[0]
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the file, and zeroes behind its end."""
@@ -239,6 +256,7 @@ class Checker:
             found, size = self._first_snapshots(data)
         if not self._metadata_run(header.snapshots_offset, self._clusters(size), "snapshot table"):
             self.snapshots_broken = True
+        self.snapshot_clusters = header.snapshots_offset >> header.cluster_bits, self._clusters(size)
         if sum(each.l1_size for each in found) * 8 > MOST_SNAPSHOT_L1:
             raise ImageError("snapshot l1_size", sum(each.l1_size for each in found),
                              f"at most {MOST_SNAPSHOT_L1 // 8} in all snapshots together")
@@ -246,6 +264,8 @@ class Checker:
             if header.version == 3 and each.disk_size is None:
                 self._corrupt(f"snapshot {each.id!r} has no disk size, which version 3 demands")
                 self.snapshots_broken = True
+                if each.l1_size < header.l1_needed:
+                    continue
             if self._metadata_run(each.l1_table_offset, self._clusters(each.l1_size * 8),
                                   f"L1 table of snapshot {each.id!r}"):
                 self.snapshots.append(each)

@@ -23,6 +23,7 @@ from dataclasses import replace
 from typing import Final, Literal
 
 from blockstep.drivers.qcow2.check import Checker, CheckResult, Fixer, Read, Report
+from blockstep.drivers.qcow2.counts import Counts
 from blockstep.drivers.qcow2.format import (
     AT_AUTOCLEAR,
     AT_INCOMPATIBLE,
@@ -34,7 +35,6 @@ from blockstep.drivers.qcow2.format import (
     TABLES,
     Header,
     build_snapshots,
-    empty_block,
     encode_block,
     encode_table,
 )
@@ -148,35 +148,44 @@ class _Repair:
                 self._write(checker.blocks[number], encode_block(header, counted))
 
     def _rebuild(self, checker: Checker) -> None:
-        """Refcounts in a new place, behind everything that is in use."""
-        header, counts = checker.header, checker.counts
-        # What the old structures take is free from now on.
-        for first, count in checker.refcount_clusters:
-            for cluster in range(first, first + count):
-                counts[cluster >> counts.bits][cluster & ((1 << counts.bits) - 1)] = 0
-        start = -(-self._length >> header.cluster_bits)
-        numbers, table_clusters = _layout(header, start, {number for number, block in counts.items() if any(block)})
-        if table_clusters << header.cluster_bits > MOST_REFCOUNT_TABLE:
-            raise ImageError("refcount_table_clusters", table_clusters, f"at most {MOST_REFCOUNT_TABLE} bytes")
-        counts.add_run(start, table_clusters + len(numbers))
-        table = array("Q", bytes(table_clusters << header.cluster_bits))
-        bits = header.cluster_bits
-        for index, number in enumerate(numbers):
-            offset = start + table_clusters + index << bits
-            table[number] = offset
-            block = counts[number] if number in counts else empty_block(header)
-            _clip(header, block)
-            self._write(offset, encode_block(header, block))
-        self._write(start << bits, encode_table(table))
-        self._sync()
-        self._write(AT_L1, TABLES.pack(header.l1_size, header.l1_table_offset, start << bits, table_clusters))
+        start = -(-self._length >> checker.header.cluster_bits)
+        rebuild_refcounts(checker.header, checker.counts, checker.refcount_clusters, start, self._write, self._sync)
 
 
-def _layout(header: Header, start: int, used: set[int]) -> tuple[list[int], int]:
+def rebuild_refcounts(header: Header, counts: Counts, old: list[tuple[int, int]], start: int, write: Write,
+                      sync: Sync, room: int = 0) -> tuple[dict[int, int], tuple[int, int]]:
+    """Write refcounts to a new place, from cluster ``start`` on, behind everything that is in use.
+
+    ``counts`` are what they say, and follow; ``old`` is where the old ones are (first cluster, how many), which is free
+    afterwards. ``room``: so many more clusters behind them are covered. Returns the offsets of the blocks by number,
+    and the first cluster and the clusters of the table. Durable at return but for the header, which is written.
+    """
+    bits = header.cluster_bits
+    for first, count in old:
+        for cluster in range(first, first + count):
+            counts[cluster >> counts.bits][cluster & ((1 << counts.bits) - 1)] = 0
+    used = {number for number, block in counts.items() if any(block)}
+    numbers, table_clusters = _layout(header, start, used, room)
+    if table_clusters << bits > MOST_REFCOUNT_TABLE:
+        raise ImageError("refcount_table_clusters", table_clusters, f"at most {MOST_REFCOUNT_TABLE} bytes")
+    counts.add_run(start, table_clusters + len(numbers))
+    table = array("Q", bytes(table_clusters << bits))
+    for index, number in enumerate(numbers):
+        table[number] = (start + table_clusters + index) << bits
+        block = counts[number]
+        _clip(header, block)
+        write(table[number], encode_block(header, block))
+    write(start << bits, encode_table(table))
+    sync()
+    write(AT_L1, TABLES.pack(header.l1_size, header.l1_table_offset, start << bits, table_clusters))
+    return {number: table[number] for number in numbers}, (start, table_clusters)
+
+
+def _layout(header: Header, start: int, used: set[int], room: int) -> tuple[list[int], int]:
     """The refcount blocks and the clusters of the table, if they lie at cluster ``start``: they count themselves."""
     numbers, table_clusters = set(used), 1
     while True:
-        end = start + table_clusters + len(numbers)
+        end = start + table_clusters + len(numbers) + room
         own = range(start >> header.block_bits, (end - 1 >> header.block_bits) + 1)
         wanted = numbers | set(own)
         clusters = max(1, -(-(max(wanted) + 1) * 8 >> header.cluster_bits))

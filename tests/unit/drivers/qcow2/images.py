@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from blockstep.drivers.qcow2.check import CheckResult, check
+from blockstep.drivers.qcow2.format import COPIED, OFFSET, Header, parse_header
 from blockstep.drivers.qcow2.repair import Repair, repair
 from tests.peers import run
 
@@ -84,3 +86,51 @@ def our_repair(path: Path, what: Repair) -> CheckResult:
 
 def _write_whole(fd: int, data: bytes, offset: int) -> None:
     assert os.pwrite(fd, data, offset) == len(data)
+
+
+class Damage:
+    """An image whose tables can be changed by hand."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.data = path, bytearray(path.read_bytes())
+        self.header: Header = parse_header(bytes(self.data[:1 << 21]))
+
+    def u64(self, at: int) -> int:
+        return int.from_bytes(self.data[at:at + 8], "big")
+
+    def put(self, at: int, value: int, size: int = 8) -> None:
+        self.data[at:at + size] = value.to_bytes(size, "big")
+
+    @property
+    def l1(self) -> int:
+        """Where the entry of the first L2 table is."""
+        return self.header.l1_table_offset
+
+    @property
+    def l2(self) -> int:
+        return self.u64(self.l1) & OFFSET
+
+    def entry(self, wanted: Callable[[int], bool]) -> int:
+        """Where the first such entry of the first L2 table is."""
+        step = 16 if self.header.extended_l2 else 8
+        return next(at for at in range(self.l2, self.l2 + self.header.cluster_size, step) if wanted(self.u64(at)))
+
+    @property
+    def exclusive(self) -> int:
+        return self.entry(lambda entry: bool(entry & COPIED))
+
+    @property
+    def block(self) -> int:
+        """Where the first refcount block is."""
+        return self.u64(self.header.refcount_table_offset)
+
+    def refcount(self, cluster: int, value: int) -> None:
+        assert self.header.refcount_order == 4
+        self.put(self.block + 2 * cluster, value, 2)
+
+    @property
+    def snapshot(self) -> int:
+        return self.header.snapshots_offset
+
+    def save(self) -> None:
+        self.path.write_bytes(self.data)

@@ -11,12 +11,12 @@ import pytest
 from blockstep.drivers.qcow2.format import (
     COMPRESSED,
     COPIED,
+    CORRUPT,
+    DIRTY,
     OFFSET,
-    Header,
-    parse_header,
 )
 from tests.peers import need, run
-from tests.unit.drivers.qcow2.images import KINDS, make, our_check, our_repair, qemu_check
+from tests.unit.drivers.qcow2.images import KINDS, Damage, make, our_check, our_repair, qemu_check
 
 pytestmark = pytest.mark.interop
 
@@ -32,52 +32,21 @@ def test_a_good_image_gives_the_numbers_of_qemu_img(tmp_path: Path, kind: str) -
     assert our_check(image).as_json(str(image)) == qemu_check(image)
 
 
-class Damage:
-    """An image whose tables can be changed by hand."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.data = path, bytearray(path.read_bytes())
-        self.header: Header = parse_header(bytes(self.data[:1 << 21]))
-
-    def u64(self, at: int) -> int:
-        return int.from_bytes(self.data[at:at + 8], "big")
-
-    def put(self, at: int, value: int, size: int = 8) -> None:
-        self.data[at:at + size] = value.to_bytes(size, "big")
-
-    @property
-    def l1(self) -> int:
-        """Where the entry of the first L2 table is."""
-        return self.header.l1_table_offset
-
-    @property
-    def l2(self) -> int:
-        return self.u64(self.l1) & OFFSET
-
-    def entry(self, wanted: Callable[[int], bool]) -> int:
-        """Where the first such entry of the first L2 table is."""
-        step = 16 if self.header.extended_l2 else 8
-        return next(at for at in range(self.l2, self.l2 + self.header.cluster_size, step) if wanted(self.u64(at)))
-
-    @property
-    def exclusive(self) -> int:
-        return self.entry(lambda entry: bool(entry & COPIED))
-
-    @property
-    def block(self) -> int:
-        """Where the first refcount block is."""
-        return self.u64(self.header.refcount_table_offset)
-
-    def refcount(self, cluster: int, value: int) -> None:
-        assert self.header.refcount_order == 4
-        self.put(self.block + 2 * cluster, value, 2)
-
-    @property
-    def snapshot(self) -> int:
-        return self.header.snapshots_offset
-
-    def save(self) -> None:
-        self.path.write_bytes(self.data)
+def test_leaks_are_given_back_and_nothing_else_is_touched(tmp_path: Path, images: dict[str, Path]) -> None:
+    path = tmp_path / "image"
+    shutil.copy(images["default"], path)
+    image = Damage(path)
+    image.data.extend(bytes(-len(image.data) % 65536 + 65536))
+    image.refcount(len(image.data) // 65536 - 1, 1)
+    at = image.exclusive
+    image.refcount((image.u64(at) & OFFSET) >> 16, 0)
+    image.save()
+    found = our_check(path)
+    assert (found.leaks, found.corruptions > 0) == (1, True)
+    repaired = our_repair(path, "leaks")
+    assert (repaired.leaks, repaired.leaks_fixed, repaired.corruptions) == (0, 1, found.corruptions)
+    image.refcount(len(image.data) // 65536 - 1, 0)
+    assert path.read_bytes() == image.data
 
 
 def _overlap(image: Damage) -> None:
@@ -97,7 +66,8 @@ DAMAGES: dict[str, Callable[[Damage], object]] = {
     "refcount too low": lambda image: image.refcount((image.u64(image.exclusive) & OFFSET) >> 16, 0),
     "refcount too high": lambda image: image.refcount((image.u64(image.exclusive) & OFFSET) >> 16, 7),
     "leak": lambda image: image.refcount(len(image.data) // 65536 - 1, 9),
-    "leaked cluster": lambda image: (image.data.extend(bytes(65536)), image.refcount(len(image.data) // 65536 - 1, 1)),
+    "leaked cluster": lambda image: (image.data.extend(bytes(-len(image.data) % 65536 + 65536)),
+                                     image.refcount(len(image.data) // 65536 - 1, 1)),
     "all refcounts gone": lambda image: image.data.__setitem__(slice(image.block, image.block + 65536), bytes(65536)),
     "refcount of the header": lambda image: image.refcount(0, 0),
     "not marked as exclusive": lambda image: image.put(image.exclusive, image.u64(image.exclusive) & ~COPIED),
@@ -173,3 +143,33 @@ def test_damage_is_found_and_repaired(tmp_path: Path, images: dict[str, Path], k
     assert not again.get("leaks")
     assert not again["check-errors"]
     run("qemu-img", "convert", "-O", "raw", str(path), str(tmp_path / "raw"))
+
+
+@pytest.mark.parametrize("damage", [
+    "all refcounts gone", "refcount block twice", "refcount block over data", "refcount of the header",
+    "refcount block outside", "not marked as exclusive", "L1 entry not marked"])
+def test_what_can_be_counted_anew_costs_no_data(tmp_path: Path, images: dict[str, Path], damage: str) -> None:
+    path = tmp_path / "image"
+    shutil.copy(images["default"], path)
+    image = Damage(path)
+    DAMAGES[damage](image)
+    image.save()
+    assert our_repair(path, "all").clean
+    run("qemu-img", "compare", str(path), str(images["default"]))
+    for name in ("first", "second"):
+        run("qemu-img", "convert", "-l", name, "-O", "raw", str(path), str(tmp_path / "one"))
+        run("qemu-img", "convert", "-l", name, "-O", "raw", str(images["default"]), str(tmp_path / "two"))
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_the_dirty_bit_goes_when_all_is_repaired(tmp_path: Path, images: dict[str, Path]) -> None:
+    path = tmp_path / "image"
+    shutil.copy(images["default"], path)
+    image = Damage(path)
+    image.put(72, DIRTY | CORRUPT)
+    image.save()
+    assert our_check(path).clean
+    assert our_repair(path, "leaks").clean
+    assert Damage(path).header.incompatible == DIRTY | CORRUPT
+    assert our_repair(path, "all").clean
+    assert Damage(path).header.incompatible == 0
