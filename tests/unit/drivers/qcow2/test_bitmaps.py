@@ -1,0 +1,130 @@
+"""Persistent bitmaps: stored by QEMU and by us, and loaded by the other one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockstep.block.bitmap import Bitmap
+from blockstep.drivers.qcow2.bitmaps import StoredBitmap, load, mark_in_use, store
+from blockstep.errors import ImageError, OptionError
+from tests.peers import need, run
+from tests.unit.drivers.qcow2.images import make, our_check, qemu_check, write
+from tests.unit.drivers.qcow2.test_snapshots import opened
+
+pytestmark = pytest.mark.interop
+
+
+@pytest.fixture(autouse=True)
+def _qemu() -> None:
+    need("qemu-img", "qemu-io")
+
+
+def loaded(path: Path) -> list[StoredBitmap]:
+    with opened(path) as image:
+        return load(*image[:2])
+
+
+def stored(path: Path, *bitmaps: StoredBitmap) -> None:
+    with opened(path) as image:
+        store(*image, bitmaps)
+
+
+def runs(bitmap: Bitmap | None) -> list[tuple[int, int]]:
+    assert bitmap is not None
+    return list(bitmap.dirty())
+
+
+def info(path: Path) -> list[dict[str, Any]]:
+    found = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", str(path)]))
+    return found["format-specific"]["data"].get("bitmaps", [])
+
+
+def clean(path: Path) -> bool:
+    found = qemu_check(path)
+    return found is not None and not (found.get("corruptions") or found.get("leaks") or found["check-errors"])
+
+
+def test_bits_that_qemu_stored(tmp_path: Path) -> None:
+    image = make(tmp_path / "image", "default")
+    first, second = loaded(image)
+    assert (first.name, first.granularity, first.auto, first.in_use) == ("b0", 65536, True, False)
+    assert (second.name, second.granularity, second.auto) == ("b1", 512, False)
+    assert runs(first.bitmap) == [(1 << 20, 65536)]
+    assert runs(second.bitmap) == []
+
+
+def test_bits_that_we_stored_are_what_qemu_merges(tmp_path: Path) -> None:
+    image = make(tmp_path / "image", "default")
+    first, second = loaded(image)
+    ours = Bitmap(8 << 20, 4096)
+    ours.set(3 << 20, 1 << 20)
+    ours.set(8188 << 10, 4096)
+    stored(image, first, second, StoredBitmap("ours", 4096, auto=True, bitmap=ours))
+    assert clean(image)
+    assert our_check(image).clean
+    assert [each["name"] for each in info(image)] == ["b0", "b1", "ours"]
+    assert [each["flags"] for each in info(image)] == [["auto"], [], ["auto"]]
+    run("qemu-img", "bitmap", "--merge", "ours", str(image), "b0")
+    write(image, "write 0 512")
+    first, _, third = loaded(image)
+    assert runs(third.bitmap) == [(0, 4096), (3 << 20, 1 << 20), (8188 << 10, 4096)]
+    assert runs(first.bitmap) == [(0, 65536), (1 << 20, 65536), (3 << 20, 1 << 20), ((8 << 20) - 65536, 65536)]
+    assert clean(image)
+
+
+def test_removing_the_last_gives_everything_back(tmp_path: Path) -> None:
+    image = make(tmp_path / "image", "default")
+    stored(image)
+    assert loaded(image) == []
+    assert info(image) == []
+    assert clean(image)
+    stored(image, StoredBitmap("again", 65536, auto=False, bitmap=Bitmap(8 << 20, 65536)))
+    assert [each["name"] for each in info(image)] == ["again"]
+    assert clean(image)
+
+
+def test_a_bitmap_in_use_is_told_of_and_kept_without_its_bits(tmp_path: Path) -> None:
+    image = make(tmp_path / "image", "default")
+    with opened(image) as (read, length, put, sync):
+        mark_in_use(read, length, put, sync)
+    assert [each["flags"] for each in info(image)] == [["in-use", "auto"], ["in-use"]]
+    first, second = loaded(image)
+    assert (first.in_use, first.usable, second.in_use) == (True, False, True)
+    stored(image, first)
+    assert [(each["name"], each["flags"]) for each in info(image)] == [("b0", ["in-use", "auto"])]
+    assert clean(image)
+
+
+def test_all_sizes_of_bitmaps_and_clusters(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", str(image), str((40 << 20) + 512))
+    bitmap = Bitmap((40 << 20) + 512, 512)
+    bitmap.set(0, 16 << 20)
+    bitmap.set(40 << 20, 512)
+    stored(image, StoredBitmap("fine", 512, auto=True, bitmap=bitmap))
+    assert clean(image)
+    (found,) = loaded(image)
+    assert runs(found.bitmap) == [(0, 16 << 20), (40 << 20, 512)]
+    run("qemu-img", "bitmap", "--add", "-g", "1024", str(image), "coarse")
+    run("qemu-img", "bitmap", "--merge", "fine", str(image), "coarse")
+    assert runs(loaded(image)[1].bitmap) == [(0, 16 << 20), (40 << 20, 512)]
+
+
+def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
+    image = make(tmp_path / "image", "default")
+    good = StoredBitmap("x", 65536, auto=False, bitmap=Bitmap(8 << 20, 65536))
+    before = image.read_bytes()
+    for bad in ([good, good], [replace(good, name="")], [replace(good, name="x" * 1024)], [replace(good, bitmap=None)],
+                [replace(good, bitmap=Bitmap(9 << 20, 65536))]):
+        with pytest.raises(OptionError):
+            stored(image, *bad)
+    old = make(tmp_path / "old", "v2")
+    with pytest.raises(ImageError):
+        stored(old, good)
+    assert image.read_bytes() == before
