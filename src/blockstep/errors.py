@@ -45,7 +45,7 @@ class ImageError(BlockstepError):
     """A field of an image file is wrong, or stands for something that is not supported. Nothing was written."""
 
     def __init__(self, field: str, value: object, expected: str) -> None:
-        super().__init__(f"the image is not usable: {field} is {_shown(value)}; it should be {expected}")
+        super().__init__(f"the image's {field} is {_shown(value)}; it should be {expected}")
         self.field, self.value, self.expected = field, value, expected
 
 

@@ -41,8 +41,8 @@ def test_json_says_true_and_not_on() -> None:
 
 
 def test_a_driver_that_only_qemu_has_is_refused_with_what_there_is_instead() -> None:
-    with pytest.raises(OptionError, match="overlay"):
-        parse_options({"driver": "qcow2", "file": "disk"})
+    with pytest.raises(OptionError, match="mirror job"):
+        parse_options({"driver": "copy-on-read", "file": "disk"})
 
 
 def test_an_overlay_finds_its_image_as_qemu_writes_it() -> None:

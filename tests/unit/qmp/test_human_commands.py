@@ -109,7 +109,7 @@ async def test_answers_that_are_qemus_letter_by_letter(tmp_path: Path, line: str
     ("driver=null-co,node-name=new,bogus=1", "bogus"),
     ("driver=null-co,node-name=new,size=hello", "size"),
     ("driver=raw,node-name=new,file.filename=/nonexistent/file", "No such file"),
-    ("driver=qcow2,node-name=new,file.filename=/x", "qcow2"),
+    ("driver=qcow2,node-name=new,file.filename=/x", "No such file"),
     ("driver=null-co,node-name", "KEY=VALUE"),
 ])
 @scenario

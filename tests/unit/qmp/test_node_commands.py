@@ -54,7 +54,7 @@ async def test_add_and_delete(tmp_path: Path) -> None:
     ({"driver": "null", "node-name": "new", "bogus": 1}, "bogus"),
     ({"driver": "bogus", "node-name": "new"}, "driver"),
     ({"node-name": "new"}, "driver"),
-    ({"driver": "qcow2", "node-name": "new", "file": "there"}, "qcow2 images"),
+    ({"driver": "qcow2", "node-name": "new", "file": "there"}, "magic"),
     ({"driver": "file", "node-name": "new", "filename": "/nonexistent/file"}, "No such file"),
     ({"driver": "raw", "node-name": "new", "file": "nobody"}, "nobody"),
     ({"driver": "raw", "node-name": "new", "file": {"driver": "raw", "file": "nobody"}}, "nobody"),

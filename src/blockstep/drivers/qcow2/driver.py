@@ -112,7 +112,7 @@ class Qcow2(Driver):
         try:
             found = backing_options(await self._load_header(), self.file.node)
         except ImageError as error:
-            raise OptionError("file", self.file.node.name, f"a usable image: {error}") from error
+            raise OptionError("file", self.file.node.name, f"a qcow2 image that can be used: {error}") from error
         return [] if found is None else [("backing", Role.BACKING, found)]
 
     async def open(self) -> None:
@@ -120,7 +120,7 @@ class Qcow2(Driver):
             self.header = await self._load_header()
             self._check_readable(self.header)
         except ImageError as error:
-            raise OptionError("file", self.file.node.name, f"a usable image: {error}") from error
+            raise OptionError("file", self.file.node.name, f"a qcow2 image that can be used: {error}") from error
         if not self.read_only:
             self._check_writable(self.header)
         header = self.header
