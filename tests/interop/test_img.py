@@ -184,3 +184,197 @@ def test_resize(both: Both, arguments: tuple[str, ...]) -> None:
         found.append((program("resize", "-f", "raw", *arguments[:-1], "a", arguments[-1]), Path("a").read_bytes(),
                       Path("a").stat().st_blocks))
     assert found[0] == found[1]
+
+
+# --- qcow2 ---
+
+
+@pytest.mark.parametrize("arguments", [
+    ("a", "10M"), ("-o", "cluster_size=4k,refcount_bits=1", "a", "1G"), ("-o", "compat=0.10", "a", "3M"),
+    ("-o", "lazy_refcounts=on,preallocation=metadata", "a", "2M"), ("-o", "preallocation=full", "a", "1M"),
+    ("-b", "base", "-F", "qcow2", "a"), ("-b", "base", "-F", "qcow2", "a", "20M"),
+    ("-u", "-b", "none", "-F", "raw", "a", "20M"), ("-q", "a", "0"),
+])
+def test_create_qcow2(both: Both, arguments: tuple[str, ...]) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "base", "5M"], check=True)
+    found = []
+    for program in (both.ours, both.theirs):
+        result = program("create", "-f", "qcow2", *arguments)
+        about = json.loads(both.theirs("info", "-U", "--output=json", "a")[1])
+        del about["actual-size"]
+        found.append((result, about, both.theirs("check", "a")[0]))
+        Path("a").unlink()
+    assert found[0] == found[1]
+
+
+@pytest.fixture
+def chain(both: Both) -> Both:
+    """base <- sub/mid <- top, with data, zeroes and compressed clusters; and flat, which reads as top."""
+    Path("sub").mkdir()
+    for command in (
+            ["qemu-img", "create", "-q", "-f", "qcow2", "base", "8M"],
+            ["qemu-io", "-c", "write -P 1 0 1M", "-c", "write -z 2M 128k", "-c", "write -P 3 5M 64k", "base"],
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "../base", "-F", "qcow2", "sub/mid", "12M"],
+            ["qemu-io", "-c", "write -P 2 512k 64k", "-c", "write -z 5M 64k", "-c", "write -P 5 9M 200k", "sub/mid"],
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "sub/mid", "-F", "qcow2", "top"],
+            ["qemu-io", "-c", "write -P 7 0 64k", "-c", "write -P 8 11M 100", "top"],
+            ["qemu-img", "convert", "-O", "raw", "top", "flat"]):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return both
+
+
+def test_map_and_info_of_a_chain(chain: Both) -> None:
+    for image in ("base", "sub/mid", "top"):
+        chain.same("map", "-f", "qcow2", image)
+        chain.same("map", "-f", "qcow2", "--output=json", image)
+        chain.same("map", "-f", "qcow2", "--output=json", "--start-offset=100k", "--max-length=9M", image)
+        chain.same("info", "-f", "qcow2", image)
+        chain.same("info", image)
+        chain.same("info", "--backing-chain", image)
+        for more in ((), ("--backing-chain",)):
+            ours, theirs = chain.json("info", *more, image)
+            assert ours == theirs
+
+
+def test_info_of_all_that_a_header_can_say(both: Both) -> None:
+    for options in ("compat=0.10", "extended_l2=on,cluster_size=128k", "data_file=ext,data_file_raw=on",
+                    "compression_type=zstd", "lazy_refcounts=on,refcount_bits=64"):
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "a", "5M"], check=True)
+        if "0.10" not in options and "ext," not in options:
+            subprocess.run(["qemu-img", "bitmap", "--add", "-g", "32k", "a", "b0"], check=True)
+            subprocess.run(["qemu-img", "bitmap", "--add", "--disable", "a", "b1"], check=True)
+        if "ext," not in options:
+            subprocess.run(["qemu-img", "snapshot", "-c", "a snapshot", "a"], check=True)
+        both.same("info", "a")
+        ours, theirs = both.json("info", "a")
+        assert ours == theirs
+        for name in ("a", "ext"):
+            Path(name).unlink(missing_ok=True)
+
+
+def test_compare_over_formats(chain: Both) -> None:
+    chain.same("compare", "-f", "qcow2", "-F", "raw", "top", "flat")
+    chain.same("compare", "-f", "qcow2", "-F", "qcow2", "top", "sub/mid")
+    chain.same("compare", "-f", "qcow2", "-F", "qcow2", "top", "base")
+    chain.same("compare", "-s", "-f", "qcow2", "-F", "qcow2", "top", "top")
+
+
+@pytest.mark.parametrize("options", [(), ("-o", "cluster_size=4k"), ("-o", "compat=0.10"), ("-S", "0"), ("-m", "1")])
+def test_convert_from_and_to_qcow2(chain: Both, options: tuple[str, ...]) -> None:
+    assert chain.ours("convert", "-f", "qcow2", "-O", "qcow2", *options, "top", "new") == (0, "", "")
+    assert chain.theirs("check", "new")[0] == 0
+    assert chain.theirs("compare", "new", "flat")[0] == 0
+    assert chain.ours("convert", "-f", "qcow2", "-O", "raw", "new", "back")[0] == 0
+    assert Path("back").read_bytes() == Path("flat").read_bytes()
+    chain.theirs("convert", "-O", "qcow2", *options, "top", "theirs")
+    sizes = [json.loads(chain.theirs("check", "--output=json", name)[1]).get("allocated-clusters")
+             for name in ("new", "theirs")]
+    assert sizes[0] == sizes[1]
+
+
+def test_commit(chain: Both) -> None:
+    assert chain.same("commit", "-f", "qcow2", "top") == "Image committed.\n"
+    assert chain.theirs("compare", "sub/mid", "flat")[0] == 0
+    assert chain.ours("commit", "-q", "-f", "qcow2", "-d", "sub/mid") == (0, "", "")
+    assert chain.theirs("compare", "base", "flat")[0] == 0
+    for image in ("base", "sub/mid", "top"):
+        assert chain.theirs("check", image)[0] == 0
+
+
+def test_commit_empties_the_image_unless_it_shall_not_or_more_than_one_is_merged(chain: Both) -> None:
+    def held(image: str) -> bool:
+        return "allocated-clusters" in json.loads(chain.theirs("check", "--output=json", image)[1])
+
+    assert chain.ours("commit", "-q", "-b", "base", "top")[0] == 0
+    assert chain.theirs("compare", "base", "flat")[0] == 0
+    assert held("top")
+    assert chain.ours("commit", "-q", "-d", "top")[0] == 0
+    assert held("top")
+    assert chain.ours("commit", "-q", "top")[0] == 0
+    assert not held("top")
+
+
+@pytest.mark.parametrize("arguments", [("-b", "base", "-F", "qcow2"), ("-b", ""), ("-b", "other", "-F", "raw")])
+def test_rebase_keeps_what_the_image_shows(chain: Both, arguments: tuple[str, ...]) -> None:
+    written("other", 6 << 20, (0, b"\1" * (2 << 20)), (5 << 20, b"x"))
+    assert chain.ours("rebase", "-f", "qcow2", *arguments, "top") == (0, "", "")
+    assert chain.theirs("check", "top")[0] == 0
+    assert chain.theirs("compare", "top", "flat")[0] == 0
+    about = json.loads(chain.theirs("info", "--output=json", "top")[1])
+    assert about.get("backing-filename", "") == arguments[1]
+    assert about.get("backing-filename-format") == (arguments[3] if arguments[1] else None)
+
+
+def test_unsafe_rebase_changes_the_name_alone(chain: Both) -> None:
+    before = chain.theirs("map", "--output=json", "sub/mid")[1]
+    assert chain.ours("rebase", "-u", "-b", "/nowhere/base", "-F", "raw", "sub/mid") == (0, "", "")
+    assert chain.json("info", "sub/mid")[0]["backing-filename"] == "/nowhere/base"
+    assert chain.ours("rebase", "-u", "-b", "../base", "-F", "qcow2", "sub/mid")[0] == 0
+    assert chain.theirs("map", "--output=json", "sub/mid")[1] == before
+
+
+def damaged(name: str, corrupt: bool, leak: bool) -> None:
+    """An image of 10 MiB with a leak, or a cluster that is in use and not counted."""
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", name, "10M"], check=True)
+    subprocess.run(["qemu-io", "-c", "write 0 1M", name], check=True, stdout=subprocess.DEVNULL)
+    with open(name, "r+b") as file:
+        if leak:
+            file.truncate(Path(name).stat().st_size + 65536)
+        clusters = Path(name).stat().st_size // 65536
+        file.seek(48)
+        file.seek(int.from_bytes(file.read(8), "big"))
+        block = int.from_bytes(file.read(8), "big")
+        for cluster, count, wanted in ((6, 0, corrupt), (clusters - 1, 1, leak)):
+            if wanted:
+                file.seek(block + 2 * cluster)
+                file.write(count.to_bytes(2, "big"))
+
+
+@pytest.mark.parametrize(("corrupt", "leak", "code"), [(False, False, 0), (False, True, 3), (True, False, 2),
+                                                      (True, True, 2)])
+def test_check_and_repair(both: Both, corrupt: bool, leak: bool, code: int) -> None:
+    damaged("a", corrupt, leak)
+    ours, theirs = both.ours("check", "a"), both.theirs("check", "a")
+    assert ours[:2] == theirs[:2]
+    assert ours[0] == code
+    ours, theirs = both.ours("check", "--output=json", "a"), both.theirs("check", "--output=json", "a")
+    assert json.loads(ours[1]) == json.loads(theirs[1])
+    assert both.ours("check", "-q", "a")[:2] == (code, "")
+    assert both.ours("check", "--repair", "all", "a")[0] == 0
+    assert both.theirs("check", "a")[0] == 0
+
+
+def test_repair_of_leaks_leaves_corruptions_and_says_so(both: Both) -> None:
+    damaged("a", True, True)
+    code, out, _ = both.ours("check", "-r", "leaks", "--output=json", "a")
+    result = json.loads(out)
+    assert code == 2
+    assert result["leaks-fixed"] == 1
+    assert "leaks" not in result
+    damaged("b", False, True)
+    subprocess.run(["cp", "b", "c"], check=True)
+    assert both.ours("check", "-r", "leaks", "b")[:2] == both.theirs("check", "-r", "leaks", "c")[:2]
+
+
+def test_what_has_no_checks_says_so(both: Both) -> None:
+    written("a", 4096)
+    assert both.ours("check", "-f", "raw", "a")[0] == both.theirs("check", "-f", "raw", "a")[0] == 63
+    assert both.ours("check", "a")[0] == 1
+
+
+@pytest.mark.parametrize("arguments", [("+3M",), ("--shrink", "1M"), ("--preallocation=full", "+1M")])
+def test_resize_qcow2(chain: Both, arguments: tuple[str, ...]) -> None:
+    assert chain.ours("resize", "-q", "-f", "qcow2", *arguments[:-1], "base", arguments[-1]) == (0, "", "")
+    assert chain.theirs("check", "base")[0] == 0
+
+
+def test_a_chain_that_loops_is_an_error_at_once(both: Both) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "a", "1M"], check=True)
+    assert both.ours("rebase", "-u", "-b", "a", "-F", "qcow2", "a")[0] == 0
+    assert both.ours("info", "a")[0] == 0
+    for command in (("info", "--backing-chain", "a"), ("map", "-f", "qcow2", "a"), ("commit", "a"),
+                    ("convert", "-f", "qcow2", "a", "b")):
+        code, _, said = both.ours(*command)
+        assert code == 1
+        assert "loop" in said
+    assert [path.name for path in Path().iterdir()] == ["a"]

@@ -11,6 +11,7 @@ exists (``create=False``) is written in place: who interrupts that leaves a mixt
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,9 @@ class Conversion:
             raise OptionError("--target-is-zero", True, "given with -n: a new image is zero anyway")
         if not 1 <= self.workers <= 16:
             raise OptionError("-m", self.workers, "from 1 to 16")
+        for option in ("backing_file", "backing_fmt"):
+            if option in self.options:
+                raise OptionError("-o", option, "left out: the target holds everything, and has no backing image")
         if self.options and not self.create:
             raise OptionError("-o", dict(self.options), "left out with -n: no image is made")
 
@@ -96,6 +100,8 @@ async def _made(conversion: Conversion, size: int) -> AsyncIterator[ImageName]:
     target = conversion.target
     if not target.is_file or target.format is None:
         raise OptionError("-n", False, f"given: '{target.name}' cannot be made here, only written to")
+    if os.path.exists(target.name) and not os.path.isfile(target.name):
+        raise OptionError("-n", False, f"given: '{target.name}' is no regular file, and is written in its place")
     wanted = await Creation(target.format, target.name, size, conversion.options).checked()
     async with made_anew(target.name, durable=target.cache != "unsafe") as path:
         await in_thread(msgspec.structs.replace(wanted, filename=path).create)

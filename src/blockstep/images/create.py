@@ -96,17 +96,25 @@ async def create(wanted: Any) -> None:
 
 
 def formatting(format: str, wanted: Any) -> str:
-    """The line that qemu-img prints: what is made."""
+    """The line that qemu-img prints: what is made. Of qcow2 images it has the defaults as well."""
     default = type(wanted)(filename="", size=0)
-    found = {}
+    found: dict[str, Any] = {"extended_l2": False, "compression_type": "zlib"} if format == "qcow2" else {}
     for one in msgspec.structs.fields(wanted):
-        value = getattr(wanted, one.name)
-        if one.encode_name not in ("filename", "size") and (value != getattr(default, one.name)):
-            found[_word(one.encode_name)] = _SHOWN.get(value, value) if isinstance(value, str) else value
-    words = [f"Formatting '{wanted.filename}', fmt={format} size={wanted.size}"]
-    words += [f"{name}={'on' if value is True else 'off' if value is False else value}"
-              for name, value in found.items()]
-    return " ".join(words)
+        value, word = getattr(wanted, one.name), _word(one.encode_name)
+        always = word == "size" or (format == "qcow2" and word in _ALWAYS)
+        if word != "filename" and (always or value != getattr(default, one.name)):
+            found[word] = _SHOWN.get(value, value) if isinstance(value, str) else value
+    first = _ORDER if format == "qcow2" else ("size",)
+    order = sorted(found, key=lambda word: first.index(word) if word in first else len(first))
+    values = {True: "on", False: "off"}
+    return " ".join([f"Formatting '{wanted.filename}', fmt={format}", *(
+        f"{word}={values[found[word]] if isinstance(found[word], bool) else found[word]}" for word in order)])
+
+
+#: The order in which qemu-img tells them of a qcow2 image.
+_ORDER: Final = ("cluster_size", "extended_l2", "preallocation", "compression_type", "size", "backing_file",
+                 "backing_fmt", "compat", "lazy_refcounts", "refcount_bits")
+_ALWAYS: Final = {"cluster_size", "lazy_refcounts", "refcount_bits"}
 
 
 def option_help(format: str) -> Iterator[str]:
