@@ -12,11 +12,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from blockstep.cli.img_inside import bitmap_command, snapshot_command
 from blockstep.cli.img_options import (
     Bar,
     Cache,
     Failed,
     Format,
+    Image,
     ImageOpts,
     OutputFormat,
     Quiet,
@@ -33,7 +35,6 @@ img = typer.Typer(
     name="img", no_args_is_help=True, rich_markup_mode=None,
     help="Make, look at, compare, copy and change image files, with qemu-img's options and exit codes.")
 
-Image = Annotated[str, typer.Argument(metavar="FILENAME", help="The image.")]
 Options = Annotated[list[str] | None, typer.Option("-o", "--options", metavar="NAME=VALUE,...",
                     help="Options of the new image's format; help lists them.")]
 
@@ -231,6 +232,8 @@ def convert_command(
     no_create: Annotated[bool, typer.Option("-n", "--no-create", help="Write into a target that exists.")] = False,
     target_is_zero: Annotated[bool, typer.Option("--target-is-zero", help="With -n: the target reads as zeroes.")]
         = False,
+    bitmaps: Annotated[bool, typer.Option("--bitmaps", help="Copy persistent bitmaps as well: qcow2 to qcow2.")]
+        = False,
     offload: Annotated[bool, typer.Option("-C", "--copy-range-offloading", help="Let the kernel copy between raw "
                        "files, which may share their blocks; zeroes are not looked for.")] = False,
     sparse: Annotated[str, typer.Option("-S", "--sparse-size", metavar="SIZE", help="So many zeroes become a hole; "
@@ -263,7 +266,7 @@ def convert_command(
         conversion = Conversion(
             sources, target, create=not no_create, options=_words(options), zeroed=target_is_zero,
             sparse=parse_size(sparse, "-S"), offload=offload, workers=workers,
-            rate=0 if rate is None else parse_size(rate, "-r"))
+            rate=0 if rate is None else parse_size(rate, "-r"), bitmaps=bitmaps)
         with shown("Converting", bar, quiet) as progress:
             await convert(conversion, progress)
 
@@ -344,6 +347,10 @@ def rebase_command(
             await rebase(ImageName(filename, format, cache=cache), backing or "", backing_format, unsafe, progress)
 
     run(work())
+
+
+img.command("snapshot")(snapshot_command)
+img.command("bitmap")(bitmap_command)
 
 
 def add_to(app: typer.Typer) -> None:

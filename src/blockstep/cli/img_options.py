@@ -22,6 +22,7 @@ Output = Literal["human", "json"]
 
 _FORMAT = "raw, qcow2 or overlay; auto: what its content looks like."
 
+Image = Annotated[str, typer.Argument(metavar="FILENAME", help="The image.")]
 Format = Annotated[str | None, typer.Option("-f", "--format", metavar="FMT", help=f"The image's format: {_FORMAT}")]
 ImageOpts = Annotated[bool, typer.Option("--image-opts", help="Names of images are the options of nodes, "
                       "as in driver=qcow2,file.driver=file,file.filename=FILE.")]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from blockstep.aio.pool import in_thread
-from blockstep.aio.posix import OpenFile, length_of, read_whole, write_whole
 from blockstep.drivers.qcow2.check import CheckResult, check
 from blockstep.drivers.qcow2.repair import Repair, repair
 from blockstep.errors import BlockstepError, OptionError
 from blockstep.images.opened import ImageName
+from blockstep.images.whole import whole_file
 
 #: qemu-img's exit codes.
 CLEAN: Final = 0
@@ -40,23 +39,15 @@ async def check_image(image: ImageName, fix: Repair | None, report: Callable[[st
 
 
 def _readable(filename: str) -> None:
-    OpenFile(filename, writable=False).close()
+    with whole_file(filename, writable=False):
+        pass
 
 
 def _check(filename: str, fix: Repair | None, report: Callable[[str], None]) -> CheckResult:
-    file = OpenFile(filename, writable=fix is not None)
-    try:
-        length = length_of(file.fd)
-
-        def read(offset: int, count: int) -> bytes | bytearray | memoryview:
-            return read_whole(file.fd, count, offset)
-
+    with whole_file(filename, writable=fix is not None) as file:
         if fix is None:
-            return check(read, length, report)
-        return repair(read, length, lambda offset, data: write_whole(file.fd, data, offset),
-                      lambda: os.fdatasync(file.fd), fix, report)
-    finally:
-        file.close()
+            return check(file.read, file.length, report)
+        return repair(file.read, file.length, file.write, file.sync, fix, report)
 
 
 def exit_code(result: CheckResult) -> int:

@@ -26,10 +26,12 @@ from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE
 from blockstep.errors import OptionError
+from blockstep.images.bitmap import copy_bitmaps
 from blockstep.images.compare import Progress, no_progress
 from blockstep.images.create import Creation
 from blockstep.images.files import made_anew
 from blockstep.images.opened import ImageName, opened
+from blockstep.images.whole import whole_qcow2
 from blockstep.jobs.block_copy import BlockCopy, Control, Pass
 from blockstep.jobs.pace import SpeedLimit
 from blockstep.units import KiB
@@ -45,7 +47,7 @@ class Conversion:
     """What to do. ``sparse``: so many bytes of zeroes become a hole; 0: none does, the target is fully allocated.
 
     ``zeroed``: the target that exists reads as zeroes. ``offload``: let the kernel copy from file to file, where
-    zeroes are not looked for. ``rate``: bytes a second; 0: no limit.
+    zeroes are not looked for. ``rate``: bytes a second; 0: no limit. ``bitmaps``: copy the persistent ones as well.
     """
 
     sources: Sequence[ImageName]
@@ -57,6 +59,7 @@ class Conversion:
     offload: bool = False
     workers: int = 8
     rate: int = 0
+    bitmaps: bool = False
 
     def check(self) -> None:
         """Raises OptionError for what makes no sense together."""
@@ -64,6 +67,8 @@ class Conversion:
             raise OptionError("-S", self.sparse, "0, or a multiple of 512 up to 16777216")
         if self.offload and self.sparse != SPARSE_DEFAULT:
             raise OptionError("-S", self.sparse, "left out with -C: the kernel copies without looking for zeroes")
+        if self.bitmaps and (len(self.sources) != 1 or self.target.format != "qcow2"):
+            raise OptionError("--bitmaps", True, "left out, except from one qcow2 image to another")
         if self.zeroed and self.create:
             raise OptionError("--target-is-zero", True, "given with -n: a new image is zero anyway")
         if not 1 <= self.workers <= 16:
@@ -92,6 +97,8 @@ async def convert(conversion: Conversion, progress: Progress = no_progress) -> N
             for source in sources:
                 await _copy(conversion, graph, source, into, start, done)
                 start += source.length
+        if conversion.bitmaps:
+            await in_thread(copy_bitmaps, await whole_qcow2(conversion.sources[0]), await whole_qcow2(target))
         progress(total, total)
 
 

@@ -1,0 +1,86 @@
+"""``blockstep img snapshot`` and ``blockstep img bitmap``: what qcow2 images have inside beside the disk."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from blockstep.cli.img_options import Image, Quiet, Share, run
+from blockstep.errors import OptionError
+from blockstep.images.opened import ImageName
+from blockstep.units import parse_size
+
+
+def snapshot_command(
+    filename: Image,
+    listed: Annotated[bool, typer.Option("-l", "--list", help="List them; so does no option.")] = False,
+    create: Annotated[str | None, typer.Option("-c", "--create", metavar="NAME", help="Make one of this name.")] = None,
+    apply: Annotated[str | None, typer.Option("-a", "--apply", metavar="SNAPSHOT", help="Make the disk what it was "
+                     "then.")] = None,
+    delete: Annotated[str | None, typer.Option("-d", "--delete", metavar="SNAPSHOT", help="Delete one.")] = None,
+    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="The image's format.")] = "qcow2",
+    quiet: Quiet = False,
+    share: Share = False,
+) -> None:
+    """The snapshots inside of a qcow2 image. SNAPSHOT is an id or a name. Nobody else may have the image open."""
+    from blockstep.images.describe import snapshot_table
+    from blockstep.images.snapshot import Action, change_snapshots, snapshots_of
+
+    async def work() -> None:
+        image = ImageName(filename, format)
+        all_given: tuple[tuple[str, Action, str | None], ...] = (
+            ("-c", "create", create), ("-a", "apply", apply), ("-d", "delete", delete))
+        given = [(option, action, name) for option, action, name in all_given if name is not None]
+        if len(given) + listed > 1:
+            raise OptionError(given[-1][0], given[-1][2], "the only one of -l, -a, -c and -d")
+        if given:
+            await change_snapshots(image, *given[0][1:])
+        elif found := await snapshots_of(image):
+            print("\n".join(["Snapshot list:", *snapshot_table(found)]))
+
+    run(work())
+
+
+def _noted(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
+    """Keeps the order in which the actions were given."""
+    if value:
+        context.meta.setdefault("actions", []).append(str(parameter.name))
+    return value
+
+
+def bitmap_command(
+    context: typer.Context,
+    filename: Image,
+    bitmap: Annotated[str, typer.Argument(metavar="BITMAP", help="The bitmap's name.")],
+    add: Annotated[bool, typer.Option("--add", callback=_noted, help="Make it, enabled.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", callback=_noted, help="Remove it.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", callback=_noted, help="Nothing is dirty any more.")] = False,
+    enable: Annotated[bool, typer.Option("--enable", callback=_noted, help="It notes writes.")] = False,
+    disable: Annotated[bool, typer.Option("--disable", callback=_noted, help="It notes none.")] = False,
+    merge: Annotated[list[str] | None, typer.Option("--merge", metavar="SOURCE", callback=_noted, help="What is dirty "
+                     "in SOURCE is dirty in it. May be given several times.")] = None,
+    granularity: Annotated[str | None, typer.Option("-g", "--granularity", metavar="SIZE", help="Of --add.")] = None,
+    source: Annotated[str | None, typer.Option("-b", "--source-file", metavar="FILE", help="The image of --merge's "
+                      "bitmaps; default: the same.")] = None,
+    source_format: Annotated[str, typer.Option("-F", "--source-format", metavar="FMT", help="Its format.")] = "qcow2",
+    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="The image's format.")] = "qcow2",
+) -> None:
+    """Change a persistent bitmap of a qcow2 image: actions in the order given, all of them or none."""
+    from blockstep.images.bitmap import BitmapAction, change_bitmap
+
+    async def work() -> None:
+        actions: list[BitmapAction] = []
+        for kind in context.meta.get("actions", []):
+            actions += [BitmapAction(kind, name) for name in (merge or [] if kind == "merge" else [""])]
+        if not actions:
+            raise OptionError("--add", None, "given, or one of --remove, --clear, --enable, --disable and --merge")
+        if granularity is not None and not add:
+            raise OptionError("-g", granularity, "given with --add only")
+        if source is not None and not merge:
+            raise OptionError("-b", source, "given with --merge only")
+        other = None if source is None else ImageName(source, source_format, option="-F")
+        await change_bitmap(ImageName(filename, format), bitmap, actions,
+                            None if granularity is None else parse_size(granularity, "-g"), other)
+
+    run(work())
