@@ -378,3 +378,72 @@ def test_a_chain_that_loops_is_an_error_at_once(both: Both) -> None:
         assert code == 1
         assert "loop" in said
     assert [path.name for path in Path().iterdir()] == ["a"]
+
+
+# --- what is inside ---
+
+
+def reads(image: str, pattern: int) -> bool:
+    """Whether its first MiB is of that byte, as QEMU reads it."""
+    result = subprocess.run(["qemu-io", "-r", "-c", f"read -P {pattern} 0 1M", image], capture_output=True, text=True)
+    return result.returncode == 0 and "failed" not in result.stdout
+
+
+def test_snapshots(both: Both) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "a", "10M"], check=True)
+    for number, program in enumerate((both.ours, both.theirs, both.ours), 1):
+        subprocess.run(["qemu-io", "-c", f"write -P {number} 0 1M", "a"], check=True, stdout=subprocess.DEVNULL)
+        assert program("snapshot", "-c", f"s{number}", "a") == (0, "", "")
+    ours, theirs = both.ours("snapshot", "-l", "a"), both.theirs("snapshot", "-l", "a")
+    assert [line.rstrip(" 0") for line in ours[1].splitlines()] == [line.rstrip(" 0") for line in theirs[1].splitlines()]
+    assert both.ours("snapshot", "a") == ours
+    for number, program in ((1, both.ours), (2, both.theirs), (3, both.ours), (2, both.ours)):
+        assert program("snapshot", "-a", f"s{number}", "a") == (0, "", "")
+        assert reads("a", number)
+        assert both.theirs("check", "a")[0] == 0
+    for number, program in ((2, both.ours), (1, both.theirs), (3, both.ours)):
+        assert program("snapshot", "-d", f"s{number}", "a") == (0, "", "")
+        assert reads("a", 2)
+        assert both.theirs("check", "a")[0] == 0
+    assert both.ours("snapshot", "-l", "a") == both.theirs("snapshot", "-l", "a") == (0, "", "")
+    for arguments in (("-a", "none"), ("-d", "none"), ("-l", "-c", "x")):
+        assert both.ours("snapshot", *arguments, "a")[0] == both.theirs("snapshot", *arguments, "a")[0] == 1
+
+
+def test_bitmaps(both: Both) -> None:
+    found = []
+    for name, program in (("a", both.ours), ("b", both.theirs)):
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", name, "10M"], check=True)
+        steps = [program("bitmap", *arguments) for arguments in (
+            ("--add", name, "b0"), ("--add", "-g", "32k", "--disable", name, "b1"), ("--add", name, "gone"),
+            ("--add", name, "b0"), ("--remove", name, "gone"), ("--remove", name, "gone"),
+            ("--merge", "b1", "--disable", name, "b0"), ("--enable", "--clear", name, "b1"),
+            ("--merge", "none", name, "b0"), (name, "b0"), ("-g", "100", "--add", name, "x"))]
+        assert both.theirs("check", name)[0] == 0
+        about = json.loads(both.theirs("info", "--output=json", name)[1])
+        found.append(([(code, out) for code, out, _ in steps], about["format-specific"]))
+    assert found[0] == found[1]
+
+
+def test_what_is_dirty_is_merged_and_copied(both: Both) -> None:
+    def dirty(image: str, bitmap: str) -> list[tuple[int, int]]:
+        from blockstep.drivers.qcow2.bitmaps import load
+
+        data = Path(image).read_bytes()
+        found = next(one for one in load(lambda offset, length: data[offset:offset + length], len(data))
+                     if one.name == bitmap)
+        assert found.bitmap is not None
+        return list(found.bitmap.dirty())
+
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "a", "10M"], check=True)
+    both.theirs("bitmap", "--add", "a", "b0")
+    subprocess.run(["qemu-io", "-c", "write 1M 64k", "-c", "write 5M 1k", "a"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "b", "10M"], check=True)
+    assert both.ours("bitmap", "--add", "-g", "4k", "--merge", "b0", "-b", "a", "-F", "qcow2", "b", "b1")[0] == 0
+    expected = [(1 << 20, 65536), (5 << 20, 65536)]
+    assert dirty("a", "b0") == dirty("b", "b1") == expected
+    assert both.ours("convert", "--bitmaps", "-f", "qcow2", "-O", "qcow2", "a", "c") == (0, "", "")
+    assert dirty("c", "b0") == expected
+    assert both.theirs("check", "c")[0] == 0
+    assert both.ours("bitmap", "--clear", "c", "b0")[0] == 0
+    assert dirty("c", "b0") == []
