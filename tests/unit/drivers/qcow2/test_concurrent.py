@@ -40,8 +40,13 @@ class Waiting(Filter):
 
     async def open(self) -> None:
         self._random = random.Random(self.options.seed)
+        #: The next request waits for this before it takes effect.
+        self.held: asyncio.Event | None = None
 
     async def _wait(self) -> None:
+        held, self.held = self.held, None
+        if held is not None:
+            await held.wait()
         for _ in range(self._random.randrange(4)):
             await asyncio.sleep(0)
 
@@ -127,3 +132,36 @@ def test_no_request_meets_the_data_of_another(cluster_size: int, seed: int, tmp_
             return file.read(length)
         result = check(read, path.stat().st_size)
     assert (result.corruptions, result.leaks) == (0, 0)
+
+
+@pytest.mark.parametrize("late", ["read", "write"])
+def test_a_cluster_is_not_used_again_before_the_requests_to_it_have_ended(late: str, tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    CreateQcow2(filename=str(path), size=SIZE).create()
+
+    async def go() -> None:
+        graph = Graph()
+        node = await graph.open({"driver": "qcow2", "file": {
+            "driver": "test-waiting", "node-name": "file", "file": {"driver": "file", "filename": str(path)}}})
+        user = graph.attach_backend(node, "test", READ | WRITE)
+        file = graph.find("file")
+        assert isinstance(file, Waiting)
+        await user.pwrite(0, b"\x01" * 65536)
+        await user.flush()
+        release = file.held = asyncio.Event()
+        request = asyncio.ensure_future(user.pread(0, 4096) if late == "read" else user.pwrite(0, b"late"))
+        await asyncio.sleep(0)
+        assert file.held is None  # the request is there, and waits
+        await user.discard(0, 65536)
+        for _ in range(3):
+            await user.flush()
+            await user.pwrite(65536, b"\x02" * 65536)
+        release.set()
+        data = await request
+        if data is not None:
+            assert set(bytes(data)) <= {0, 1}
+        assert bytes(await user.pread(65536, 65536)) == b"\x02" * 65536
+        await graph.detach_backend(user)
+        await graph.close(node)
+
+    asyncio.run(go())
