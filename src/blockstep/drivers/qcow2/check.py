@@ -326,9 +326,7 @@ class Checker:
         values = decode_table(raw)
         table = _Table(place, weight, active, values)
         if self.header.extended_l2:
-            for index in range(0, len(values), 2):
-                if values[index] or values[index + 1]:
-                    self._entry(table, index, values[index], values[index + 1])
+            self._extended(table, raw)
         elif self._external or (self._fix and self._fix.taken):
             for index, entry in enumerate(values):
                 if entry:
@@ -387,17 +385,46 @@ class Checker:
                 return
             window = min(window * 2, _MOST) if full else _FEWEST
 
-    def _run(self, table: _Table, raw: bytes, at: int, room: int) -> int:
-        """Take entries from ``at`` on as one run: of zero clusters, or of clusters one behind the other."""
+    def _extended(self, table: _Table, raw: bytes) -> None:
+        """A table whose entries have a second word, for subclusters."""
+        values = table.values
+        bits = bitarray(buffer=raw, endian="big")
+        total, at, window = len(values) // 2, 0, _FEWEST
+        while (at := bits.find(1, at << 7) >> 7) >= 0:
+            if window >= _RUN and (run := self._run(table, raw, at, min(window, total - at), 2)):
+                at += run
+                window = min(window * 2, _MOST)
+                continue
+            end = min(at + window, total)
+            full = True
+            for index in range(at * 2, end * 2, 2):
+                if values[index] or values[index + 1]:
+                    self._entry(table, index, values[index], values[index + 1])
+                else:
+                    full = False
+            if end == total:
+                return
+            at = end
+            window = min(window * 2, _MOST) if full and not (self._fix and self._fix.taken) else _FEWEST
+
+    def _run(self, table: _Table, raw: bytes, at: int, room: int, words: int = 1) -> int:
+        """Take entries from ``at`` on as one run: of zero clusters, or of clusters one behind the other.
+
+        Returns how many; 0: they are something else. Entries of two words form one if their subclusters are the same.
+        """
         count = 1 << room.bit_length() - 1
-        first = table.values[at]
-        if first == ZERO and self.header.version == 3:
-            return count if raw[at * 8:(at + count) * 8] == _zero_entries(count) else 0
+        first = table.values[at * words]
+        size = words * 8
+        part = raw[at * size:(at + count) * size]
+        if words == 1 and first == ZERO and self.header.version == 3:
+            return count if part == _zero_entries(count) else 0
         cluster = (first & OFFSET) >> self.header.cluster_bits
         if first & self._bad or not 0 < cluster <= self.end - count:
             return 0
-        ones, steps = _ramp(count, self.header.cluster_size)
-        if int.from_bytes(raw[at * 8:(at + count) * 8], "big") != first * ones + steps:
+        if words == 2 and not Subclusters.parse(table.values[at * 2 + 1]).valid:
+            return 0
+        ones, steps = _ramp(count, self.header.cluster_size, words)
+        if int.from_bytes(part, "big") != int.from_bytes(part[:size], "big") * ones + steps:
             return 0
         if table.active:
             if not first & COPIED or not self.stored.all_are(cluster, count, 1):
@@ -602,9 +629,10 @@ class _Table:
 
 
 @cache
-def _ramp(count: int, step: int) -> tuple[int, int]:
-    """Of a table of ``count`` entries, as one number: each entry 1, and entry k ``step`` times k."""
-    shifts = range((count - 1) * 64, -1, -64)
+def _ramp(count: int, step: int, words: int) -> tuple[int, int]:
+    """Of a table of ``count`` entries, as one number: each entry 1, and the first word of entry k ``step`` times k."""
+    shifts = range((count - 1) * 64 * words, -1, -64 * words)
+    step <<= 64 * (words - 1)
     return sum(1 << shift for shift in shifts), sum(step * k << shift for k, shift in enumerate(shifts))
 
 
