@@ -53,6 +53,28 @@ def test_a_conversion_that_is_told_to_stop_leaves_the_old_file(tmp_path: Path, k
     assert left == ({f".target.{process.pid}.part"} if killed else set())
 
 
+def test_a_terminal_gets_a_bar_without_being_asked(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(MiB))
+    master, slave = os.openpty()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "blockstep", "img", "convert", "-f", "raw", str(source), str(tmp_path / "target")],
+            stdin=slave, stdout=slave, stderr=slave, env={**environment(), "TERM": "xterm", "COLUMNS": "100"})
+        os.close(slave)
+        shown = b""
+        try:
+            while data := os.read(master, 4096):
+                shown += data
+        except OSError:  # the other end is closed
+            pass
+        assert process.wait(20) == 0
+    finally:
+        os.close(master)
+    assert b"Converting" in shown
+    assert (tmp_path / "target").read_bytes() == source.read_bytes()
+
+
 @scenario
 async def test_an_image_of_a_format_is_served_and_closed_by_sigterm(tmp_path: Path) -> None:
     for kind in ("qcow2", "overlay"):
