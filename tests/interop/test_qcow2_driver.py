@@ -321,6 +321,38 @@ def test_a_crash_at_any_write_leaves_leaks_at_worst_and_what_was_flushed(options
             assert content(crashed) == dict(flushed)[count], f"after {count} entries"
 
 
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_disk_that_is_made_writable_sees_what_was_written_meanwhile_or_refuses(grows: bool, tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    model = made(path, "compat=1.1" if grows else "compat=1.1,preallocation=metadata")
+
+    async def go() -> None:
+        graph = Graph()
+        file = {"driver": "file", "node-name": "file", "filename": str(path)}
+        node = await graph.open({"driver": "qcow2", "file": file, "read-only": True})
+        reader = graph.attach_backend(node, "reader", READ)
+        assert bytes(await reader.pread(0, SIZE)) == model
+        run("qemu-io", "-f", "qcow2", "-c", "write -P 7 64k 128k", str(path))
+        model[64 * KiB:192 * KiB] = b"\x07" * (128 * KiB)
+        run("qemu-io", "-f", "qcow2", "-c", "write -z -u 256k 128k", str(path))
+        if grows:
+            with pytest.raises(OptionError, match="opening it anew"):
+                await graph.reopen([(each, {"read-only": False}) for each in (node, graph.find("file"))])
+            return
+        await graph.reopen([(each, {"read-only": False}) for each in (node, graph.find("file"))])
+        user = graph.attach_backend(node, "writer", READ | WRITE)
+        await some_requests(user, model, random.Random(8), 30)
+        await graph.detach_backend(user)
+        await graph.reopen([(each, {"read-only": True}) for each in (node, graph.find("file"))])
+        check(path)
+        assert bytes(await reader.pread(0, SIZE)) == model
+        await graph.detach_backend(reader)
+        await graph.close(node)
+
+    asyncio.run(go())
+    assert content(path) == model
+
+
 # --- what is refused ---
 
 

@@ -123,25 +123,11 @@ class Qcow2(Driver):
             raise OptionError("file", self.file.node.name, f"a qcow2 image that can be used: {error}") from error
         if not self.read_only:
             self._check_writable(self.header)
-        header = self.header
-        self.length = header.size
-        self.cluster_size = header.cluster_size
-        bits = header.cluster_bits
-        sizes = self.options.l2_cache_size, self.options.refcount_cache_size
-        for name, size in zip(("l2-cache-size", "refcount-cache-size"), sizes, strict=True):
+        for name, size in (("l2-cache-size", self.options.l2_cache_size),
+                           ("refcount-cache-size", self.options.refcount_cache_size)):
             if size is not None and size <= 0:
                 raise OptionError(name, size, "more than 0 bytes")
-        self._refcounts = Refcounts(self.file, header, (sizes[1] or _DEFAULT_REFCOUNT_CACHE) >> bits, self._save)
-        self._tables = Tables(self.file, header, self._refcounts, (sizes[0] or _DEFAULT_L2_CACHE) >> bits, self._save)
-        await self._tables.open()
-        await self._refcounts.open()
-        self._refcounts.on_free = self._pass_discard
-        self._l2 = self._tables.l2
-        self._l2_shift = self._tables.l2_shift
-        self._bits, self._mask = bits, self._tables.mask
-        self._within = self.cluster_size - 1
-        # With extended entries nothing is plain.
-        self._odd = self._tables.odd if not header.extended_l2 else (1 << 64) - 1
+        self._use(self.header, *await self._load_tables(self.header))
         self._lock = RangeLock()
         self._saving = asyncio.Lock()
         self._saves = self._good_save = 0
@@ -151,6 +137,24 @@ class Qcow2(Driver):
         self._moving = False
         if not self.read_only:
             await self._clear_autoclear()
+
+    async def _load_tables(self, header: Header) -> tuple[Refcounts, Tables]:
+        l2_cache = (self.options.l2_cache_size or _DEFAULT_L2_CACHE) >> header.cluster_bits
+        refcount_cache = (self.options.refcount_cache_size or _DEFAULT_REFCOUNT_CACHE) >> header.cluster_bits
+        refcounts = Refcounts(self.file, header, refcount_cache, self._save)
+        tables = Tables(self.file, header, refcounts, l2_cache, self._save)
+        await tables.open()
+        await refcounts.open()
+        refcounts.on_free = self._pass_discard
+        return refcounts, tables
+
+    def _use(self, header: Header, refcounts: Refcounts, tables: Tables) -> None:
+        self.header, self._refcounts, self._tables = header, refcounts, tables
+        self.length, self.cluster_size = header.size, header.cluster_size
+        self._l2, self._l2_shift = tables.l2, tables.l2_shift
+        self._bits, self._mask, self._within = header.cluster_bits, tables.mask, header.cluster_size - 1
+        # With extended entries nothing is plain.
+        self._odd = tables.odd if not header.extended_l2 else (1 << 64) - 1
 
     def _check_readable(self, header: Header) -> None:
         if header.crypt_method:
@@ -691,8 +695,19 @@ class Qcow2(Driver):
         if options["read-only"] and not self.read_only:
             await self._settle()
         elif not options["read-only"] and self.read_only:
-            self._check_writable(self.header)
+            # Who reads keeps no writer out: the image may be another by now.
+            header = await self._load_header()
+            self._check_writable(header)
+            fresh = await self._load_tables(header)
+            if header.size != self.length or header.autoclear or await fresh[0].uses_beyond_end():
+                raise OptionError("read-only", False, f"on: the image of '{self.name}' was changed by others, in a way "
+                                                      "that only opening it anew takes account of")
+            return Prepared(lambda: self._reload(header, *fresh))
         return prepared
+
+    def _reload(self, header: Header, refcounts: Refcounts, tables: Tables) -> None:
+        self._unpacked.clear()
+        self._use(header, refcounts, tables)
 
 
 def _zeroes(length: int) -> Buffer:

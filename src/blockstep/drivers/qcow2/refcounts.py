@@ -113,6 +113,18 @@ class Refcounts:
             block = await self.block(cluster >> self._per)
             return 0 if block is None else block[cluster & ((1 << self._per) - 1)]
 
+    async def uses_beyond_end(self) -> bool:
+        """Whether clusters behind the file's end, as far as the file's node knows it, are in use."""
+        first = -(-self.file_length >> self._bits)
+        async with self._lock:
+            for index in range(first >> self._per, len(self.table)):
+                if self.table[index] >= self.file_length:
+                    return True
+                block = await self.block(index)
+                if block is not None and any(block[max(0, first - (index << self._per)):]):
+                    return True
+        return False
+
     async def allocate(self, wanted: int, exactly: bool = False) -> tuple[int, int, bool]:
         """Take free clusters in a row, ``wanted`` of them or (unless ``exactly``) fewer.
 
