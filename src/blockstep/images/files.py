@@ -56,10 +56,16 @@ def _hold(final: str) -> OpenFile | None:
 def _finish(part: str, final: str, old: OpenFile | None, durable: bool) -> None:
     if old is not None:
         os.chmod(part, stat.S_IMODE(os.fstat(old.fd).st_mode))
+    if durable:  # the drivers have flushed; what they wrote while they closed has to be there as well
+        _sync(part, os.O_RDONLY)
     os.rename(part, final)
     if durable:
-        directory = os.open(os.path.dirname(final), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync(os.path.dirname(final), os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: str, flags: int) -> None:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
