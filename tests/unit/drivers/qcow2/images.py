@@ -91,8 +91,8 @@ def _write_whole(fd: int, data: bytes, offset: int) -> None:
 class Damage:
     """An image whose tables can be changed by hand."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.data = path, bytearray(path.read_bytes())
+    def __init__(self, path: Path, data: bytes | None = None) -> None:
+        self.path, self.data = path, bytearray(path.read_bytes() if data is None else data)
         self.header: Header = parse_header(bytes(self.data[:1 << 21]))
 
     def u64(self, at: int) -> int:
@@ -112,8 +112,11 @@ class Damage:
 
     def entry(self, wanted: Callable[[int], bool]) -> int:
         """Where the first such entry of the first L2 table is."""
-        step = 16 if self.header.extended_l2 else 8
-        return next(at for at in range(self.l2, self.l2 + self.header.cluster_size, step) if wanted(self.u64(at)))
+        return next(at for at in self.entries() if wanted(self.u64(at)))
+
+    def entries(self) -> range:
+        """Where the entries of the first L2 table are."""
+        return range(self.l2, self.l2 + self.header.cluster_size, 16 if self.header.extended_l2 else 8)
 
     @property
     def exclusive(self) -> int:

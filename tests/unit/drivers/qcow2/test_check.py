@@ -16,7 +16,7 @@ from blockstep.drivers.qcow2.format import (
     OFFSET,
 )
 from tests.peers import need, run
-from tests.unit.drivers.qcow2.images import KINDS, Damage, make, our_check, our_repair, qemu_check
+from tests.unit.drivers.qcow2.images import KINDS, Damage, make, our_check, our_repair, qemu_check, write
 
 pytestmark = pytest.mark.interop
 
@@ -109,6 +109,40 @@ DAMAGES: dict[str, Callable[[Damage], object]] = {
     "truncated a little": lambda image: image.data.__delitem__(slice(len(image.data) - 70000, None)),
     "truncated much": lambda image: image.data.__delitem__(slice(len(image.data) // 3 + 1, None)),
 }
+
+
+_LONG = {
+    "one behind the other": ("", "write 0 100M"),
+    "zeroes": ("", "write -z 0 400M"),
+    "zeroes in version 2": ("compat=0.10", "write -z 0 100M"),
+    "runs and gaps": ("cluster_size=4k", *(f"write {at * 700}k {at * 23 + 4}k" for at in range(20))),
+    "backwards": ("", *(f"write {at}M 1M" for at in range(70, 0, -1))),
+    "preallocated": ("preallocation=metadata", "write 17M 1k"),
+    "preallocated subclusters": ("preallocation=metadata,extended_l2=on", "write 17M 1k"),
+    "subclusters": ("extended_l2=on", "write 0 100M", "write 200M 2k", "write -z 30M 300k"),
+}
+
+
+@pytest.mark.parametrize("what", _LONG)
+@pytest.mark.parametrize("damaged", [False, True])
+def test_long_runs_give_the_numbers_of_qemu_img(tmp_path: Path, what: str, damaged: bool) -> None:
+    path = tmp_path / "image"
+    options, *writes = _LONG[what]
+    run("qemu-img", "create", "-q", "-f", "qcow2", *(("-o", options) if options else ()), str(path), "512M")
+    write(path, *writes)
+    changed = 0
+    if damaged and what != "zeroes":
+        with open(path, "r+b") as file:
+            image = Damage(path, file.read(32 << 20))
+            entries = [at for at in image.entries() if image.u64(at) & COPIED]
+            for at in entries[70:72]:
+                file.seek(at)
+                file.write((image.u64(at) & ~COPIED).to_bytes(8, "big"))
+                changed += 1
+    theirs = qemu_check(path)
+    assert our_check(path).as_json(str(path)) == theirs
+    assert theirs is not None
+    assert theirs.get("corruptions", 0) == changed
 
 
 @pytest.fixture(scope="module")
