@@ -34,9 +34,11 @@ async def made_anew(filename: str, durable: bool = True) -> AsyncIterator[str]:
         try:
             yield part
             await in_thread(_finish, part, final, old, durable)
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):
                 os.unlink(part)
+            if isinstance(error, OSError) and error.filename == part:
+                error.filename = filename  # the name that the user knows
             raise
     finally:
         if old is not None:

@@ -62,6 +62,12 @@ def test_a_file_that_somebody_writes_to_is_left_to_him(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
+def test_an_error_names_the_file_that_was_wanted(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        make(tmp_path / "none" / "a", b"new")
+    assert caught.value.filename == str(tmp_path / "none" / "a")
+
+
 def test_what_is_no_regular_file_is_written_in_its_place(tmp_path: Path) -> None:
     async def work() -> str:
         async with made_anew("/dev/null") as path:
