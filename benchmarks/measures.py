@@ -95,7 +95,8 @@ class Race:
     Where a contestant can take checkpoints, it takes one before each round; ``prime`` is what the standby's primary
     writes after it, so that the view has something to look through. ``once``: no block is written twice in a round, so
     that with a fresh checkpoint before it a write finds what it overwrites not yet saved (on a disk of 1 GiB a second
-    turn would be plain writes). ``cold``: the disks are on a real file system, and are dropped from the page cache
+    turn would be plain writes). ``fresh``: every round has servers and disks of its own, so that it meets an empty
+    image again. ``cold``: the disks are on a real file system, and are dropped from the page cache
     before each round.
     """
 
@@ -105,9 +106,18 @@ class Race:
     prime: Workload | None = None
     cold: bool = False
     once: bool = False
+    fresh: bool = False
 
     def __call__(self, bench: Bench) -> Measured:
         measured = Measured("IOPS")
+        for _ in range(bench.rounds if self.fresh else 1):
+            self._race(bench, measured, 1 if self.fresh else bench.rounds)
+        rivals = [best for rival in self.rivals if (best := measured.median(rival))]
+        if (ours := measured.median(self.ours)) and len(rivals) == len(self.rivals):
+            measured.scores["ratio"] = ours / max(rivals)
+        return measured
+
+    def _race(self, bench: Bench, measured: Measured, rounds: int) -> None:
         with ExitStack() as stack:
             room = stack.enter_context(bench.room(bench.cold_directory if self.cold else None))
             if self.cold:
@@ -122,16 +132,12 @@ class Race:
                     if self.cold:
                         os.link(room / "cold.raw", directory / "disk.raw")
                     racing[name] = stack.enter_context(CONTESTANTS[name](directory, bench.size)), directory
-            for number in range(bench.rounds):
+            for number in range(rounds):
                 for name, (endpoint, directory) in racing.items():
                     if name not in measured.errors:
                         bench.say(f"round {number + 1}: {name}")
                         with measured.part(name):
                             measured.add(name, self._round(bench, endpoint, directory))
-        rivals = [best for rival in self.rivals if (best := measured.median(rival))]
-        if (ours := measured.median(self.ours)) and len(rivals) == len(self.rivals):
-            measured.scores["ratio"] = ours / max(rivals)
-        return measured
 
     def _cold_disk(self, room: Path, size: int) -> None:
         if file_system(room) in ("tmpfs", "ramfs"):

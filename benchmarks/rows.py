@@ -56,6 +56,16 @@ def plain(name: str, work: Workload, at_least: float, aim: float) -> Row:
     return race(name, "plain export", "blockstep export", ("nbdkit", "qemu-nbd"), work, at_least, aim)
 
 
+def qcow2(name: str, work: Workload, at_least: float, aim: float) -> Row:
+    return race(name, "export of a qcow2 image", "blockstep qcow2", ("qemu-nbd qcow2",), work, at_least, aim)
+
+
+def new_qcow2(name: str, work: Workload, at_least: float, aim: float) -> Row:
+    return Row(name, f"export of an empty qcow2 image: {work}",
+               Race("blockstep qcow2, empty", ("qemu-nbd qcow2, empty",), work, once=True, fresh=True),
+               {"ratio": Target(at_least, aim)})
+
+
 def into_standby(name: str, work: Workload, at_least: float, aim: float) -> Row:
     return race(name, "into a standby", "blockstep standby", ("QEMU standby",), work, at_least, aim, once=True)
 
@@ -89,6 +99,10 @@ ROWS = [
     Row("first-sync", "first sync of a half-empty disk", first_sync, {"ratio": Target(0.8, 1.0)}),
     race("cold-4k-read", "export of a file that is not cached", "blockstep export", ("qemu-nbd",), READ_4K, 1.0, 1.0,
          cold=True),
+    qcow2("qcow2-4k-read", READ_4K, 1.0, 2),
+    qcow2("qcow2-4k-write", WRITE_4K, 1.0, 2),
+    new_qcow2("qcow2-new-4k-write", WRITE_4K, 1.0, 2),
+    new_qcow2("qcow2-new-1m-write", WRITE_1M, 0.8, 1.2),
     Row("qmp-round-trips", "query-block-jobs on one monitor, one after the other", qmp.round_trips,
         {"rate": Target(5, 8, "k/s")}),
     Row("qmp-read-delay", "4k reads, 99th percentile, while a monitor floods", qmp.read_delay,

@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,36 @@ def qemu_nbd(directory: Path, size: int) -> Iterator[Endpoint]:
 def blockstep_export(directory: Path, size: int) -> Iterator[Endpoint]:
     disk, path = make_disk(directory / "disk.raw", size), directory / "export.sock"
     with started(blockstep("export", disk, "--socket", path), path) as process:
+        yield Endpoint(path, processes={"export": process})
+
+
+# One qcow2 image, served: all its clusters allocated, or none (``empty``).
+
+
+def _qcow2(directory: Path, size: int, empty: bool) -> Path:
+    needed("qemu-img")
+    image = directory / "disk.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, str(size))
+    if not empty:
+        disk = make_disk(directory / "disk.raw", size)
+        run("qemu-img", "convert", "-n", "-f", "raw", "-O", "qcow2", disk, image, timeout=300)
+        disk.unlink()
+    return image
+
+
+@contextmanager
+def qemu_nbd_qcow2(directory: Path, size: int, *, empty: bool = False) -> Iterator[Endpoint]:
+    needed("qemu-nbd")
+    image, path = _qcow2(directory, size, empty), directory / "qemu-nbd.sock"
+    command: list[str | Path] = ["qemu-nbd", "--persistent", "--shared=0", "--format=qcow2", f"--socket={path}", image]
+    with started(command, path) as process:
+        yield Endpoint(path, processes={"qemu-nbd": process})
+
+
+@contextmanager
+def blockstep_qcow2(directory: Path, size: int, *, empty: bool = False) -> Iterator[Endpoint]:
+    image, path = _qcow2(directory, size, empty), directory / "export.sock"
+    with started(blockstep("export", image, "--format", "qcow2", "--socket", path), path) as process:
         yield Endpoint(path, processes={"export": process})
 
 
@@ -293,6 +324,10 @@ CONTESTANTS: dict[str, Callable[[Path, int], AbstractContextManager[Endpoint]]] 
     "nbdkit": nbdkit_file,
     "qemu-nbd": qemu_nbd,
     "blockstep export": blockstep_export,
+    "qemu-nbd qcow2": qemu_nbd_qcow2,
+    "blockstep qcow2": blockstep_qcow2,
+    "qemu-nbd qcow2, empty": partial(qemu_nbd_qcow2, empty=True),
+    "blockstep qcow2, empty": partial(blockstep_qcow2, empty=True),
     "QEMU standby": qemu_standby,
     "QEMU view": qemu_view,
     "QEMU pair": qemu_pair,
