@@ -15,7 +15,8 @@ from blockstep.drivers.qcow2.format import Header, empty_block
 from blockstep.errors import ImageError
 from blockstep.units import GiB
 
-#: Bytes of memory that the arrays of one `Counts` take at most; with 64 KiB clusters and 16 bits, 32 TiB of file.
+#: Bytes of memory that the arrays of one `Counts` take at most, and a check has two. With clusters of 64 KiB and
+#: refcounts of 16 bits that is a file of 32 TiB.
 MOST_MEMORY: Final = GiB
 
 
@@ -34,8 +35,8 @@ class Counts(dict[int, "array[int]"]):
 
     def __missing__(self, number: int) -> array[int]:
         if (len(self) + 1) * self._block_size > max(MOST_MEMORY, self._block_size):
-            raise ImageError("clusters", f"more than {len(self)} refcount blocks",
-                             f"used by an image that can be checked in {MOST_MEMORY} bytes of memory")
+            raise ImageError("number of refcount blocks that clusters in use need", f"more than {len(self)}",
+                             f"at most that, for a check in {MOST_MEMORY} bytes of memory")
         block = self[number] = self._empty[:]
         return block
 

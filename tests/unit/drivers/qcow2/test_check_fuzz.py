@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from blockstep.drivers.qcow2 import counts
 from blockstep.drivers.qcow2.check import Checker, CheckResult, check
 from blockstep.drivers.qcow2.format import parse_header
 from blockstep.drivers.qcow2.repair import repair
@@ -157,3 +158,16 @@ def test_an_absurd_image_is_refused_in_bounded_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert check(read, length).corruptions
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+def test_more_memory_than_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An L2 table whose entries are far from each other in a sparse file of 32 PiB."""
+    size = 1 << 16
+    header = (b"QFI\xfb" + (2).to_bytes(4, "big") + bytes(12) + (16).to_bytes(4, "big") + (1 << 29).to_bytes(8, "big")
+              + bytes(4) + (1).to_bytes(4, "big") + size.to_bytes(8, "big") + (2 * size).to_bytes(8, "big")
+              + (1).to_bytes(4, "big") + bytes(12))
+    l2 = b"".join((index << 40).to_bytes(8, "big") for index in range(8192))
+    data = (header.ljust(size, b"\0") + (3 * size).to_bytes(8, "big")).ljust(3 * size, b"\0") + l2
+    monkeypatch.setattr(counts, "MOST_MEMORY", 4 << 20)
+    with pytest.raises(ImageError, match="memory"):
+        check(lambda offset, length: data[offset:offset + length].ljust(length, b"\0"), 1 << 55)
