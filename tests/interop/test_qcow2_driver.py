@@ -401,6 +401,24 @@ def test_an_image_that_needs_repair_is_for_reading(bits: int, said: str, tmp_pat
     asyncio.run(go())
 
 
+def test_a_refcount_table_that_names_one_block_often_is_refused_by_the_first_allocation(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    made(path, "compat=1.1")
+    with path.open("r+b") as file:
+        file.seek(64 * KiB)
+        block = file.read(8)
+        file.seek(64 * KiB)
+        file.write(block * 8192)
+
+    async def go() -> None:
+        async with disk(image_options(path)) as user:
+            with pytest.raises(OSError, match="block twice"):
+                await user.pwrite(0, b"x")
+            assert bytes(await user.pread(0, 10)) == bytes(10)
+
+    asyncio.run(go())
+
+
 def test_a_chain_that_loops_is_refused_at_once(tmp_path: Path) -> None:
     for name, below in (("a", "b"), ("b", "a")):
         run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", f"{below}.qcow2", "-F", "qcow2",

@@ -15,6 +15,8 @@ from blockstep.errors import ImageError
 
 #: Of deflate: the logarithm of the window, negative for data without a header.
 _WINDOW: Final = -12
+#: Of zstd: the logarithm of the largest window, which is memory.
+_ZSTD_WINDOW: Final = 23
 
 
 def check_compression(kind: int) -> None:
@@ -54,6 +56,8 @@ def _zstd() -> Any:
 def _unpack_zstd(data: bytes, size: int) -> bytes:
     module = _zstd()
     if module.__name__ == "zstandard":
-        with module.ZstdDecompressor(max_window_size=1 << 23).stream_reader(data, read_across_frames=False) as reader:
+        unpacker = module.ZstdDecompressor(max_window_size=1 << _ZSTD_WINDOW)
+        with unpacker.stream_reader(data, read_across_frames=False) as reader:
             return bytes(reader.read(size))
-    return bytes(module.ZstdDecompressor().decompress(data, size))
+    options = {module.DecompressionParameter.window_log_max: _ZSTD_WINDOW}
+    return bytes(module.ZstdDecompressor(options=options).decompress(data, size))

@@ -62,6 +62,7 @@ class Refcounts:
         self.dirty: dict[int, tuple[int, int]] = {}  #: block -> the clusters in it that changed, [first, end)
         self.table_dirty: set[int] = set()
         self.table_moved = False
+        self._distinct = False  # the blocks of the table: looked at before the first allocation
         self._lock = asyncio.Lock()
         self._growing = asyncio.Lock()
         self._cursor = 1
@@ -145,6 +146,11 @@ class Refcounts:
 
     async def _find(self, wanted: int, exactly: bool) -> tuple[int, int]:
         per, mask = self._per, (1 << self._per) - 1
+        if not self._distinct:  # a search through one full block, a million times, would not come to an end
+            entries = [entry for entry in self.table if entry]
+            if len(set(entries)) != len(entries):
+                raise broken("the refcount table has a block twice")
+            self._distinct = True
         cursor = self._cursor
         start = run = 0  # the row found so far
         while cursor < MOST_OFFSET >> self._bits:
