@@ -50,7 +50,7 @@ def test_every_option_that_help_shows_is_in_the_page_of_commands() -> None:
         assert options - {"--help"} <= set(re.findall(r"--[\w-]+", page)), command
 
 
-def test_every_option_of_the_commands_on_images_is_in_the_page_of_commands() -> None:
+def test_every_command_on_images_is_in_the_page_of_commands() -> None:
     sections = re.split(r"^##+ blockstep img (\w+)$", (ROOT / "docs" / "cli.md").read_text(), flags=re.M)
     pages: Mapping[str, str] = dict(zip(sections[1::2], sections[2::2], strict=True))
     shown = _run("-m", "blockstep", "img", "--help").stdout.partition("Commands:")[2]
