@@ -39,8 +39,12 @@ class OptionError(BlockstepError):
         shown = repr(value)
         if len(shown) > _LONGEST_SHOWN:
             shown = f"{shown[:_LONGEST_SHOWN]}... ({len(shown)} characters)"
-        super().__init__(f"{option}: {shown} is not valid; it should be {expected}")
+        super().__init__(f"{option}: {shown} is not valid; it should be {expected}".removeprefix(": "))
         self.option, self.value, self.expected = option, value, expected
+
+    def inside(self, where: str) -> OptionError:
+        """The same error, where the options are the value of the option ``where``."""
+        return OptionError(f"{where}.{self.option.rpartition(': ')[2]}", self.value, self.expected)
 
 
 class GraphError(BlockstepError):

@@ -36,13 +36,76 @@ def picture(graph: Graph) -> dict[str, Any]:
 # --- open and close ---
 
 
+class SlowOptions(RamOptions, tag="test-slow"):
+    """A disk that takes until it is let go to open, and to close."""
+
+
+@register
+class Slow(Ram):
+    driver: ClassVar[str] = "test-slow"
+    Options = SlowOptions
+
+    go: ClassVar[asyncio.Event]
+    begun: ClassVar[asyncio.Event]
+
+    async def open(self) -> None:
+        await self._wait()
+        await super().open()
+
+    async def close(self) -> None:
+        await self._wait()
+        await super().close()
+
+    async def _wait(self) -> None:
+        self.begun.set()
+        await self.go.wait()
+        self.go.clear()
+
+
+def test_a_node_is_found_by_nobody_before_it_is_open_and_from_its_closing_on() -> None:
+    async def main() -> None:
+        graph = Graph()
+        Slow.go, Slow.begun = asyncio.Event(), asyncio.Event()
+
+        async def meanwhile(doing: asyncio.Future[Any]) -> None:
+            await Slow.begun.wait()
+            Slow.begun.clear()
+            with pytest.raises(NodeNotFound):
+                graph.find("disk")
+            with pytest.raises(NodeNotFound):
+                await graph.open({"driver": "raw", "node-name": "user", "file": "disk"})
+            with pytest.raises(OptionError, match="no other node has"):
+                await graph.open({"driver": "test-ram", "node-name": "disk"})
+            assert graph.nodes == {}
+            assert [node.name for node in graph.everything()] == ["disk"]
+            Slow.go.set()
+            await doing
+
+        await meanwhile(asyncio.ensure_future(graph.open({"driver": "test-slow", "node-name": "disk"})))
+        await meanwhile(asyncio.ensure_future(graph.close(graph.find("disk"))))
+        assert graph.everything() == []
+        await ram(graph, "disk")
+
+    asyncio.run(main())
+
+
+def test_a_node_cannot_be_its_own_child() -> None:
+    async def main() -> None:
+        graph = Graph()
+        with pytest.raises(NodeNotFound):
+            await graph.open({"driver": "overlay", "node-name": "self", "backing": "self", "size": 4096})
+        assert graph.everything() == []
+
+    asyncio.run(main())
+
+
 def test_inline_children_are_opened_with_their_parent_and_closed_with_it() -> None:
     async def main() -> None:
         graph = Graph()
         node = await graph.open({"driver": "blkdebug", "node-name": "top",
                                  "file": {"driver": "throttle", "limits": {}, "node-name": "middle",
                                           "file": {"driver": "test-ram", "node-name": "disk"}}})
-        assert list(graph.nodes) == ["top", "middle", "disk"]
+        assert {*graph.nodes} == {"top", "middle", "disk"}
         assert [below.name for below in node.below()] == ["middle", "disk"]
         disk = graph.find("disk")
         await graph.close(node)
