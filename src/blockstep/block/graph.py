@@ -26,7 +26,7 @@ from blockstep.block.driver import Driver, Prepared
 from blockstep.block.io import Backend
 from blockstep.block.names import check_name
 from blockstep.block.node import CacheOptions, Node, NodeOptions, NodeRef
-from blockstep.block.permissions import ALL, READ, Permission, Role
+from blockstep.block.permissions import ALL, NONE, READ, Permission, Role
 from blockstep.block.registry import parse_options
 from blockstep.errors import GraphError, NodeNotFound, OptionError
 
@@ -136,6 +136,7 @@ class Graph:
         if node.parents or node.owned or self.nodes.get(node.name) is not node:
             return
         self.unfinished[node.name] = self.nodes.pop(node.name)
+        node.gone = True
         try:
             await node.close()
         finally:
@@ -230,6 +231,14 @@ class Graph:
         with self.change() as change:
             change.refresh(node)
         await self.close_unused(node)
+
+    async def flush(self, node: Driver) -> None:
+        """Make durable what was written to a node, as a user of it does: changes of the graph wait for that."""
+        user = self.attach_backend(node, "flush", NONE)
+        try:
+            await user.flush()
+        finally:
+            await self.detach_backend(user)
 
     # --- changes ---
 
