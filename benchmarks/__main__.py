@@ -27,8 +27,8 @@ def arguments() -> argparse.Namespace:
                         help="rows whose name begins so or matches the pattern; may be given several times")
     parser.add_argument("--list", action="store_true", help="list the rows and end")
     parser.add_argument("--quick", action="store_true", help="one round of one second, 256 MiB disks: for a look")
-    parser.add_argument("--rounds", type=int, default=3, help="of each contestant, in turn (3)")
-    parser.add_argument("--seconds", type=float, default=3, help="of one run (3)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each contestant, in turn (5)")
+    parser.add_argument("--seconds", type=float, default=2, help="of one run (2)")
     parser.add_argument("--size", default="1G", help="of the disks (1G)")
     parser.add_argument("--dir", type=Path, default=Path("/dev/shm"), help="for the disks, in memory (/dev/shm)")
     parser.add_argument("--cold-dir", type=Path, default=Path("/var/tmp"),

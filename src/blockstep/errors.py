@@ -37,8 +37,12 @@ class OptionError(BlockstepError):
     """An option, argument or configuration value is wrong. Nothing was changed."""
 
     def __init__(self, option: str, value: object, expected: str) -> None:
-        super().__init__(f"{option}: {_shown(value)} is not valid; it should be {expected}")
+        super().__init__(f"{option}: {_shown(value)} is not valid; it should be {expected}".removeprefix(": "))
         self.option, self.value, self.expected = option, value, expected
+
+    def inside(self, where: str) -> OptionError:
+        """The same error, where the options are the value of the option ``where``."""
+        return OptionError(f"{where}.{self.option.rpartition(': ')[2]}", self.value, self.expected)
 
 
 class ImageError(BlockstepError):

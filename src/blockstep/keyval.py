@@ -180,6 +180,9 @@ def _understood_object(value: dict[str, Any], kinds: list[inspect.Type], option:
     fields = {field.encode_name: field for field in struct.fields}
     for name in value:
         if name not in fields and name != struct.tag_field:
+            for field in fields.values():  # a kind that is not there explains the options that would belong to it
+                if isinstance(field.type, inspect.Metadata | inspect.LiteralType) and field.encode_name in value:
+                    _check_literal(value[field.encode_name], field.type, _path(option, field.encode_name), words)
             known = sorted([*fields, *([struct.tag_field] if struct.tag_field else [])])
             raise OptionError(_path(option, name), value[name], f"left out; there is {_nearest(name, known)}")
     for field in fields.values():
@@ -187,6 +190,14 @@ def _understood_object(value: dict[str, Any], kinds: list[inspect.Type], option:
             raise OptionError(_path(option, field.encode_name), None, f"given: {_expected([field.type], words)}")
     return {name: item if name == struct.tag_field else _understood(item, fields[name].type, _path(option, name), words)
             for name, item in value.items()}
+
+
+def _check_literal(value: Any, kind: inspect.Type, option: str, words: bool) -> None:
+    """Raises OptionError for a word that is none of ``kind``'s, if those can be listed."""
+    while isinstance(kind, inspect.Metadata):
+        kind = kind.type
+    if isinstance(kind, inspect.LiteralType):
+        _check(value, [kind], option, words)
 
 
 def _chosen(value: dict[str, Any], structs: list[inspect.StructType], option: str) -> inspect.StructType:

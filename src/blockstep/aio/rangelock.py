@@ -36,6 +36,11 @@ class RangeLock:
         """Whether nobody holds or waits for any range."""
         return not self._held and not self._waiting
 
+    @property
+    def held(self) -> list[tuple[int, int]]:
+        """The ranges that are held now, as (start, end)."""
+        return [(start, end) for start, end, _ in self._held.values()]
+
     def try_take(self, start: int, end: int, shared: bool = False) -> int:
         """Take ``[start, end)`` now. Returns a token (never 0), or 0 if somebody is in the way."""
         if self._held and self._blocked(start, end, shared, self._next):

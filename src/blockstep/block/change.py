@@ -13,7 +13,7 @@ from blockstep.block.driver import Driver
 from blockstep.block.io import Backend
 from blockstep.block.node import Child
 from blockstep.block.permissions import RESIZE, WRITE, WRITE_UNCHANGED, Permission, Role
-from blockstep.errors import GraphError, PermissionConflict
+from blockstep.errors import GraphError, NodeNotFound, PermissionConflict
 
 
 class Change:
@@ -25,6 +25,7 @@ class Change:
 
     def attach(self, parent: Driver, name: str, role: Role, node: Driver) -> Child:
         """Give ``parent`` a child. Raises GraphError if it has one of that name, or if that would make a cycle."""
+        _check_there(parent, node)
         if name in parent.children:
             raise GraphError(f"node '{parent.name}' has a child '{name}' already")
         if node is parent or any(below is parent for below in node.below()):
@@ -62,11 +63,13 @@ class Change:
 
     def attach_backend(self, backend: Backend) -> None:
         """Let a user in."""
+        _check_there(backend.node)
         backend.node.parents.append(backend.edge)
         self._did(lambda: backend.node.parents.remove(backend.edge), backend.node)
 
     def move(self, edge: Child, node: Driver) -> None:
         """Put ``node`` at the lower end of an edge."""
+        _check_there(node)
         old = edge.node
         if isinstance(edge.parent, Driver) and (node is edge.parent or edge.parent in list(node.below())):
             raise GraphError(f"node '{node.name}' cannot be a child of '{edge.parent.name}', which lies below it")
@@ -166,3 +169,10 @@ def _top_down(nodes: Iterable[Driver]) -> list[Driver]:
     for node in nodes:
         visit(node)
     return order[::-1]
+
+
+def _check_there(*nodes: Driver) -> None:
+    """Raise NodeNotFound for one that was closed while somebody who has found it waited for something else."""
+    for node in nodes:
+        if node.gone:
+            raise NodeNotFound(node.name)

@@ -26,7 +26,7 @@ from blockstep.block.driver import Driver, Prepared
 from blockstep.block.io import Backend
 from blockstep.block.names import check_name
 from blockstep.block.node import CacheOptions, Node, NodeOptions, NodeRef
-from blockstep.block.permissions import ALL, READ, Permission, Role
+from blockstep.block.permissions import ALL, NONE, READ, Permission, Role
 from blockstep.block.registry import parse_options
 from blockstep.errors import GraphError, NodeNotFound, OptionError
 
@@ -41,6 +41,8 @@ class Graph:
 
     def __init__(self) -> None:
         self.nodes: dict[str, Driver] = {}
+        #: Those that are being opened or closed. Nobody finds them, but their names are taken.
+        self.unfinished: dict[str, Driver] = {}
         #: Called with (event, data) for all that nodes report (`Node.report`), at once, in the strand that met it.
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         #: What the options of nodes refer to by id: throttle groups, TLS credentials.
@@ -68,6 +70,14 @@ class Graph:
         except KeyError:
             raise NodeNotFound(name) from None
 
+    def is_taken(self, name: str) -> bool:
+        """Whether a node has that name, or will have, or has still."""
+        return name in self.nodes or name in self.unfinished
+
+    def everything(self) -> list[Driver]:
+        """All nodes, those too that are being opened or closed."""
+        return [*self.nodes.values(), *self.unfinished.values()]
+
     async def open(
         self, options: Mapping[str, Any] | NodeOptions, *, owned: bool = True, strict: bool = True,
         _implied: tuple[NodeRef, ...] = ()
@@ -78,17 +88,17 @@ class Graph:
         they are closed by name, others go with their last parent.
         """
         driver, checked = parse_options(options, strict)
-        name = checked.node_name or f"#block{next(self._numbers):03d}"
-        if name in self.nodes:
+        name = f"#block{next(self._numbers):03d}" if checked.node_name is None else checked.node_name
+        if self.is_taken(name):
             raise OptionError("node-name", name, "a name that no other node has")
-        if checked.node_name:
+        if checked.node_name is not None:
             check_name("node-name", name)
         if checked.force_share and not checked.read_only:
             raise OptionError("force-share", True, "off, except with read-only")
         node = driver(name, checked)
         node.on_event = self.report
         node.objects = self.objects
-        self.nodes[name] = node  # the name is taken from here on, whatever is opened meanwhile
+        self.unfinished[name] = node
         try:
             for child_name, role, ref in child_references(driver, checked):
                 await self._open_child(node, child_name, role, ref, strict, _implied)
@@ -99,9 +109,11 @@ class Graph:
                 await self._open_child(node, child_name, role, ref, strict, (*_implied, ref))
             await _open(node)
         except BaseException:
-            del self.nodes[name]
             await self._close_children(node)
             raise
+        finally:
+            del self.unfinished[name]
+        self.nodes[name] = node
         node.owned = owned
         return node
 
@@ -110,8 +122,12 @@ class Graph:
         if isinstance(ref, str):
             child = self.find(ref)
         else:
-            child = await self.open(child_options(node.options, role, ref), owned=False, strict=strict,
-                                    _implied=implied)
+            try:
+                child = await self.open(child_options(node.options, role, ref), owned=False, strict=strict,
+                                        _implied=implied)
+            except OptionError as error:
+                # What an image names is no option of the user's, who would have to read the path of a whole chain.
+                raise (error if implied else error.inside(name)) from None
             child.given = given_names(ref)
         try:
             with self.change() as change:
@@ -133,10 +149,12 @@ class Graph:
         """Close a node, and those below it, if it has no parents and is not held by name (and is still open)."""
         if node.parents or node.owned or self.nodes.get(node.name) is not node:
             return
+        self.unfinished[node.name] = self.nodes.pop(node.name)
+        node.gone = True
         try:
             await node.close()
         finally:
-            self.nodes.pop(node.name, None)
+            del self.unfinished[node.name]
             self._accounts.pop(node.name, None)
             entrance = self.entrances.pop(node.name, None)
             if entrance is not None and "file" in entrance.children:  # another node has become the disk
@@ -227,6 +245,14 @@ class Graph:
         with self.change() as change:
             change.refresh(node)
         await self.close_unused(node)
+
+    async def flush(self, node: Driver) -> None:
+        """Make durable what was written to a node, as a user of it does: changes of the graph wait for that."""
+        user = self.attach_backend(node, "flush", NONE)
+        try:
+            await user.flush()
+        finally:
+            await self.detach_backend(user)
 
     # --- changes ---
 

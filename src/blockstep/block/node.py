@@ -143,6 +143,9 @@ class Node:
         write_zeroes: Callable[..., Awaitable[None]]
         discard: Callable[..., Awaitable[None]]
 
+    #: Whether it is closed, or being closed: nobody can begin to use it.
+    gone: bool = False
+
     def __init__(self, name: str, options: NodeOptions) -> None:
         self.name = name
         self.options = options

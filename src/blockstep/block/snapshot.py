@@ -20,6 +20,7 @@ async def prepare_snapshot(graph: Graph, node: Driver, overlay: Driver) -> Prepa
     _check(node, overlay)
     if not node.read_only:
         await node.flush()
+        _check(node, overlay)  # others did not wait
     change = Change()
     try:
         change.replace(node, overlay)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import ssl
@@ -156,7 +157,7 @@ async def _connect(options: SocketOptions) -> socket.socket:
             sock.close()
             raise
     except OSError as error:
-        raise OSError(error.errno, f"cannot connect: {error.strerror or error}") from None
+        raise OSError(error.errno or errno.EINVAL, f"cannot connect: {error.strerror or error}") from None
     return sock
 
 

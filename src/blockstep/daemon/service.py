@@ -1,7 +1,8 @@
 """What the programs share: where their sockets are, the control socket, readiness and a clean stop.
 
 A program is a coroutine that starts everything and then waits in `Service.wait` until it is told to stop: by
-SIGTERM, SIGINT or SIGHUP, or by the command ``quit``. Under systemd it says READY=1 when it serves and STOPPING=1
+SIGTERM, SIGINT or SIGHUP, or by the command ``quit``. Another SIGTERM or SIGHUP changes nothing: a stop that is broken
+off loses data. A second Ctrl-C is somebody who wants that. Under systemd it says READY=1 when it serves and STOPPING=1
 when it begins to stop (sd_notify's protocol: a datagram to $NOTIFY_SOCKET).
 """
 
@@ -107,9 +108,8 @@ class Service:
             await self._quit.wait()
         finally:
             notify("STOPPING=1")
-            loop = asyncio.get_running_loop()
-            for number in self._signals:
-                loop.remove_signal_handler(number)
+            if signal.SIGINT in self._signals:
+                asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
 
     async def stop_qmp(self) -> None:
         """Close the control socket, after its answers have gone out."""

@@ -136,8 +136,10 @@ class Overlay(Driver):
                 raise OptionError(name, value, "absent: it is for overlays in memory, and this one has a filename")
         if options.spill_dir is not None and not os.path.isdir(options.spill_dir):
             raise OptionError("spill-dir", options.spill_dir, "a directory")
-        if options.create and (options.filename is None or self.read_only):
-            raise OptionError("create", True, "absent: there is no file to make, or it would be read-only")
+        if options.create and options.filename is None:
+            raise OptionError("create", True, "absent: without a filename there is no file to make")
+        if options.create and self.read_only:
+            raise OptionError("create", True, "given with read-only=off: a backing node is read-only by default")
         if options.cache.direct:
             raise OptionError("cache.direct", True, "absent: the overlay's data file is read through the page cache")
 

@@ -272,7 +272,7 @@ class ExportTable:
             await export.backend.idle()
         for export in held:
             if not export.backend.read_only and not export.gone.is_set():
-                await export.node.flush()
+                await self._graph.flush(export.node)
 
     def release_guests(self) -> None:
         """Let them go on."""

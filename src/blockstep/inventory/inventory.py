@@ -59,7 +59,7 @@ class Inventory:
 
     def _cut_off(self) -> None:
         """Let requests fail that wait for servers."""
-        for node in self.graph.nodes.values():
+        for node in self.graph.everything():
             if isinstance(node, Nbd):
                 node.yank()
 

@@ -212,7 +212,7 @@ class SyncJob(Job):
     async def _insert_filter(self, name: str) -> None:
         """Put a filter over the source that does nothing yet."""
         assert self.engine is not None
-        if name in self.graph.nodes:
+        if self.graph.is_taken(name):
             raise OptionError("filter-node-name", name, "a name that no other node has")
         node = MirrorTop(name, MirrorTopOptions(file=self.source.name, target=self.target.name))
         node.lock, node.written, node.on_target_error = self._lock, self.engine.written, self._target_failed

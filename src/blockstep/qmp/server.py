@@ -280,7 +280,8 @@ def bind_unix(path: str) -> socket.socket:
         os.chmod(path, 0o600)
     except OSError as error:
         sock.close()
-        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
+        code = error.errno or errno.ENAMETOOLONG  # Python's own check of the length has none
+        raise OSError(code, os.strerror(code), path) from None
     except BaseException:
         sock.close()
         raise

@@ -442,6 +442,8 @@ class Link(Filter):
     def settled(self) -> None:
         """What came before the mark is durable on the standby."""
         self.closing.clear()
+        for first, end in self._lock.held:  # the standby has it, and this disk has not ended it
+            self.closing.set(first, end - first)
         if self._torn is not None:
             self.closing.merge(self._torn)
 

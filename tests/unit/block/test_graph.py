@@ -20,6 +20,7 @@ from blockstep.block.io import Backend
 from blockstep.block.node import NodeOptions
 from blockstep.block.permissions import ALL, READ, WRITE, Permission, Role
 from blockstep.block.registry import register
+from blockstep.block.snapshot import prepare_snapshot
 from blockstep.errors import GraphError, NodeNotFound, OperationBlocked, OptionError, PermissionConflict
 from tests.disks import Ram, RamOptions, faulty, ram
 
@@ -36,13 +37,149 @@ def picture(graph: Graph) -> dict[str, Any]:
 # --- open and close ---
 
 
+class SlowOptions(RamOptions, tag="test-slow"):
+    """A disk that takes until it is let go to open, and to close."""
+
+
+@register
+class Slow(Ram):
+    driver: ClassVar[str] = "test-slow"
+    Options = SlowOptions
+
+    go: ClassVar[asyncio.Event]
+    begun: ClassVar[asyncio.Event]
+
+    async def open(self) -> None:
+        await self._wait()
+        await super().open()
+
+    async def close(self) -> None:
+        await self._wait()
+        await super().close()
+
+    async def _wait(self) -> None:
+        self.begun.set()
+        await self.go.wait()
+        self.go.clear()
+
+
+def test_a_node_is_found_by_nobody_before_it_is_open_and_from_its_closing_on() -> None:
+    async def main() -> None:
+        graph = Graph()
+        Slow.go, Slow.begun = asyncio.Event(), asyncio.Event()
+
+        async def meanwhile(doing: asyncio.Future[Any]) -> None:
+            await Slow.begun.wait()
+            Slow.begun.clear()
+            with pytest.raises(NodeNotFound):
+                graph.find("disk")
+            with pytest.raises(NodeNotFound):
+                await graph.open({"driver": "raw", "node-name": "user", "file": "disk"})
+            with pytest.raises(OptionError, match="no other node has"):
+                await graph.open({"driver": "test-ram", "node-name": "disk"})
+            assert graph.nodes == {}
+            assert [node.name for node in graph.everything()] == ["disk"]
+            Slow.go.set()
+            await doing
+
+        await meanwhile(asyncio.ensure_future(graph.open({"driver": "test-slow", "node-name": "disk"})))
+        await meanwhile(asyncio.ensure_future(graph.close(graph.find("disk"))))
+        assert graph.everything() == []
+        await ram(graph, "disk")
+
+    asyncio.run(main())
+
+
+class SlowFlush(Ram):
+    """A disk whose flushes wait until it is let go."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.go, self.begun = asyncio.Event(), asyncio.Event()
+
+    async def flush(self) -> None:
+        self.begun.set()
+        await self.go.wait()
+        await super().flush()
+
+
+@register
+class SlowToFlush(SlowFlush):
+    driver: ClassVar[str] = "test-slow-flush"
+
+    class Options(RamOptions, tag="test-slow-flush"):
+        pass
+
+
+def test_an_overlay_that_is_closed_during_a_snapshots_flush_is_not_used() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await graph.open({"driver": "test-slow-flush", "node-name": "disk"})
+        overlay = await graph.open({"driver": "overlay", "node-name": "overlay", "size": 1 << 16})
+        assert isinstance(disk, SlowFlush)
+        async with graph.drained(disk):
+            preparing = asyncio.ensure_future(prepare_snapshot(graph, disk, overlay))
+            await disk.begun.wait()
+            await graph.close(overlay)
+            before = picture(graph)
+            disk.go.set()
+            with pytest.raises(NodeNotFound):
+                await preparing
+        assert picture(graph) == before
+
+    asyncio.run(main())
+
+
+def test_a_change_waits_for_a_flush_in_its_way() -> None:
+    async def main() -> None:
+        graph = Graph()
+        await ram(graph, "disk")
+        target = await graph.open({"driver": "test-slow-flush", "node-name": "target"})
+        assert isinstance(target, SlowFlush)
+        top = await graph.open({"driver": "copy-before-write", "node-name": "filter", "file": "disk",
+                                "target": "target"})
+        above = await graph.open({"driver": "raw", "node-name": "above", "file": "filter"})
+        flushing = asyncio.ensure_future(graph.flush(above))
+        await target.begun.wait()
+        removing = asyncio.ensure_future(graph.remove_filter(top))
+        await asyncio.sleep(0)
+        target.go.set()
+        await flushing
+        await removing
+        assert [node.name for node in above.below()] == ["disk"]
+
+    asyncio.run(main())
+
+
+def test_a_closed_node_gets_no_new_users() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk")
+        await graph.close(disk)
+        with pytest.raises(NodeNotFound):
+            graph.attach_backend(disk, "export e1")
+        assert disk.parents == []
+
+    asyncio.run(main())
+
+
+def test_a_node_cannot_be_its_own_child() -> None:
+    async def main() -> None:
+        graph = Graph()
+        with pytest.raises(NodeNotFound):
+            await graph.open({"driver": "overlay", "node-name": "self", "backing": "self", "size": 4096})
+        assert graph.everything() == []
+
+    asyncio.run(main())
+
+
 def test_inline_children_are_opened_with_their_parent_and_closed_with_it() -> None:
     async def main() -> None:
         graph = Graph()
         node = await graph.open({"driver": "blkdebug", "node-name": "top",
                                  "file": {"driver": "throttle", "limits": {}, "node-name": "middle",
                                           "file": {"driver": "test-ram", "node-name": "disk"}}})
-        assert list(graph.nodes) == ["top", "middle", "disk"]
+        assert {*graph.nodes} == {"top", "middle", "disk"}
         assert [below.name for below in node.below()] == ["middle", "disk"]
         disk = graph.find("disk")
         await graph.close(node)
@@ -543,7 +680,10 @@ def test_what_a_node_reports_reaches_all_listeners() -> None:
         heard: list[tuple[int, str, dict[str, Any]]] = []
         disk.report("NOBODY", {})
         for number in (1, 2):
-            graph.listeners.append(lambda event, data, number=number: heard.append((number, event, data)))
+            def listen(event: str, data: dict[str, Any], number: int = number) -> None:
+                heard.append((number, event, data))
+
+            graph.listeners.append(listen)
         disk.report("HELLO", {"from": "disk"})
         assert heard == [(1, "HELLO", {"from": "disk"}), (2, "HELLO", {"from": "disk"})]
 

@@ -450,6 +450,23 @@ class Trace:
             assert pair.link.queued == 0
 
 
+def test_what_the_standby_has_and_this_disk_has_not_yet_is_remembered() -> None:
+    """A slow disk of the primary: the checkpoint that has the write is over before the write is."""
+    pair = Pair("local")
+    pair.gates.close("local")
+    request = pair.write(0, b"x")
+    pair.link.mark()
+    assert Request(pair.link.settle()).ended
+    pair.link.settled()
+    pair.link.release()
+    assert not request.ended
+    assert pair.local.data != pair.remote.data
+    pair.check_bitmaps_cover()
+    pair.gates.open()
+    assert request.ended
+    assert pair.local.data == pair.remote.data
+
+
 # --- resize ---
 
 

@@ -63,12 +63,12 @@ async def yank(context: Holder, args: YankArguments) -> None:
 async def query_yank(context: Holder, args: Arguments) -> list[Instance]:
     """What `yank` can cut off."""
     return [BlockNodeInstance(node_name=node.name)
-            for node in context.inventory.graph.nodes.values() if isinstance(node, Nbd)]
+            for node in context.inventory.graph.everything() if isinstance(node, Nbd)]
 
 
 def _find(context: Holder, instance: Instance) -> Nbd:
     if isinstance(instance, BlockNodeInstance):
-        node = context.inventory.graph.nodes.get(instance.node_name)
-        if isinstance(node, Nbd):
-            return node
+        for node in context.inventory.graph.everything():
+            if isinstance(node, Nbd) and node.name == instance.node_name:
+                return node
     raise CommandError(f"there is no instance {msgspec.json.encode(instance).decode()} to yank", "DeviceNotFound")
