@@ -158,6 +158,7 @@ class Refcounts:
                 cursor, run = self.reserved[1], 0
                 continue
             index = cursor >> per
+            await self._know_before(index)
             block = self.blocks.get(index) or await self.block(index)
             if block is None:
                 if not await self._new_block(index):
@@ -180,6 +181,13 @@ class Refcounts:
             if run == wanted:
                 return start, run
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: no cluster is free")
+
+    async def _know_before(self, index: int) -> None:
+        """While make_empty is not durable: load the old block, so that `_used_before` can tell."""
+        if self.before is not None:
+            table, blocks = self.before
+            if index < len(table) and table[index] and index not in blocks:
+                blocks[index] = decode_block(self._header, await read_file(self._file, table[index], 1 << self._bits))
 
     def _used_before(self, cluster: int) -> bool:
         if self.before is None:
@@ -231,8 +239,8 @@ class Refcounts:
         if index >= len(self.table):
             await self._grow_table(index)
             return True
-        first = index << self._per
-        cluster = max(first, 1)
+        await self._know_before(index)
+        cluster = max(index << self._per, 1)
         while self._used_before(cluster) or self.reserved[0] <= cluster < self.reserved[1]:
             cluster += 1
         if cluster >> self._per != index:
