@@ -56,4 +56,6 @@ class Program:
 
 
 QEMU = Program("qemu", "qcow2")
-BLOCKSTEP = Program("blockstep", "overlay")
+BLOCKSTEP = Program("blockstep", "qcow2")
+#: With the format of ours that is made for this.
+BLOCKSTEP_OVERLAY = Program("blockstep", "overlay")

@@ -3,7 +3,7 @@
 Steps, names and options are the guide's: start of the secondary and of the primary, failover on either, and how
 replication is resumed on either, with a drive-mirror to the NBD export of the other. Three things are not:
 
-* disks are raw, and active and hidden disk are of the format that the program has for them (`Program.overlay`);
+* the disks themselves are raw; active and hidden disk are qcow2, as there;
 * there is no guest and no migration, so replication is started by ``xen-set-replication`` where the guide migrates.
   For the same reason QEMU does not know ``x-colo-lost-heartbeat`` here (COLO does not run), and is told to stop
   replication with a failover, which is what that command does with the disks;

@@ -15,7 +15,7 @@ import pytest
 from blockstep.nbd.client import Client
 from blockstep.nbd.uri import Address, InetAddress, UnixAddress
 from blockstep.testing.processes import free_ports, stop
-from tests.programs import BLOCKSTEP, QEMU, Program
+from tests.programs import BLOCKSTEP, BLOCKSTEP_OVERLAY, QEMU, Program
 from tests.scenarios import scenario
 
 pytestmark = pytest.mark.interop
@@ -68,7 +68,8 @@ async def _read(address: Address, export: str) -> bytes:
         await client.close()
 
 
-@pytest.mark.parametrize("secondary", [QEMU, BLOCKSTEP], ids=lambda program: f"secondary-{program.name}")
+@pytest.mark.parametrize("secondary", [QEMU, BLOCKSTEP, BLOCKSTEP_OVERLAY],
+                         ids=lambda program: f"secondary-{program.name}-{program.overlay}")
 @pytest.mark.parametrize("primary", [QEMU, BLOCKSTEP], ids=lambda program: f"primary-{program.name}")
 def test_the_script_runs_unchanged(tmp_path: Path, primary: Program, secondary: Program) -> None:
     @scenario
