@@ -356,19 +356,27 @@ def test_a_disk_that_is_made_writable_sees_what_was_written_meanwhile_or_refuses
 # --- what is refused ---
 
 
-@pytest.mark.parametrize(("create", "said"), [
-    (["-o", "encrypt.format=luks,encrypt.key-secret=s", "--object", "secret,id=s,data=x"], "LUKS"),
-    (["-o", "data_file=data.raw"], "external data file"),
-])
-def test_what_cannot_be_used_is_refused_by_name(create: list[str], said: str, tmp_path: Path) -> None:
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *create, "disk.qcow2", "1M"], cwd=tmp_path, check=True,
-                   timeout=60)
-
+def refuses(path: Path, said: str) -> None:
     async def go() -> None:
         with pytest.raises(OptionError, match=said):
-            await Graph().open(image_options(tmp_path / "disk.qcow2"))
+            await Graph().open(image_options(path))
 
     asyncio.run(go())
+
+
+def test_an_encrypted_image_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    made(path, "compat=1.1")
+    with path.open("r+b") as image:  # qemu-img measures the processor before it encrypts, and fails on a busy one
+        image.seek(32)
+        image.write((2).to_bytes(4, "big"))
+    refuses(path, "LUKS")
+
+
+def test_an_external_data_file_is_refused_by_name(tmp_path: Path) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=data.raw", "disk.qcow2", "1M"],
+                   cwd=tmp_path, check=True, timeout=60)
+    refuses(tmp_path / "disk.qcow2", "external data file")
 
 
 def test_extended_l2_entries_are_for_reading(tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ def test_the_graph_alone_is_enough() -> None:
 def test_roles_of_our_drivers_are_known_and_those_of_others_are_left_out() -> None:
     assert role_of("quorum", "children.12") == "data"
     assert role_of("overlay", "backing") == "backing"
-    assert role_of("qcow2", "backing") == "backing"
-    assert role_of("qcow2", "file") == ""
+    assert role_of("vmdk", "backing") == "backing"
+    assert role_of("vmdk", "file") == ""
 
 
 def test_each_of_two_exports_of_a_node_gets_its_own_box() -> None:
