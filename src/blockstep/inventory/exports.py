@@ -29,7 +29,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import re
 import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +42,7 @@ from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.driver import FUA, Buffer, Driver
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
+from blockstep.block.names import check_name
 from blockstep.block.node import Node
 from blockstep.block.permissions import READ, WRITE
 from blockstep.errors import BlockstepError, OptionError
@@ -54,7 +54,6 @@ from blockstep.nbd.uri import Address, InetAddress, NbdUri, UnixAddress
 STOP_DEADLINE: Final = 1.0
 #: The same at the end of the process.
 CLOSE_DEADLINE: Final = 10.0
-_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 
 class _Options(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, kw_only=True):
@@ -304,8 +303,7 @@ class ExportTable:
         a node that cannot be written to or whose users do not share that. Then nothing was changed.
         """
         server = self._server
-        if not _ID.fullmatch(options.id):
-            raise OptionError("id", options.id, "letters, digits, '-', '.' and '_', beginning with a letter")
+        check_name("id", options.id)
         if options.id in self._exports:
             raise OptionError("id", options.id, "an id that no other export has")
         node = self._graph.nodes.get(options.node_name)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,10 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from blockstep.block.graph import Graph
+from blockstep.block.names import check_name
 from blockstep.drivers.throttle import Limits, ThrottleGroup
 from blockstep.errors import BlockstepError, OptionError
 from blockstep.nbd.tls import TlsCredentials
-
-_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 
 class ObjectOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, tag_field="qom-type"):
@@ -110,8 +108,7 @@ class Objects:
 
     def add(self, options: ObjectOptions) -> None:
         """Make an object. Raises OptionError that names the property; OSError for a file that cannot be read."""
-        if not _ID.fullmatch(options.id):
-            raise OptionError("id", options.id, "letters, digits, '-', '.' and '_', beginning with a letter")
+        check_name("id", options.id)
         if options.id in self._values:
             raise OptionError("id", options.id, "an id that nothing else has")
         self._values[options.id] = self._make(options)
