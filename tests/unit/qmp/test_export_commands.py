@@ -107,10 +107,21 @@ async def test_a_server_that_is_stopped_while_it_starts_does_not_listen(tmp_path
     async with daemon(tmp_path) as d:
         await ram(d.inventory.graph, "node")
         table = d.inventory.exports
+        loop, found = asyncio.get_running_loop(), asyncio.Event()
+        look_up = loop.getaddrinfo
+
+        async def wait_and_look_up(*args: Any, **options: Any) -> Any:
+            await found.wait()
+            return await look_up(*args, **options)
+
+        loop.getaddrinfo = wait_and_look_up  # type: ignore[method-assign]
         starting = asyncio.ensure_future(table.start_server([InetSocket(host="127.0.0.1", port="0")]))
-        await asyncio.sleep(0)  # it looks the address up, in a thread
+        await asyncio.sleep(0)
         await add(d, "e", "node")
-        await table.stop_server()
+        stopping = asyncio.ensure_future(table.stop_server())
+        await asyncio.sleep(0)
+        found.set()
+        await stopping
         with pytest.raises(BlockstepError, match="stopped while"):
             await starting
         assert (table.running, table.addresses, await exports(d)) == (False, [], [])
