@@ -218,6 +218,15 @@ async def replicate(primary: Host, secondary: Host, model: Model) -> tuple[Clien
     return guest, view
 
 
+def start(primary: Host, secondary: Host, model: Model) -> bytes:
+    """Both sides with equal disks, the link attached: the content of the disks."""
+    image = bytes(model.disk)
+    secondary.start_secondary(image)
+    primary.start_primary(image)
+    primary.attach(secondary)
+    return image
+
+
 #: primary, secondary
 COMBINATIONS = [(one, other) for one in (QEMU, BLOCKSTEP) for other in (QEMU, BLOCKSTEP)]
 combinations = pytest.mark.parametrize(
@@ -233,10 +242,7 @@ def test_the_secondary_dies_and_the_primary_gets_another(tmp_path: Path, primary
         third = Host(secondary, tmp_path / "third", "127.0.0.2")
         async with hosts(first, second, third):
             model = Model()
-            image = bytes(model.disk)
-            second.start_secondary(image)
-            first.start_primary(image)
-            first.attach(second)
+            image = start(first, second, model)
             guest, _ = await replicate(first, second, model)
 
             await second.end(kill=True)
@@ -267,10 +273,7 @@ def test_the_primary_dies_and_the_secondary_becomes_one(tmp_path: Path, primary:
         third = Host(primary, tmp_path / "third", "127.0.0.1")
         async with hosts(first, second, third):
             model = Model()
-            image = bytes(model.disk)
-            second.start_secondary(image)
-            first.start_primary(image)
-            first.attach(second)
+            image = start(first, second, model)
             await replicate(first, second, model)
 
             await first.end(kill=True)
