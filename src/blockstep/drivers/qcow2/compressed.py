@@ -37,13 +37,6 @@ def decompress(kind: int, data: bytes, size: int) -> bytes:
     return unpacked
 
 
-def compress(data: bytes) -> bytes | None:
-    """``data``, a cluster, as deflate; None if it becomes no shorter."""
-    packer = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, _WINDOW)
-    packed = packer.compress(data) + packer.flush()
-    return packed if len(packed) < len(data) else None
-
-
 def _zstd() -> Any:
     for name in ("compression.zstd", "zstandard"):
         try:

@@ -400,18 +400,6 @@ def compressed_place(entry: int, cluster_bits: int) -> tuple[int, int]:
     return offset, sectors * 512 - (offset & 511)
 
 
-def compressed_entry(offset: int, length: int, cluster_bits: int) -> int:
-    """The L2 entry of compressed data of ``length`` bytes at ``offset``; the opposite of `compressed_place`."""
-    split = 62 - (cluster_bits - 8)
-    sectors = ((offset + length - 1) >> 9) - (offset >> 9)
-    return COMPRESSED | sectors << split | offset
-
-
-def is_standard(entry: int) -> bool:
-    """Whether an L2 entry is not a compressed one."""
-    return not entry & COMPRESSED
-
-
 class Subclusters(NamedTuple):
     """The bitmap of an extended L2 entry: bit x of each is subcluster x, 32 in a cluster."""
 
