@@ -1,0 +1,88 @@
+"""Resizing: the disk becomes longer or shorter, durably, whatever its clusters hold.
+
+What is added reads as zeroes: what the last cluster still has of an earlier, longer disk is cleared, and what the
+backing node has there is hidden. An L1 table that is too short is replaced, which is one write of the header.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import replace
+from typing import Final
+
+from blockstep.block.driver import MAY_UNMAP, not_supported
+from blockstep.drivers.qcow2.format import AT_L1, MOST_L1, TABLES, encode_table, entries_for
+from blockstep.drivers.qcow2.writing import Writer
+
+_EVERYTHING: Final = 1 << 63
+
+
+class Resizer(Writer):
+    """The part of the driver that resizes."""
+
+    async def truncate(self, length: int) -> None:
+        """See `Driver`. Durable at return."""
+        if self.header.snapshot_count and self.header.version < 3:
+            raise not_supported("resize of an image of version 2 with internal snapshots")
+        token = self._lock.try_take(0, _EVERYTHING) or await self._lock.take(0, _EVERYTHING)
+        try:
+            before = self.length
+            if length > before:
+                await self._lengthen_l1(length)
+            await self._settle()
+            await self.file.pwrite(24, length.to_bytes(8, "big"))
+            await self.file.flush()
+            self.length = length
+            self.header = replace(self.header, size=length, l1_size=len(self._tables.l1),
+                                  l1_table_offset=self._tables.l1_offset)
+        finally:
+            self._lock.give_back(token)
+        if length < before:
+            first = -(-length >> self._bits) << self._bits
+            if first < before:
+                await self._drop(first, before)
+        else:
+            edge = min(-(-before >> self._bits) << self._bits, length)
+            if edge > before and not await self._reads_as_zeroes(before, edge):  # left over in the last cluster
+                await self.write_zeroes(before, edge - before)
+            below = 0 if self.backing is None else min(self.backing.node.length, length)
+            if below > edge:
+                await self.write_zeroes(edge, below - edge, MAY_UNMAP)
+        await self.flush()
+
+    async def _lengthen_l1(self, length: int) -> None:
+        tables, refcounts, bits = self._tables, self._refcounts, self._bits
+        needed = entries_for(length, bits, self.header.l2_bits)
+        if needed * 8 > MOST_L1:
+            raise OSError(errno.EFBIG, f"{os.strerror(errno.EFBIG)}: the L1 table would be longer than {MOST_L1} bytes")
+        if needed <= len(tables.l1):
+            return
+        clusters = -(-needed * 8 >> bits)
+        offset, _, _ = await refcounts.allocate(clusters, exactly=True)
+        await self._save()  # the refcounts; and L1 as it is, so that the header can change alone
+        grown = tables.l1[:]
+        grown.extend([0] * (needed - len(grown)))
+        await self._write_all([(offset, encode_table(grown).ljust(clusters << bits, b"\0"))])
+        await self.file.flush()
+        await self.file.pwrite(AT_L1, TABLES.pack(needed, offset, 0, 0)[:12])
+        await self.file.flush()
+        old = range(tables.l1_offset >> bits, (tables.l1_offset >> bits) + -(-len(tables.l1) * 8 >> bits))
+        tables.l1, tables.l1_offset = grown, offset
+        refcounts.made_durable(list(old))
+
+    async def _drop(self, start: int, stop: int) -> None:
+        """Forget the clusters from ``start`` on, which is beyond the end."""
+        tables = self._tables
+        token = self._lock.try_take(start, stop) or await self._lock.take(start, stop)
+        try:
+            while start < stop:
+                index = start >> self._l2_shift
+                end = min(stop, (index + 1) << self._l2_shift)
+                if tables.l1[index]:
+                    await tables.own(index)
+                    first, count = (start >> self._bits) & self._mask, -(-(end - start) >> self._bits)
+                    tables.change(index, first, [0] * count)
+                start = end
+        finally:
+            self._lock.give_back(token)

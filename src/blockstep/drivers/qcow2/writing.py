@@ -1,0 +1,208 @@
+"""Writing: data, zeroes and discards.
+
+A write into a cluster of its own (the COPIED flag) goes there directly, without a lock. All others take the range
+of their clusters: new clusters are written whole (what the write leaves out comes from below, or is left as the hole
+that it is in a file that has just grown), then the L2 entry changes in memory. Two writes to one cluster take turns.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Final
+
+from blockstep.block.driver import FAST, FUA, MAY_UNMAP, ZEROES, Buffer, not_supported
+from blockstep.drivers.qcow2.format import COPIED, OFFSET, ZERO
+from blockstep.drivers.qcow2.reading import zeroes
+from blockstep.drivers.qcow2.refcounts import broken
+from blockstep.drivers.qcow2.saving import Saver
+from blockstep.drivers.qcow2.tables import Kind
+
+#: Bytes that one step of a write allocates at most: bounds what is copied, and how long the range is held.
+_PIECE: Final = 2 << 20
+
+
+class Writer(Saver):
+    """The part of the driver that writes."""
+
+    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        length = len(data)
+        refcounts = self._refcounts
+        turn = refcounts.turn
+        refcounts.running[turn] += 1
+        try:
+            within = offset & self._within
+            table = self._l2.get(offset >> self._l2_shift)
+            if table is not None and within + length <= self.cluster_size:
+                entry = table[(offset >> self._bits) & self._mask]
+                if entry > COPIED and not entry & self._odd and self._tables.l1[offset >> self._l2_shift] & COPIED:
+                    host = (entry & OFFSET) + within
+                    if host + length <= refcounts.file_length:
+                        await self.file.pwrite(host, data)
+                        length = 0
+            if length:
+                await self._write(offset, data)
+        finally:
+            refcounts.running[turn] -= 1
+        if flags & FUA:
+            await self.flush()
+
+    async def _write(self, offset: int, data: Buffer) -> None:
+        end = offset + len(data)
+        first, stop = offset & ~self._within, -(-end >> self._bits) << self._bits
+        view = memoryview(data)
+        token = self._lock.try_take(first, stop) or await self._lock.take(first, stop)
+        try:
+            at = offset
+            while at < end:
+                at += await self._write_some(at, view[at - offset:min(end - offset, at - offset + _PIECE)])
+        finally:
+            self._lock.give_back(token)
+
+    async def _write_some(self, offset: int, data: Buffer) -> int:
+        """Write a part of ``data``: clusters of one kind, in a row in the file. Returns its length."""
+        index = offset >> self._l2_shift
+        table = await self._tables.own(index)
+        end = min(offset + len(data), (index + 1) << self._l2_shift)
+        entry = table[(offset >> self._bits) & self._mask]
+        if entry > COPIED and not entry & self._odd:
+            return await self._write_in_place(table, offset, data, end)
+        # Clusters that need a place; the first and last may need the rest of their content.
+        count = 1
+        first = (offset >> self._bits) & self._mask
+        total = ((end - 1) >> self._bits & self._mask) - first + 1
+        while count < total:
+            entry = table[first + count]
+            if entry > COPIED and not entry & self._odd:
+                break
+            count += 1
+        old = table[first]
+        if old > COPIED and not old & (self._odd & ~ZERO):  # a place that is there already, and reads as zeroes
+            host, count, virgin, fresh = old & OFFSET, 1, False, False
+        else:
+            host, count, virgin = await self._refcounts.allocate(count)
+            fresh = True
+        try:
+            return await self._fill(index, offset, data, end, host, count, virgin)
+        except BaseException:
+            if fresh:
+                await self._refcounts.release(host, count)
+            raise
+
+    async def _write_in_place(self, table: array[int], offset: int, data: Buffer, end: int) -> int:
+        """Clusters of their own, as many as are neighbours in the file."""
+        at = (offset >> self._bits) & self._mask
+        host = table[at] & OFFSET
+        stop = (offset | self._within) + 1
+        while stop < end and table[at + 1] == table[at] + self.cluster_size:
+            at, stop = at + 1, stop + self.cluster_size
+        stop = min(stop, end)
+        place = host + (offset & self._within)
+        length = stop - offset
+        if place + length > self._refcounts.file_length:
+            if place >= self._refcounts.file_length + self.cluster_size:
+                raise broken(f"data of the disk's byte {offset} is said to be at {place}")
+            await self._refcounts.grow(place + length)
+        await self.file.pwrite(place, memoryview(data)[:length])
+        return length
+
+    async def _fill(self, index: int, offset: int, data: Buffer, end: int, host: int, count: int, virgin: bool) -> int:
+        """Write clusters that begin at ``host`` in the file, and let the L2 table refer to them.
+
+        ``virgin``: the file reads as zeroes there; a part that the disk has zeroes in is left as a hole.
+        """
+        start = offset & ~self._within
+        stop = start + count * self.cluster_size
+        end = min(end, stop)
+        place = host
+        head: Buffer = b""
+        tail: Buffer = b""
+        if offset > start:
+            if virgin and await self._reads_as_zeroes(start, offset):
+                place += offset - start
+            else:
+                head = await self._read(start, offset - start)
+        if end < stop and not (virgin and await self._reads_as_zeroes(end, stop)):
+            there = min(stop, self.length)  # beyond the disk's end there are zeroes
+            tail = await self._read(end, there - end) if there > end else b""
+            if stop > there:
+                tail = b"".join((tail, bytes(stop - there)))
+        piece: Buffer = memoryview(data)[:end - offset]
+        await self.file.pwrite(place, b"".join((head, piece, tail)) if head or tail else piece)
+        await self._tables.own(index)
+        first = (offset >> self._bits) & self._mask
+        self._tables.change(index, first, [(host + (each << self._bits)) | COPIED for each in range(count)])
+        return end - offset
+
+    async def _reads_as_zeroes(self, offset: int, end: int) -> bool:
+        """Whether a part of one cluster does, as far as metadata tells."""
+        run = (await self._tables.runs(offset, end))[0]
+        return run.kind is Kind.ZERO or (
+            run.kind is Kind.BELOW and (self.backing is None or self.backing.node.length <= offset))
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        end = offset + length
+        first = -(-offset >> self._bits) << self._bits
+        last = end if end == self.length else end & ~self._within
+        if first < last:
+            for begin, stop in ((offset, first), (last, end)):
+                if begin < stop:
+                    await super().write_zeroes(begin, stop - begin)
+            await self._zero(first, last, flags)
+        else:
+            await super().write_zeroes(offset, length)
+        if flags & FUA:
+            await self.flush()
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Clusters that are wholly in the range read as zeroes. Version 2 can only say so where nothing is below."""
+        end = offset + length
+        first = -(-offset >> self._bits) << self._bits
+        last = end if end == self.length else end & ~self._within
+        if first < last:
+            await self._zero(first, last, MAY_UNMAP, advice=True)
+
+    async def _zero(self, start: int, stop: int, flags: int, advice: bool = False) -> None:
+        """Whole clusters become zero, by their L2 entries if possible."""
+        refcounts = self._refcounts
+        turn = refcounts.turn
+        refcounts.running[turn] += 1
+        token = self._lock.try_take(start, stop) or await self._lock.take(start, stop)
+        try:
+            while start < stop:
+                index = start >> self._l2_shift
+                end = min(stop, (index + 1) << self._l2_shift)
+                if self.header.version < 3 and self.backing is not None and self.backing.node.length > start:
+                    if not advice:
+                        if flags & FAST:
+                            raise not_supported("fast zeroes in an image of version 2 with a backing file")
+                        for at in range(start, end, len(ZEROES)):
+                            await self._write_locked(at, zeroes(min(len(ZEROES), end - at)))
+                else:
+                    await self._zero_entries(index, start, end, bool(flags & MAY_UNMAP))
+                start = end
+        finally:
+            self._lock.give_back(token)
+            refcounts.running[turn] -= 1
+
+    async def _write_locked(self, offset: int, data: Buffer) -> None:
+        view, done = memoryview(data), 0
+        while done < len(data):
+            done += await self._write_some(offset + done, view[done:])
+
+    async def _zero_entries(self, index: int, start: int, end: int, unmap: bool) -> None:
+        backed = self.backing is not None and self.backing.node.length > start
+        if not self._tables.l1[index] and not backed:
+            return
+        first = (start >> self._bits) & self._mask
+        count = -(-(end - start) >> self._bits)
+        flag = ZERO if self.header.version >= 3 else 0
+        table = await self._tables.own(index)
+        entries: list[int] = []
+        for old in table[first:first + count]:
+            if not old & OFFSET and not (old or backed):
+                entries.append(old)  # nothing there, and zeroes below
+            elif flag and not unmap and old > COPIED and not old & (self._odd & ~ZERO):
+                entries.append(old | flag)  # keeps its place
+            else:
+                entries.append(flag)
+        self._tables.change(index, first, entries)
