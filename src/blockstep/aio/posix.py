@@ -19,7 +19,6 @@ Measured per 4 KiB: pread 0.3 us, preadv with RWF_NOWAIT 0.5 us, pwrite 0.35 us 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -27,7 +26,8 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
-from typing import Final, Literal
+from functools import cache
+from typing import Any, Final, Literal
 
 Buffer = bytes | bytearray | memoryview
 Locking = Literal["on", "off", "auto"]
@@ -46,9 +46,22 @@ _BLKGETSIZE64: Final = 0x80081272  # <linux/fs.h>
 #: Where the lock of a writer lies: a byte that no disk reaches and no other program is known to lock.
 _LOCK_BYTE: Final = (1 << 62) + 0x626C6B
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+@cache
+def _libc() -> Any:
+    """The C library, loaded when it is needed: not to read a file and end."""
+    import ctypes
+
+    return ctypes.CDLL(None, use_errno=True)
+
+
+@cache
+def _fallocate() -> Any:
+    import ctypes
+
+    call = getattr(_libc(), "fallocate64", None) or _libc().fallocate
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return call
 
 
 # --- reads and writes that end at once, or do not happen ---
@@ -153,7 +166,9 @@ def zero_range(fd: int, offset: int, length: int) -> bool:
 
 
 def _allocate(fd: int, mode: int, offset: int, length: int) -> bool:
-    while _fallocate(fd, mode, offset, length):
+    import ctypes
+
+    while _fallocate()(fd, mode, offset, length):
         code = ctypes.get_errno()
         if code in _UNSUPPORTED:
             return False
@@ -186,8 +201,10 @@ def data_runs(fd: int, offset: int, end: int) -> Iterator[tuple[int, bool]]:
 
 def in_memory(fd: int) -> bool:
     """Whether the file lives in memory, so that nothing waits for a device."""
+    import ctypes
+
     buffer = ctypes.create_string_buffer(256)
-    if _libc.fstatfs(fd, buffer):
+    if _libc().fstatfs(fd, buffer):
         return False
     kind: int = struct.unpack_from("@l", buffer)[0]
     return kind & 0xFFFFFFFF in _IN_MEMORY

@@ -1,17 +1,20 @@
 """Which drivers there are, and how options become the options of one of them.
 
-A driver registers itself when its module is imported; `blockstep.drivers` imports all that come with the package.
+A driver registers itself when its module is imported. For those that come with the package, and whose names
+`blockstep.drivers` has made known, that is when they are first asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import reduce
+from importlib import import_module
 from operator import or_
 from typing import Any, Final, TypeVar
 
 from blockstep import keyval
 from blockstep.block.driver import Driver
+from blockstep.block.known import MODULES
 from blockstep.block.node import NodeOptions
 from blockstep.errors import OptionError
 
@@ -37,18 +40,20 @@ def register(driver: D) -> D:
 
 def driver_names() -> list[str]:
     """The names of all drivers, sorted."""
-    return sorted(_drivers)
+    return sorted({*_drivers, *MODULES})
 
 
 def options_type() -> Any:
     """The options of any driver: a union of structs, told apart by ``driver``."""
-    return reduce(or_, (_drivers[name].Options for name in driver_names()))
+    return reduce(or_, (find_driver(name).Options for name in driver_names()))
 
 
 def find_driver(name: object) -> type[Driver]:
     """The driver of that name. Raises OptionError listing those that exist."""
     if name in _INSTEAD:
         raise OptionError("driver", name, f"one that is here: {_INSTEAD[str(name)]}")
+    if isinstance(name, str) and name not in _drivers and name in MODULES:
+        import_module(MODULES[name])
     if not isinstance(name, str) or name not in _drivers:
         raise OptionError("driver", name, "one of " + ", ".join(driver_names()))
     return _drivers[name]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -70,7 +71,26 @@ def main() -> None:
         from blockstep.cli import daemon_line  # its options are not typer's, and neither are its errors
 
         sys.exit(daemon_line.main(sys.argv[2:]))
+    if wanted == "img":
+        from blockstep.cli import img
+
+        code = _quickly(img.main)
+        if code is not None:
+            sys.exit(code)
     _run(make_app(*((wanted,) if wanted in COMMANDS else COMMANDS)), 1 if wanted == "img" else ERROR)
+
+
+def _quickly(command: Callable[[list[str]], int | None]) -> int | None:
+    """The exit code of a command that reads its words itself; None: it could not."""
+    from blockstep.errors import BlockstepError
+
+    try:
+        return command(sys.argv[2:])
+    except KeyboardInterrupt:
+        return 130
+    except (BlockstepError, OSError) as error:
+        print(f"blockstep: {error}", file=sys.stderr)
+        return 1
 
 
 def _run(app: typer.Typer, error_code: int) -> None:

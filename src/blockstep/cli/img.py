@@ -6,11 +6,9 @@ are the options, and what is printed.
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import Annotated, Literal
-
-import typer
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from blockstep.cli.img_inside import bitmap_command, snapshot_command
 from blockstep.cli.img_options import (
@@ -27,15 +25,19 @@ from blockstep.cli.img_options import (
     run,
     shown,
 )
-from blockstep.errors import OptionError
-from blockstep.images.opened import AUTO, ImageName, opened
+from blockstep.cli.words import Argument, Command, Option, parsed, typer_app
+from blockstep.errors import BlockstepError, OptionError
+from blockstep.images import AUTO
 from blockstep.units import parse_size
 
-img = typer.Typer(
-    name="img", no_args_is_help=True, rich_markup_mode=None,
-    help="Make, look at, compare, copy and change image files, with qemu-img's options and exit codes.")
+if TYPE_CHECKING:
+    import typer
 
-Options = Annotated[list[str] | None, typer.Option("-o", "--options", metavar="NAME=VALUE,...",
+    from blockstep.drivers.qcow2.check import CheckResult
+
+HELP: Final = "Make, look at, compare, copy and change image files, with qemu-img's options and exit codes."
+
+Options = Annotated[list[str] | None, Option("-o", "--options", metavar="NAME=VALUE,...",
                     help="Options of the new image's format; help lists them.")]
 
 
@@ -65,17 +67,16 @@ def _help_on_options(format: str, options: list[str] | None) -> bool:
     return True
 
 
-@img.command("create")
 def create_command(
-    filename: Annotated[str, typer.Argument(metavar="FILENAME", help="The image.")] = "",
-    size: Annotated[str | None, typer.Argument(metavar="[SIZE]", help="Its length; default: the backing image's.")]
+    filename: Annotated[str, Argument(metavar="FILENAME", help="The image.")] = "",
+    size: Annotated[str | None, Argument(metavar="[SIZE]", help="Its length; default: the backing image's.")]
         = None,
-    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="The format.")] = "raw",
-    backing: Annotated[str | None, typer.Option("-b", "--backing", metavar="FILE", help="The image that shows through; "
+    format: Annotated[str, Option("-f", "--format", metavar="FMT", help="The format.")] = "raw",
+    backing: Annotated[str | None, Option("-b", "--backing", metavar="FILE", help="The image that shows through; "
                        "relative to the new one.")] = None,
-    backing_format: Annotated[str | None, typer.Option("-F", "--backing-format", metavar="FMT",
+    backing_format: Annotated[str | None, Option("-F", "--backing-format", metavar="FMT",
                               help="Its format; needed with -b.")] = None,
-    unsafe: Annotated[bool, typer.Option("-u", help="Do not look at the backing image.")] = False,
+    unsafe: Annotated[bool, Option("-u", help="Do not look at the backing image.")] = False,
     options: Options = None,
     quiet: Quiet = False,
 ) -> None:
@@ -96,18 +97,20 @@ def create_command(
     run(work())
 
 
-@img.command("info")
 def info_command(
     filename: Image,
-    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="Its format. auto: what its content "
+    format: Annotated[str, Option("-f", "--format", metavar="FMT", help="Its format. auto: what its content "
                                         "looks like; nothing but info looks without being asked.")] = AUTO,
     image_opts: ImageOpts = False,
-    backing_chain: Annotated[bool, typer.Option("--backing-chain", help="And all images below.")] = False,
+    backing_chain: Annotated[bool, Option("--backing-chain", help="And all images below.")] = False,
     output: OutputFormat = "human",
     share: Share = False,
 ) -> None:
     """What an image is: format, sizes, backing image, snapshots, bitmaps."""
+    import json
+
     from blockstep.images.describe import as_text, described
+    from blockstep.images.opened import ImageName
 
     chain = run(described(ImageName(filename, format, image_opts), backing_chain))
     if output == "json":
@@ -116,48 +119,60 @@ def info_command(
         print("\n\n".join(as_text(one) for one in chain))
 
 
-@img.command("check")
 def check_command(
     filename: Image,
-    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="Its format.")] = "qcow2",
-    repair: Annotated[Literal["leaks", "all"] | None, typer.Option("-r", "--repair", metavar="leaks|all",
+    format: Annotated[str, Option("-f", "--format", metavar="FMT", help="Its format.")] = "qcow2",
+    repair: Annotated[Literal["leaks", "all"] | None, Option("-r", "--repair", metavar="leaks|all",
                       help="Give leaked clusters back; or repair everything, at the risk of a wrong choice.")] = None,
     output: OutputFormat = "human",
     quiet: Quiet = False,
     share: Share = False,
-) -> None:
+) -> int:
     """Whether an image is consistent. Exit code: 0 yes, 2 corruptions, 3 only leaks, 63 its format has no checks."""
     from blockstep.images import check as checks
 
-    async def work() -> int:
+    def told(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    async def fixed() -> CheckResult:
+        from blockstep.images.opened import ImageName
+
         try:
-            result = await checks.check_image(ImageName(filename, format), repair,
-                                              lambda text: print(text, file=sys.stderr))
+            return await checks.check_image(ImageName(filename, format), repair, told)
         except checks.NothingToCheck as error:
-            print(f"blockstep: {error}", file=sys.stderr)
-            return checks.NO_CHECKS
-        if output == "json":
-            print(json.dumps(result.as_json(filename), indent=4))
-        elif not quiet:
-            print("\n".join(checks.lines(result)))
-        return checks.exit_code(result)
+            told(f"blockstep: {error}")
+            raise Failed(checks.NO_CHECKS) from None
 
-    raise typer.Exit(run(work()))
+    try:
+        # To look only, nothing is needed of what images are opened with otherwise: that takes longer than most checks.
+        result = checks.look(filename, told) if repair is None and format == "qcow2" else run(fixed())
+    except (BlockstepError, OSError) as error:
+        told(f"blockstep: {error}")
+        return 1
+    if output == "json":
+        import json
+
+        print(json.dumps(result.as_json(filename), indent=4))
+    elif not quiet:
+        print("\n".join(checks.lines(result)))
+    return checks.exit_code(result)
 
 
-@img.command("map")
 def map_command(
     filename: Image,
     format: Format = None,
     image_opts: ImageOpts = False,
-    start: Annotated[str, typer.Option("--start-offset", "-s", metavar="SIZE", help="Where to begin.")] = "0",
-    length: Annotated[str | None, typer.Option("--max-length", "-l", metavar="SIZE", help="Stop after so many bytes.")]
+    start: Annotated[str, Option("--start-offset", "-s", metavar="SIZE", help="Where to begin.")] = "0",
+    length: Annotated[str | None, Option("--max-length", "-l", metavar="SIZE", help="Stop after so many bytes.")]
         = None,
     output: OutputFormat = "human",
     share: Share = False,
 ) -> None:
     """Which image of the chain holds which bytes, and where in its file."""
+    import json
+
     from blockstep.images.mapping import map_image
+    from blockstep.images.opened import ImageName, opened
 
     async def work() -> None:
         begin = parse_size(start, "--start-offset")
@@ -187,24 +202,24 @@ def _hex(value: int) -> str:
     return f"{value:#x}" if value else "0"
 
 
-@img.command("compare")
 def compare_command(
-    filename1: Annotated[str, typer.Argument(metavar="FILENAME1", help="One image.")],
-    filename2: Annotated[str, typer.Argument(metavar="FILENAME2", help="The other.")],
-    format1: Annotated[str | None, typer.Option("-f", "--format", metavar="FMT", help="The one's format: raw, qcow2, "
+    filename1: Annotated[str, Argument(metavar="FILENAME1", help="One image.")],
+    filename2: Annotated[str, Argument(metavar="FILENAME2", help="The other.")],
+    format1: Annotated[str | None, Option("-f", "--format", metavar="FMT", help="The one's format: raw, qcow2, "
                        "overlay; auto.")] = None,
-    format2: Annotated[str | None, typer.Option("-F", "--second-format", metavar="FMT", help="The other's.")]
+    format2: Annotated[str | None, Option("-F", "--second-format", metavar="FMT", help="The other's.")]
         = None,
     image_opts: ImageOpts = False,
-    strict: Annotated[bool, typer.Option("-s", "--strict", help="Their lengths and block status must be equal, too.")]
+    strict: Annotated[bool, Option("-s", "--strict", help="Their lengths and block status must be equal, too.")]
         = False,
     cache: SourceCache = "writeback",
     bar: Bar = False,
     quiet: Quiet = False,
     share: Share = False,
-) -> None:
+) -> int:
     """Whether two images read the same. Exit code: 0 yes, 1 no, 2 it could not be found out."""
     from blockstep.images.compare import compare
+    from blockstep.images.opened import ImageName, opened
 
     async def work() -> int:
         async with (opened(ImageName(filename1, format1, image_opts, cache)) as one,
@@ -215,34 +230,33 @@ def compare_command(
             print("\n".join(result.lines()))
         return 0 if result.identical else 1
 
-    raise typer.Exit(run(work(), error_code=2))
+    return run(work(), error_code=2)
 
 
-@img.command("convert")
 def convert_command(
-    filenames: Annotated[list[str] | None, typer.Argument(metavar="FILENAME... TARGET", help="The images, which are "
+    filenames: Annotated[list[str] | None, Argument(metavar="FILENAME... TARGET", help="The images, which are "
                          "put one behind the other, and the new image.")] = None,
     format: Format = None,
-    target_format: Annotated[str, typer.Option("-O", "--target-format", metavar="FMT", help="The new image's format.")]
+    target_format: Annotated[str, Option("-O", "--target-format", metavar="FMT", help="The new image's format.")]
         = "raw",
     image_opts: ImageOpts = False,
-    target_image_opts: Annotated[bool, typer.Option("--target-image-opts", help="The target is the options of a node; "
+    target_image_opts: Annotated[bool, Option("--target-image-opts", help="The target is the options of a node; "
                                  "needs -n.")] = False,
     options: Options = None,
-    no_create: Annotated[bool, typer.Option("-n", "--no-create", help="Write into a target that exists.")] = False,
-    target_is_zero: Annotated[bool, typer.Option("--target-is-zero", help="With -n: the target reads as zeroes.")]
+    no_create: Annotated[bool, Option("-n", "--no-create", help="Write into a target that exists.")] = False,
+    target_is_zero: Annotated[bool, Option("--target-is-zero", help="With -n: the target reads as zeroes.")]
         = False,
-    bitmaps: Annotated[bool, typer.Option("--bitmaps", help="Copy persistent bitmaps as well: qcow2 to qcow2.")]
+    bitmaps: Annotated[bool, Option("--bitmaps", help="Copy persistent bitmaps as well: qcow2 to qcow2.")]
         = False,
-    offload: Annotated[bool, typer.Option("-C", "--copy-range-offloading", help="Let the kernel copy between raw "
+    offload: Annotated[bool, Option("-C", "--copy-range-offloading", help="Let the kernel copy between raw "
                        "files, which may share their blocks; zeroes are not looked for.")] = False,
-    sparse: Annotated[str, typer.Option("-S", "--sparse-size", metavar="SIZE", help="So many zeroes become a hole; "
+    sparse: Annotated[str, Option("-S", "--sparse-size", metavar="SIZE", help="So many zeroes become a hole; "
                       "0: none do.")] = "4k",
     cache: Cache = "writeback",
     source_cache: SourceCache = "writeback",
-    rate: Annotated[str | None, typer.Option("-r", "--rate-limit", metavar="SIZE", help="Bytes a second.")] = None,
-    workers: Annotated[int, typer.Option("-m", "--parallel", metavar="N", help="Requests at a time, 1 to 16.")] = 8,
-    out_of_order: Annotated[bool, typer.Option("-W", "--oob", help="Taken, and of no effect: with -m 1 the target is "
+    rate: Annotated[str | None, Option("-r", "--rate-limit", metavar="SIZE", help="Bytes a second.")] = None,
+    workers: Annotated[int, Option("-m", "--parallel", metavar="N", help="Requests at a time, 1 to 16.")] = 8,
+    out_of_order: Annotated[bool, Option("-W", "--oob", help="Taken, and of no effect: with -m 1 the target is "
                             "written in order, else nearly so.")] = False,
     bar: Bar = False,
     quiet: Quiet = False,
@@ -253,6 +267,7 @@ def convert_command(
     The new image is there when it is complete and durable; until then its name is free, or is the old file's.
     """
     from blockstep.images.convert import Conversion, convert
+    from blockstep.images.opened import ImageName
 
     async def work() -> None:
         if _help_on_options(target_format, options):
@@ -273,19 +288,19 @@ def convert_command(
     run(work())
 
 
-@img.command("resize", context_settings={"ignore_unknown_options": True})
 def resize_command(
     filename: Image,
-    size: Annotated[str, typer.Argument(metavar="[+|-]SIZE", help="The new length, or how much more or less.")],
+    size: Annotated[str, Argument(metavar="[+|-]SIZE", help="The new length, or how much more or less.")],
     format: Format = None,
     image_opts: ImageOpts = False,
-    shrink: Annotated[bool, typer.Option("--shrink", help="Needed to make it smaller: what is beyond the end is lost.")]
+    shrink: Annotated[bool, Option("--shrink", help="Needed to make it smaller: what is beyond the end is lost.")]
         = False,
-    preallocation: Annotated[Literal["off", "metadata", "falloc", "full"], typer.Option(help="Of what is added.")]
+    preallocation: Annotated[Literal["off", "metadata", "falloc", "full"], Option(help="Of what is added.")]
         = "off",
     quiet: Quiet = False,
 ) -> None:
     """Give an image another length. What is added reads as zeroes."""
+    from blockstep.images.opened import ImageName, opened
     from blockstep.images.resize import resize, wanted_size
 
     async def work() -> None:
@@ -297,21 +312,21 @@ def resize_command(
     run(work())
 
 
-@img.command("commit")
 def commit_command(
     filename: Image,
-    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="Its format.")] = "qcow2",
+    format: Annotated[str, Option("-f", "--format", metavar="FMT", help="Its format.")] = "qcow2",
     image_opts: ImageOpts = False,
-    base: Annotated[str | None, typer.Option("-b", "--base", metavar="FILE", help="Merge down to this backing image; "
+    base: Annotated[str | None, Option("-b", "--base", metavar="FILE", help="Merge down to this backing image; "
                     "the images above it are left as they are.")] = None,
-    keep: Annotated[bool, typer.Option("-d", "--drop", help="Do not empty the image afterwards.")] = False,
+    keep: Annotated[bool, Option("-d", "--drop", help="Do not empty the image afterwards.")] = False,
     cache: Cache = "writeback",
-    rate: Annotated[str | None, typer.Option("-r", "--rate-limit", metavar="SIZE", help="Bytes a second.")] = None,
+    rate: Annotated[str | None, Option("-r", "--rate-limit", metavar="SIZE", help="Bytes a second.")] = None,
     bar: Bar = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge an image into its backing image, and empty it."""
     from blockstep.images.commit import commit
+    from blockstep.images.opened import ImageName
 
     async def work() -> None:
         image = ImageName(filename, format, image_opts, cache)
@@ -323,21 +338,21 @@ def commit_command(
     run(work())
 
 
-@img.command("rebase")
 def rebase_command(
     filename: Image,
-    backing: Annotated[str | None, typer.Option("-b", "--backing", metavar="FILE", help="The new backing image, "
+    backing: Annotated[str | None, Option("-b", "--backing", metavar="FILE", help="The new backing image, "
                        "relative to the image; an empty name: none.")] = None,
-    backing_format: Annotated[str | None, typer.Option("-F", "--backing-format", metavar="FMT", help="Its format.")]
+    backing_format: Annotated[str | None, Option("-F", "--backing-format", metavar="FMT", help="Its format.")]
         = None,
-    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="The image's format.")] = "qcow2",
-    unsafe: Annotated[bool, typer.Option("-u", help="Change only the name: the new backing image has the content of "
+    format: Annotated[str, Option("-f", "--format", metavar="FMT", help="The image's format.")] = "qcow2",
+    unsafe: Annotated[bool, Option("-u", help="Change only the name: the new backing image has the content of "
                       "the old one.")] = False,
     cache: Cache = "writeback",
     bar: Bar = False,
     quiet: Quiet = False,
 ) -> None:
     """Give an image another backing image. It reads as before: what differs is copied into it first."""
+    from blockstep.images.opened import ImageName
     from blockstep.images.rebase import rebase
 
     async def work() -> None:
@@ -349,10 +364,30 @@ def rebase_command(
     run(work())
 
 
-img.command("snapshot")(snapshot_command)
-img.command("bitmap")(bitmap_command)
+COMMANDS: Final[dict[str, Command]] = {
+    "create": create_command,
+    "info": info_command,
+    "check": check_command,
+    "map": map_command,
+    "compare": compare_command,
+    "convert": convert_command,
+    "resize": resize_command,
+    "commit": commit_command,
+    "rebase": rebase_command,
+    "snapshot": snapshot_command,
+    "bitmap": bitmap_command,
+}
+#: Of these a word that begins with a dash may be an argument: a length, to make an image so much smaller.
+_DASHED: Final = ("resize",)
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    app.add_typer(img)
+    app.add_typer(typer_app("img", HELP, COMMANDS, _DASHED))
+
+
+def main(words: Sequence[str]) -> int | None:
+    """Carry out a command line that needs no explanation. None: typer has to look at it. Errors are as typer's."""
+    command = COMMANDS.get(words[0]) if words else None
+    given = parsed(command, words[1:], words[0] in _DASHED) if command else None
+    return None if command is None or given is None else command(**given) or 0

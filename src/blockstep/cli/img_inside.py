@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from typing import Annotated, cast
 
 from blockstep.cli.img_options import Image, Quiet, Share, run
+from blockstep.cli.words import Argument, Option, Order
 from blockstep.errors import OptionError
-from blockstep.images.opened import ImageName
 from blockstep.units import parse_size
 
 
 def snapshot_command(
     filename: Image,
-    listed: Annotated[bool, typer.Option("-l", "--list", help="List them; so does no option.")] = False,
-    create: Annotated[str | None, typer.Option("-c", "--create", metavar="NAME", help="Make one of this name.")] = None,
-    apply: Annotated[str | None, typer.Option("-a", "--apply", metavar="SNAPSHOT", help="Make the disk what it was "
+    listed: Annotated[bool, Option("-l", "--list", help="List them; so does no option.")] = False,
+    create: Annotated[str | None, Option("-c", "--create", metavar="NAME", help="Make one of this name.")] = None,
+    apply: Annotated[str | None, Option("-a", "--apply", metavar="SNAPSHOT", help="Make the disk what it was "
                      "then.")] = None,
-    delete: Annotated[str | None, typer.Option("-d", "--delete", metavar="SNAPSHOT", help="Delete one.")] = None,
-    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="The image's format.")] = "qcow2",
+    delete: Annotated[str | None, Option("-d", "--delete", metavar="SNAPSHOT", help="Delete one.")] = None,
+    format: Annotated[str, Option("-f", "--format", metavar="FMT", help="The image's format.")] = "qcow2",
     quiet: Quiet = False,
     share: Share = False,
 ) -> None:
     """The snapshots inside of a qcow2 image. SNAPSHOT is an id or a name. Nobody else may have the image open."""
     from blockstep.images.describe import snapshot_table
+    from blockstep.images.opened import ImageName
     from blockstep.images.snapshot import Action, change_snapshots, snapshots_of
 
     async def work() -> None:
@@ -42,36 +41,31 @@ def snapshot_command(
     run(work())
 
 
-def _noted(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
-    """Keeps the order in which the actions were given."""
-    if value:
-        context.meta.setdefault("actions", []).append(str(parameter.name))
-    return value
-
-
 def bitmap_command(
-    context: typer.Context,
+    order: Order,
     filename: Image,
-    bitmap: Annotated[str, typer.Argument(metavar="BITMAP", help="The bitmap's name.")],
-    add: Annotated[bool, typer.Option("--add", callback=_noted, help="Make it, enabled.")] = False,
-    remove: Annotated[bool, typer.Option("--remove", callback=_noted, help="Remove it.")] = False,
-    clear: Annotated[bool, typer.Option("--clear", callback=_noted, help="Nothing is dirty any more.")] = False,
-    enable: Annotated[bool, typer.Option("--enable", callback=_noted, help="It notes writes.")] = False,
-    disable: Annotated[bool, typer.Option("--disable", callback=_noted, help="It notes none.")] = False,
-    merge: Annotated[list[str] | None, typer.Option("--merge", metavar="SOURCE", callback=_noted, help="What is dirty "
+    bitmap: Annotated[str, Argument(metavar="BITMAP", help="The bitmap's name.")],
+    add: Annotated[bool, Option("--add", noted=True, help="Make it, enabled.")] = False,
+    remove: Annotated[bool, Option("--remove", noted=True, help="Remove it.")] = False,
+    clear: Annotated[bool, Option("--clear", noted=True, help="Nothing is dirty any more.")] = False,
+    enable: Annotated[bool, Option("--enable", noted=True, help="It notes writes.")] = False,
+    disable: Annotated[bool, Option("--disable", noted=True, help="It notes none.")] = False,
+    merge: Annotated[list[str] | None, Option("--merge", metavar="SOURCE", noted=True, help="What is dirty "
                      "in SOURCE is dirty in it. May be given several times.")] = None,
-    granularity: Annotated[str | None, typer.Option("-g", "--granularity", metavar="SIZE", help="Of --add.")] = None,
-    source: Annotated[str | None, typer.Option("-b", "--source-file", metavar="FILE", help="The image of --merge's "
+    granularity: Annotated[str | None, Option("-g", "--granularity", metavar="SIZE", help="Of --add.")] = None,
+    source: Annotated[str | None, Option("-b", "--source-file", metavar="FILE", help="The image of --merge's "
                       "bitmaps; default: the same.")] = None,
-    source_format: Annotated[str, typer.Option("-F", "--source-format", metavar="FMT", help="Its format.")] = "qcow2",
-    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="The image's format.")] = "qcow2",
+    source_format: Annotated[str, Option("-F", "--source-format", metavar="FMT", help="Its format.")] = "qcow2",
+    format: Annotated[str, Option("-f", "--format", metavar="FMT", help="The image's format.")] = "qcow2",
 ) -> None:
     """Change a persistent bitmap of a qcow2 image: actions in the order given, all of them or none."""
-    from blockstep.images.bitmap import BitmapAction, change_bitmap
+    from blockstep.images.bitmap import BitmapAction, Kind, change_bitmap
+    from blockstep.images.opened import ImageName
 
     async def work() -> None:
         actions: list[BitmapAction] = []
-        for kind in context.meta.get("actions", []):
+        for word in order:
+            kind = cast(Kind, word)
             actions += [BitmapAction(kind, name) for name in (merge or [] if kind == "merge" else [""])]
         if not actions:
             raise OptionError("--add", None, "given, or one of --remove, --clear, --enable, --disable and --merge")

@@ -5,35 +5,32 @@ They exit as qemu-img's do: 1 for an error (``compare``: 2), where the other com
 
 from __future__ import annotations
 
-import asyncio
-import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
-import typer
-
+from blockstep.cli.words import Argument, Option
 from blockstep.errors import BlockstepError
-from blockstep.images.opened import CacheMode
+from blockstep.images import CacheMode
 
 T = TypeVar("T")
 Output = Literal["human", "json"]
 
 _FORMAT = "raw, qcow2 or overlay; auto: what its content looks like."
 
-Image = Annotated[str, typer.Argument(metavar="FILENAME", help="The image.")]
-Format = Annotated[str | None, typer.Option("-f", "--format", metavar="FMT", help=f"The image's format: {_FORMAT}")]
-ImageOpts = Annotated[bool, typer.Option("--image-opts", help="Names of images are the options of nodes, "
+Image = Annotated[str, Argument(metavar="FILENAME", help="The image.")]
+Format = Annotated[str | None, Option("-f", "--format", metavar="FMT", help=f"The image's format: {_FORMAT}")]
+ImageOpts = Annotated[bool, Option("--image-opts", help="Names of images are the options of nodes, "
                       "as in driver=qcow2,file.driver=file,file.filename=FILE.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
-Bar = Annotated[bool, typer.Option("-p", "--progress", help="Show the progress also where there is no terminal.")]
-Share = Annotated[bool, typer.Option("-U", "--force-share", help="Taken, and of no effect: a reader keeps nobody out, "
+Quiet = Annotated[bool, Option("-q", "--quiet", help="Print errors only.")]
+Bar = Annotated[bool, Option("-p", "--progress", help="Show the progress also where there is no terminal.")]
+Share = Annotated[bool, Option("-U", "--force-share", help="Taken, and of no effect: a reader keeps nobody out, "
                                      "and no writer keeps it out.")]
-Cache = Annotated[CacheMode, typer.Option("-t", "--cache", help="How the image that is written is cached; unsafe: "
+Cache = Annotated[CacheMode, Option("-t", "--cache", help="How the image that is written is cached; unsafe: "
                                           "nothing is made durable.")]
-SourceCache = Annotated[CacheMode, typer.Option("-T", "--source-cache", help="How images that are read are cached.")]
-OutputFormat = Annotated[Output, typer.Option("--output", help="For people, or for programs.")]
+SourceCache = Annotated[CacheMode, Option("-T", "--source-cache", help="How images that are read are cached.")]
+OutputFormat = Annotated[Output, Option("--output", help="For people, or for programs.")]
 
 
 class Failed(Exception):
@@ -49,6 +46,9 @@ def run(work: Coroutine[Any, Any, T], error_code: int = 1) -> T:
 
     SIGTERM, SIGINT and SIGHUP cancel it: files that are not complete are taken away, as after an error.
     """
+    import asyncio
+    import signal
+
     caught: list[int] = []
 
     async def until_told() -> T:
@@ -67,12 +67,12 @@ def run(work: Coroutine[Any, Any, T], error_code: int = 1) -> T:
     try:
         return asyncio.run(until_told())
     except asyncio.CancelledError:
-        raise typer.Exit(128 + caught[0] if caught else 1) from None
+        sys.exit(128 + caught[0] if caught else 1)
     except Failed as failed:
-        raise typer.Exit(failed.code) from None
+        sys.exit(failed.code)
     except (BlockstepError, OSError) as error:
         print(f"blockstep: {error}", file=sys.stderr)
-        raise typer.Exit(error_code) from None
+        sys.exit(error_code)
 
 
 @contextmanager

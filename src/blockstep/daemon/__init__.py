@@ -6,6 +6,8 @@
     primary   ``blockstep primary``
 """
 
-from blockstep import drivers as _drivers  # noqa: F401  registers them, for all programs
+from blockstep import drivers as _drivers
+
+_drivers.load()
 
 __all__: list[str] = []

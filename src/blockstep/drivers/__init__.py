@@ -1,33 +1,36 @@
-"""The drivers: one file each, and one page of documentation each in ``docs/drivers``. ``ls`` is the feature list."""
+"""The drivers: one file each, and one page of documentation each in ``docs/drivers``. ``ls`` is the feature list.
 
-from blockstep.drivers import (
-    blkdebug,
-    blklog,
-    copy_before_write,
-    file,
-    memory,
-    nbd,
-    null,
-    overlay,
-    qcow2,
-    quorum,
-    raw,
-    replication,
-    throttle,
-)
+To import this package makes them known; the module of a driver is imported when it is first used, or by `load`.
+"""
 
-__all__ = [
-    "blkdebug",
-    "blklog",
-    "copy_before_write",
-    "file",
-    "memory",
-    "nbd",
-    "null",
-    "overlay",
-    "qcow2",
-    "quorum",
-    "raw",
-    "replication",
-    "throttle",
-]
+from importlib import import_module
+from typing import Final
+
+from blockstep.block.known import MODULES
+
+_MODULES: Final = {
+    "blkdebug": "blkdebug",
+    "blklog": "blklog",
+    "copy-before-write": "copy_before_write",
+    "file": "file",
+    "host_device": "file",
+    "memory": "memory",
+    "nbd": "nbd",
+    "null": "null",
+    "null-aio": "null",
+    "null-co": "null",
+    "overlay": "overlay",
+    "qcow2": "qcow2.driver",
+    "quorum": "quorum",
+    "raw": "raw",
+    "replication": "replication",
+    "throttle": "throttle",
+}
+
+MODULES.update({name: f"{__name__}.{module}" for name, module in _MODULES.items()})
+
+
+def load() -> None:
+    """Import all of them now: a server does that before it serves, not in the middle of somebody's request."""
+    for module in MODULES.values():
+        import_module(module)

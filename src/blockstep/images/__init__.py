@@ -10,3 +10,24 @@ image of another format, with a backing file of its choice.
 
 A file that is made comes under its name when it is complete (`blockstep.images.files`).
 """
+
+from typing import Final, Literal
+
+#: How images are cached, as people who come from QEMU say it. A command makes all durable at its end, so that
+#: writethrough differs from writeback by nothing that could be seen.
+CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
+#: The formats that an image can have, and ``auto``: look at its content.
+FORMATS: Final = ("raw", "qcow2", "overlay")
+AUTO: Final = "auto"
+
+_URI: Final = ("nbd:", "nbds:", "nbd+unix:", "nbds+unix:")
+
+
+def is_options(name: str) -> bool:
+    """Whether the name of an image is the options of a node, as JSON."""
+    return name.startswith(("{", "json:"))
+
+
+def is_address(name: str) -> bool:
+    """Whether it is the address of an export."""
+    return name.startswith(_URI)

@@ -15,11 +15,13 @@ from blockstep.images.opened import ImageName
 from blockstep.images.whole import WholeFile, whole_file, whole_qcow2
 from blockstep.units import KiB
 
+Kind = Literal["add", "remove", "clear", "enable", "disable", "merge"]
+
 
 class BitmapAction(NamedTuple):
     """One change. ``source``: the bitmap that is merged."""
 
-    kind: Literal["add", "remove", "clear", "enable", "disable", "merge"]
+    kind: Kind
     source: str = ""
 
 

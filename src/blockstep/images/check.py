@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from blockstep.aio.pool import in_thread
 from blockstep.drivers.qcow2.check import CheckResult, check
-from blockstep.drivers.qcow2.repair import Repair, repair
 from blockstep.errors import BlockstepError, OptionError
-from blockstep.images.opened import ImageName
+from blockstep.images import is_address, is_options
 from blockstep.images.whole import whole_file
+
+if TYPE_CHECKING:
+    from blockstep.drivers.qcow2.repair import Repair
+    from blockstep.images.opened import ImageName
 
 #: qemu-img's exit codes.
 CLEAN: Final = 0
@@ -29,13 +31,26 @@ async def check_image(image: ImageName, fix: Repair | None, report: Callable[[st
     Nobody may write to the image meanwhile; a repair keeps other writers of ours out. Raises NothingToCheck,
     ImageError, OptionError and OSError.
     """
+    from blockstep.aio.pool import in_thread
+
     if not image.is_file:
-        raise OptionError("FILENAME", image.name, "a file: what is behind a node or a network is not checked here")
+        raise _no_file(image.name)
     kind = await image.format_known()
     if kind != "qcow2":
         await in_thread(_readable, image.name)
         raise NothingToCheck(f"This image format does not support checks: {kind}")
     return await in_thread(_check, image.name, fix, report)
+
+
+def _no_file(name: str) -> OptionError:
+    return OptionError("FILENAME", name, "a file: what is behind a node or a network is not checked here")
+
+
+def look(filename: str, report: Callable[[str], None]) -> CheckResult:
+    """Check the qcow2 image in a file, as `check_image` does, in this thread and without an event loop."""
+    if is_options(filename) or is_address(filename):
+        raise _no_file(filename)
+    return _check(filename, None, report)
 
 
 def _readable(filename: str) -> None:
@@ -47,6 +62,8 @@ def _check(filename: str, fix: Repair | None, report: Callable[[str], None]) -> 
     with whole_file(filename, writable=fix is not None) as file:
         if fix is None:
             return check(file.read, file.length, report)
+        from blockstep.drivers.qcow2.repair import repair
+
         return repair(file.read, file.length, file.write, file.sync, fix, report)
 
 

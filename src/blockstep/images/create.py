@@ -12,8 +12,9 @@ import msgspec
 from blockstep.aio.pool import in_thread
 from blockstep.drivers.create import CreateOptions
 from blockstep.errors import OptionError
+from blockstep.images import FORMATS
 from blockstep.images.files import made_anew
-from blockstep.images.opened import FORMATS, ImageName, opened
+from blockstep.images.opened import ImageName, opened
 from blockstep.keyval import fit
 
 #: What qemu-img calls ``version``, and its values.

@@ -18,7 +18,8 @@ from blockstep.drivers.overlay import Overlay
 from blockstep.drivers.qcow2.backing import place_of
 from blockstep.drivers.qcow2.driver import Qcow2
 from blockstep.errors import BlockstepError
-from blockstep.images.opened import AUTO, ImageName, opened
+from blockstep.images import AUTO
+from blockstep.images.opened import ImageName, opened
 from blockstep.images.qcow2 import qcow2_fields
 from blockstep.inventory.filenames import actual_size
 from blockstep.units import KiB

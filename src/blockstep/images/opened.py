@@ -11,25 +11,18 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from blockstep.aio.pool import in_thread
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, RESIZE, WRITE
 from blockstep.errors import OptionError
-from blockstep.keyval import is_json, parse
-
-#: How images are cached, as people who come from QEMU say it. A command makes all durable at its end, so that
-#: writethrough differs from writeback by nothing that could be seen.
-CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
-#: The formats that an image can have, and ``auto``: look at its content.
-FORMATS: Final = ("raw", "qcow2", "overlay")
-AUTO: Final = "auto"
+from blockstep.images import AUTO, FORMATS, CacheMode, is_address, is_options
+from blockstep.keyval import parse
 
 #: Beginnings of files -> format.
 _MAGIC: Final = {b"QFI\xfb": "qcow2", b"BLKSTPOV": "overlay"}
-_URI: Final = ("nbd:", "nbds:", "nbd+unix:", "nbds+unix:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +38,12 @@ class ImageName:
     @property
     def is_options(self) -> bool:
         """Whether ``name`` is the options of a node."""
-        return self.image_opts or is_json(self.name)
+        return self.image_opts or is_options(self.name)
 
     @property
     def is_file(self) -> bool:
         """Whether ``name`` is a path."""
-        return not self.is_options and not self.name.startswith(_URI)
+        return not self.is_options and not is_address(self.name)
 
     async def format_known(self) -> str:
         """The format: the one that was given, or with ``auto`` the one that the content looks like.
@@ -100,7 +93,7 @@ async def opened(image: ImageName, *, writable: bool = False, graph: Graph | Non
     After a section that wrote and went well, everything is durable (unless the cache mode is unsafe). Raises
     OptionError and OSError, as the driver does, naming the file.
     """
-    from blockstep import drivers  # noqa: F401  registers them; not needed to show help
+    from blockstep import drivers  # noqa: F401  makes them known
 
     graph = graph if graph is not None else Graph()
     options = await image.node_options(writable)

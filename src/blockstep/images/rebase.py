@@ -20,8 +20,9 @@ from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.drivers.qcow2.format import EXT_BACKING_FORMAT, Header, build_header, header_span, parse_header
 from blockstep.errors import OptionError
+from blockstep.images import FORMATS
 from blockstep.images.compare import Progress, no_progress
-from blockstep.images.opened import FORMATS, ImageName, opened
+from blockstep.images.opened import ImageName, opened
 from blockstep.images.qcow2 import full_name
 from blockstep.units import MiB
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from blockstep.aio.posix import OpenFile, length_of, read_whole, write_whole
 from blockstep.errors import OptionError
-from blockstep.images.opened import ImageName
+
+if TYPE_CHECKING:
+    from blockstep.images.opened import ImageName
 
 
 class WholeFile:

@@ -1,0 +1,100 @@
+"""What is read without typer is read as typer does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+import typer
+
+from blockstep.cli.img import COMMANDS
+from blockstep.cli.words import Argument, Option, Order, parsed, typer_app
+
+SEEN: list[dict[str, Any]] = []
+
+
+def work(
+    one: Annotated[str, Argument("ONE")],
+    rest: Annotated[list[str] | None, Argument("REST")] = None,
+    name: Annotated[str | None, Option("-n", "--name", noted=True)] = None,
+    number: Annotated[int, Option("-m", "--number")] = 8,
+    many: Annotated[list[str] | None, Option("-o", noted=True)] = None,
+    kind: Annotated[Literal["a", "b"], Option()] = "a",
+    quick: Annotated[bool, Option("-q", "--quick", noted=True)] = False,
+    loud: Annotated[bool, Option("-l", "--loud")] = False,
+    order: Order = Order(),  # noqa: B008
+) -> int:
+    """Something."""
+    SEEN.append(locals())
+    return 7
+
+
+def by_typer(words: list[str], dashed: bool) -> dict[str, Any] | None:
+    app = typer_app("x", "Help.", {"work": work, "other": lambda: None}, ["work"] if dashed else [])
+    SEEN.clear()
+    try:
+        assert app(["work", *words], standalone_mode=False) == 7
+    except typer.TyperException:
+        return None
+    return SEEN[0]
+
+
+def by_us(words: list[str], dashed: bool) -> dict[str, Any] | None:
+    given = parsed(work, words, dashed)
+    if given is None:
+        return None
+    SEEN.clear()
+    work(**given)
+    return SEEN[0]
+
+
+RIGHT = [
+    "a", "a b c", "-q a", "a -q", "-ql a", "-lqm3 a", "-m 3 a", "-m3 a", "--number=3 a", "--number 3 a",
+    "-n x a -q -o 1 -o 2", "-o 2 -q -n x a", "-q -o 1 a -q -o 2", "--kind b a", "--kind=a a", "-n -q a",
+    "-- a -q", "a -- -q --x", "- a", "--name= a",
+]
+WRONG = ["", "-x a", "--nam x a", "a -n", "--kind c a", "-m x a", "--quick=1 a", "-lx a", "--no-quick a", "--help"]
+
+
+@pytest.mark.parametrize("line", RIGHT)
+def test_words_mean_what_they_mean_to_typer(line: str) -> None:
+    words = line.split(" ")
+    assert (ours := by_us(words, dashed=False)) is not None
+    assert ours == by_typer(words, dashed=False)
+
+
+@pytest.mark.parametrize("line", ["a -1", "a -12G -q"])
+def test_a_number_below_zero_can_be_an_argument(line: str) -> None:
+    assert by_us(line.split(), dashed=True) == by_typer(line.split(), dashed=True) != None  # noqa: E711
+    assert by_us(line.split(), dashed=False) is None
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_is_wrong_or_asks_for_help_is_left_to_typer(line: str) -> None:
+    assert by_us(line.split(), dashed=False) is None
+
+
+def test_the_order_of_options_is_told() -> None:
+    given = parsed(work, ["-q", "-o", "1", "-n", "x", "-o", "2", "a"])
+    assert given is not None
+    assert given["order"] == ["quick", "many", "name"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_of_img_can_be_read(name: str) -> None:
+    words = {"rebase": "-b x a", "compare": "a b", "resize": "a -1G", "bitmap": "--add a b"}.get(name, "a")
+    assert parsed(COMMANDS[name], words.split(), name == "resize") is not None
+
+
+def test_a_check_starts_without_what_it_does_not_need(tmp_path: Path) -> None:
+    """Typer, asyncio and the models of options take ten times as long as the check of a small image."""
+    program = ("import sys; sys.argv[1:] = ['img', 'check', 'none']\n"
+               "from blockstep.cli import main\n"
+               "try: main()\n"
+               "finally: print(*sys.modules)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert not set(done.stdout.split()) & {"typer", "click", "rich", "asyncio", "msgspec", "ctypes", "json", "ssl"}
