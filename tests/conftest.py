@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from blockstep.testing.pair import Pair
 from tests import peers
 
 # The same examples in every run, and no deadline per example: this suite runs on shared machines.
@@ -27,6 +28,14 @@ def _state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STATE_DIRECTORY", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture(params=["raw", "qcow2"])
+def four_disks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the disks of a pair of processes are: raw with buffers in memory, or all four of them qcow2 images."""
+    monkeypatch.setattr(Pair, "format", request.param)
+    kind: str = request.param
+    return kind
 
 
 def pytest_report_header() -> str:

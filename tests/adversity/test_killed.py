@@ -14,6 +14,8 @@ from blockstep.testing.proxy import Proxy
 from blockstep.units import KiB, MiB
 from tests.scenarios import scenario
 
+pytestmark = pytest.mark.usefixtures("four_disks")
+
 
 def proxy_to(pair: Pair) -> Proxy:
     host, _, port = pair.link.rpartition(":")
@@ -93,7 +95,10 @@ async def test_the_primary_is_killed_and_the_standby_knows_what_it_has(tmp_path:
                 proxy.heal()
                 await pair.start_primary(to=proxy.address)
                 await pair.primary.until(health="healthy")
-                assert await pair.proven(pair.standby) == await pair.proven(pair.primary)
+                # An image that was killed holds what was flushed, and it may hold some of what was not.
+                assert await pair.standby.read_disks() == await pair.primary.read_disks()
+                if pair.format == "raw":
+                    await pair.proven(pair.primary)
             else:
                 assert status["state"] == "lost"
                 await pair.standby.heard("REPLICATION_STATE", state="lost", health="at-risk")

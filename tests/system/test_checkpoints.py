@@ -11,6 +11,8 @@ from blockstep.testing.numbered import BLOCK
 from blockstep.testing.pair import Pair
 from tests.scenarios import scenario
 
+pytestmark = pytest.mark.usefixtures("four_disks")
+
 
 @pytest.mark.parametrize("ack", ["local", "both"])
 @scenario

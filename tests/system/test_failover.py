@@ -14,6 +14,8 @@ from blockstep.testing.numbered import BLOCK
 from blockstep.testing.pair import Pair, Status
 from tests.scenarios import scenario
 
+pytestmark = pytest.mark.usefixtures("four_disks")
+
 
 @scenario
 async def test_failover_to_the_checkpoint(tmp_path: Path) -> None:
@@ -71,7 +73,7 @@ async def test_after_a_failover_writes_go_on_and_are_on_the_disk_in_the_end(tmp_
         assert content[3 * BLOCK + 7:].startswith(b"after the failover")
         await pair.standby.execute("quit")
         assert await pair.standby.ended() == 0
-        assert (tmp_path / "disk0.standby").read_bytes() == content
+        assert await pair.file("standby") == content
 
 
 @scenario

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from blockstep.testing.numbered import BLOCK
 from blockstep.testing.pair import Pair
 from blockstep.testing.proxy import Proxy
 from blockstep.units import KiB, MiB
 from tests.scenarios import scenario
+
+pytestmark = pytest.mark.usefixtures("four_disks")
 
 
 def proxy_to(pair: Pair) -> Proxy:
@@ -49,7 +53,8 @@ async def test_the_first_sync_leaves_holes_where_the_primary_has_holes(tmp_path:
 @scenario
 async def test_a_sync_replaces_whatever_the_standbys_disk_held(tmp_path: Path) -> None:
     async with Pair(tmp_path, size=6 * MiB) as pair:
-        (tmp_path / "disk0.standby").write_bytes(os.urandom(6 * MiB))
+        (tmp_path / "random").write_bytes(os.urandom(6 * MiB))
+        await pair.make_file(tmp_path / "random", "standby")
         await pair.start()
         await pair.primary.until(health="healthy")
         assert await pair.proven(pair.standby) == 0
@@ -117,7 +122,10 @@ async def test_a_primary_that_was_restarted_copies_everything_and_the_view_stays
             assert await pair.proven(pair.standby) == at
             proxy.rate = 0
             await pair.primary.until(health="healthy")
-        assert await pair.proven(pair.standby) == await pair.proven(pair.primary)
+        # An image that was killed holds what was flushed, and it may hold some of what was not.
+        assert await pair.standby.read_disks() == await pair.primary.read_disks()
+        if pair.format == "raw":
+            await pair.proven(pair.primary)
 
 
 @scenario

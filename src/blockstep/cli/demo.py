@@ -24,15 +24,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from blockstep.errors import BlockstepError
+from blockstep.errors import BlockstepError, OptionError
+from blockstep.images.convert import Conversion, convert
+from blockstep.images.opened import FORMATS, ImageName
 from blockstep.testing.numbered import BLOCK, NumberedWrites
 from blockstep.testing.pair import Pair
 from blockstep.units import format_duration, format_size, parse_size
 
 
 def demo(
-    disk: Annotated[Path | None, typer.Option("--disk", metavar="IMAGE", help="A raw image to work on a copy of; "
+    disk: Annotated[Path | None, typer.Option("--disk", metavar="IMAGE", help="An image to work on a copy of; "
                     "otherwise disks with random content are made.")] = None,
+    format: Annotated[str, typer.Option("-f", "--format", metavar="FMT", help="The image's format, in which all disks "
+                    "are made: raw, qcow2 or overlay. With qcow2 the standby's buffers are images as well.")] = "raw",
     disks: Annotated[int, typer.Option("--disks", min=1, max=16, help="How many disks.")] = 2,
     size: Annotated[str, typer.Option("--size", help="The size of a made disk.")] = "64M",
     checkpoints: Annotated[int, typer.Option("--checkpoints", min=1, max=100, help="How many.")] = 5,
@@ -43,26 +47,33 @@ def demo(
     """
     directory = Path(tempfile.mkdtemp(prefix="blockstep-demo-"))
     try:
-        asyncio.run(_Demo(directory, Console(), disk, disks, parse_size(size, "--size"), checkpoints).run())
+        if format not in FORMATS:
+            raise OptionError("--format", format, f"one of {', '.join(FORMATS)}")
+        asyncio.run(_Demo(directory, Console(), disk, format, disks, parse_size(size, "--size"), checkpoints).run())
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
 class _Demo:
     def __init__(
-        self, directory: Path, console: Console, image: Path | None, disks: int, size: int, checkpoints: int
+        self, directory: Path, console: Console, image: Path | None, format: str, disks: int, size: int,
+        checkpoints: int
     ) -> None:
         self.directory, self.console = directory, console
-        self.image, self.disks = image, disks
-        self.size = image.stat().st_size if image else size
-        if self.size < 64 * BLOCK:
-            raise BlockstepError(f"a disk for the demo must have at least {format_size(64 * BLOCK)}")
+        self.image, self.format, self.disks = image, format, disks
+        self.size = size
         self.checkpoints = checkpoints
         self.steps: list[tuple[str, str, str]] = []
 
     async def run(self) -> None:
         with self._step("images") as note:
-            self.pair = Pair(self.directory, self.disks, self.size, image=self.image, pair="demo")
+            if self.image and self.format != "raw":
+                image, self.image = ImageName(str(self.image), self.format), self.directory / "image"
+                await convert(Conversion([image], ImageName(str(self.image), "raw", cache="unsafe")))
+            self.size = self.image.stat().st_size if self.image else self.size
+            if self.size < 64 * BLOCK:
+                raise BlockstepError(f"a disk for the demo must have at least {format_size(64 * BLOCK)}")
+            self.pair = Pair(self.directory, self.disks, self.size, image=self.image, pair="demo", format=self.format)
             note.append(f"{self.disks} x {format_size(self.size)}")
         async with self.pair:
             await self._start()

@@ -9,7 +9,7 @@ from typing import Annotated, Final, TypeVar
 
 import typer
 
-from blockstep.daemon.disks import DiskSpec
+from blockstep.daemon.disks import DiskSpec, check_format
 from blockstep.daemon.service import runtime_directory
 from blockstep.errors import OptionError
 from blockstep.nbd.uri import Address, InetAddress, UnixAddress, parse_address
@@ -18,13 +18,15 @@ from blockstep.units import parse_size
 T = TypeVar("T", int, float)
 
 _PAIR: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DISK_OPTION: Final = re.compile(r"(.*),(size|format)=([^,]*)", re.DOTALL)
 _LAST_PORT: Final = 65535
 
 Pair = Annotated[str, typer.Option("--pair", metavar="NAME", help="The pair's name; the same on both sides.")]
 Disks = Annotated[
     list[str],
-    typer.Option("--disk", metavar="NAME=PATH[,size=SIZE]", help="A disk: its name in the pair and its raw file or "
-                 "block device. With size, a missing file is made. May be given several times."),
+    typer.Option("--disk", metavar="NAME=PATH[,format=FMT][,size=SIZE]", help="A disk: its name in the pair and its "
+                 "file or block device; its format: raw (the default), qcow2 or overlay. With size, a missing file is "
+                 "made. May be given several times."),
 ]
 Socket = Annotated[Path | None, typer.Option("--socket", metavar="PATH", help="Serve the disks on a unix socket.")]
 Listen = Annotated[str | None, typer.Option("--listen", metavar="HOST:PORT", help="Serve the disks on TCP.")]
@@ -49,18 +51,22 @@ def parse_pair(name: str) -> str:
 
 
 def parse_disks(texts: list[str]) -> tuple[DiskSpec, ...]:
-    """``NAME=PATH[,size=SIZE]``, several. Raises OptionError."""
+    """``NAME=PATH[,format=FORMAT][,size=SIZE]``, several. Raises OptionError."""
     disks: dict[str, DiskSpec] = {}
     for text in texts:
-        name, equals, rest = text.partition("=")
-        path, comma, option = rest.rpartition(",size=")
-        if not comma:
-            path, option = rest, ""
+        name, equals, path = text.partition("=")
+        options: dict[str, str] = {}
+        while match := _DISK_OPTION.fullmatch(path):  # from the end: a path may have commas
+            path, option, value = match.groups()
+            if option in options:
+                raise OptionError("--disk", text, f"with '{option}' at most once")
+            options[option] = value
         if not equals or not name or not path:
-            raise OptionError("--disk", text, "NAME=PATH or NAME=PATH,size=SIZE")
+            raise OptionError("--disk", text, "NAME=PATH, NAME=PATH,format=FORMAT or NAME=PATH,format=FORMAT,size=SIZE")
         if name in disks:
             raise OptionError("--disk", text, f"one disk for each name; '{name}' was given twice")
-        disks[name] = DiskSpec(name, Path(path), parse_size(option, "--disk size") if option else None)
+        size = parse_size(options["size"], "--disk size") if options.get("size") else None
+        disks[name] = DiskSpec(name, Path(path), size, check_format(options.get("format", "raw")))
     if not disks:
         raise OptionError("--disk", None, "given at least once: NAME=PATH")
     return tuple(disks.values())

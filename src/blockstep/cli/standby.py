@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,6 +23,7 @@ from blockstep.cli.options import (
 )
 from blockstep.daemon.promotion import STATE_SUFFIX, state_directory
 from blockstep.daemon.service import runtime_directory
+from blockstep.errors import OptionError
 from blockstep.units import parse_size
 
 
@@ -37,6 +38,8 @@ def standby(
                              "between two checkpoints, each.")] = "1G",
     buffer_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the buffers go beyond that. Without "
                           "it they are full then.")] = None,
+    buffer_format: Annotated[Literal["overlay", "qcow2"], typer.Option(help="What the buffers are. qcow2: files in the "
+                             "directory from the first byte on, none of it in memory.")] = "overlay",
     qmp: Qmp = None,
     state: Annotated[Path | None, typer.Option("--state", metavar="FILE", help="Where a promotion is written down, so "
                      "that a promoted standby never becomes one again by a restart.")] = None,
@@ -51,12 +54,15 @@ def standby(
     from blockstep.aio.loop import run
     from blockstep.daemon.standby import Standby, StandbyConfig, main
 
+    if buffer_format != "overlay" and buffer_dir is None:
+        raise OptionError("--buffer-format", buffer_format, "overlay without --buffer-dir: images are files")
     config = StandbyConfig(
         pair=parse_pair(pair), disks=parse_disks(disk), link=parse_inet(link, "--link"),
         view=parse_served(socket, listen, f"{pair}.standby.nbd"),
         qmp=(qmp or runtime_directory() / f"{pair}.standby.qmp").absolute(),
         state=(state or state_directory() / f"{pair}{STATE_SUFFIX}").absolute(),
-        buffer_memory=parse_positive(buffer_memory, "--buffer-memory", parse_size), buffer_dir=buffer_dir, tls=tls,
+        buffer_memory=parse_positive(buffer_memory, "--buffer-memory", parse_size), buffer_dir=buffer_dir,
+        buffer_format=buffer_format, tls=tls,
         view_tls=export_tls, view_given=socket is not None or listen is not None)
 
     def ready(program: Standby) -> None:

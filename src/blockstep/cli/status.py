@@ -71,8 +71,9 @@ def describe(status: dict[str, Any]) -> str:
         buffer = format_size(disk["buffer-used"])
         if disk["buffer-limit"]:
             buffer += f" / {format_size(disk['buffer-limit'])}"
+        kind = "" if disk["format"] == "raw" else f", {disk['format']}"
         lines.append(f"  {disk['name']:<12} {format_size(disk['size']):>10} {format_size(disk['behind']):>10} "
-                     f"{buffer:>22}   {disk['state']}" + (f": {disk['reason']}" if disk["reason"] else ""))
+                     f"{buffer:>22}   {disk['state']}{kind}" + (f": {disk['reason']}" if disk["reason"] else ""))
     lines += [f"  {uri}" for uri in status["exports"]]
     return "\n".join(lines)
 

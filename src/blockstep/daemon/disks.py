@@ -7,9 +7,13 @@ import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from blockstep.block.graph import Graph
 from blockstep.daemon.service import make_parent
+from blockstep.errors import OptionError
+from blockstep.images.create import Creation, create
+from blockstep.images.opened import FORMATS, ImageName
 from blockstep.jobs.job import Job
 from blockstep.nbd.server import Server, passed_sockets
 from blockstep.nbd.uri import Address, InetAddress, NbdUri, UnixAddress
@@ -18,17 +22,50 @@ from blockstep.qmp.commands.replication import WorkStatus
 
 @dataclass(frozen=True, slots=True)
 class DiskSpec:
-    """A disk as the user names it: ``NAME=PATH[,size=SIZE]``. ``size``: make a missing file of that length."""
+    """A disk as the user names it: ``NAME=PATH[,format=FORMAT][,size=SIZE]``.
+
+    ``format``: raw, qcow2 or overlay; it is never guessed. ``size``: a missing file is made, in that format, with
+    that length.
+    """
 
     name: str
     path: Path
     size: int | None = None
+    format: str = "raw"
 
-    def make(self) -> None:
-        """Make the file if it is missing and a size was given. Raises OSError."""
+    async def make(self) -> None:
+        """Make the file if it is missing and a size was given. Raises OSError or OptionError."""
         if self.size is not None and not self.path.exists():
-            with open(self.path, "xb") as file:
-                file.truncate(self.size)
+            await create(await Creation(self.format, str(self.path), self.size).checked())
+
+    async def open(self, graph: Graph, node_name: str) -> None:
+        """Open it for writing, as a node with that name. Raises OSError, or an OptionError that names the disk.
+
+        A format has its file in a node of its own: NODE-NAME-file.
+        """
+        options = await ImageName(os.path.abspath(self.path), self.format).node_options(writable=True)
+        file: dict[str, Any] | None = options.get("file")
+        if file is not None and self.format != "overlay":  # whose file is its own business
+            file["node-name"] = f"{node_name}-file"
+        try:
+            await graph.open({**options, "node-name": node_name})
+        except OptionError as error:
+            wanted = error.expected
+            if error.option.endswith("read-only"):
+                wanted = f"an image that can be written to: {wanted.partition(': ')[2] or wanted}"
+            raise OptionError(f"--disk {self.name}", f"{self.path} ({self.format})", wanted) from error
+
+
+def missing_last(disks: Sequence[DiskSpec]) -> list[DiskSpec]:
+    """The order in which to open disks: what one of them is refused for comes before any file is made."""
+    return sorted(disks, key=lambda disk: disk.size is not None and not disk.path.exists())
+
+
+def check_format(text: str) -> str:
+    """The format of a disk. Raises OptionError."""
+    if text not in FORMATS:
+        raise OptionError("--disk format", text, f"one of {', '.join(FORMATS)}")
+    return text
 
 
 async def listen(server: Server, address: Address) -> Address:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Literal
 
-from blockstep.daemon.disks import serve, uris
+from blockstep.daemon.disks import missing_last, serve, uris
 from blockstep.daemon.primary_checkpoints import Checkpoints, ended
 from blockstep.daemon.primary_setup import PrimaryConfig, PrimaryDisk, open_disk
 from blockstep.daemon.primary_standby import StandbySide
@@ -75,11 +75,13 @@ class Primary(Service):
         """Open the disks and serve them; the standby is looked for meanwhile. Raises OptionError or OSError."""
         try:
             self.standby.tls()  # certificates that are not there are the user's error now, not one of every attempt
-            for spec in self.config.disks:
+            for spec in missing_last(self.config.disks):
                 disk = await open_disk(self.graph, self.config, spec)
                 disk.link.on_fail = partial(self._link_failed, spec.name)
                 disk.link.on_written = self.checkpoints.written
                 self.disks[spec.name] = disk
+            for spec in self.config.disks:  # in the user's order
+                self.disks[spec.name] = self.disks.pop(spec.name)
             tls = server_context(self.config.export_tls, verify_peer=True) if self.config.export_tls else None
             self._server = NbdServer(tls="required" if tls else "off", tls_context=tls)
             for name, disk in self.disks.items():

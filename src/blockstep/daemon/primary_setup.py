@@ -2,7 +2,7 @@
 
 For each disk NAME, once opened:
 
-    guest's export ──► NAME (link) ──file──► NAME-disk (file)
+    guest's export ──► NAME (link) ──file──► NAME-disk (file, or a format over NAME-disk-file)
                           └──target──► NAME-standby (nbd), while there is a standby
 """
 
@@ -64,9 +64,8 @@ class PrimaryDisk:
 
 async def open_disk(graph: Graph, config: PrimaryConfig, spec: DiskSpec) -> PrimaryDisk:
     """Open a disk; its link is off. Raises OSError or OptionError."""
-    spec.make()
-    await graph.open(
-        {"driver": "file", "node-name": f"{spec.name}-disk", "filename": str(spec.path), "discard": "unmap"})
+    await spec.make()
+    await spec.open(graph, f"{spec.name}-disk")
     link = await graph.open(
         {"driver": "link", "node-name": spec.name, "file": f"{spec.name}-disk", "ack": config.ack,
          "queue": config.queue})

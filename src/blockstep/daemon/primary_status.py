@@ -53,8 +53,8 @@ class PrimaryStatus:
 
     def _disk_status(self, name: str, disk: PrimaryDisk) -> qmp.DiskStatus:
         state = "replicating" if disk.link.on else "syncing" if disk.job else self._coordinator.state.value
-        return qmp.DiskStatus(name=name, size=disk.link.length, state=state, behind=disk.link.behind,
-                              buffer_used=0, buffer_limit=0, reason="")
+        return qmp.DiskStatus(name=name, format=disk.spec.format, size=disk.link.length, state=state,
+                              behind=disk.link.behind, buffer_used=0, buffer_limit=0, reason="")
 
     def event(self) -> qmp.ReplicationState:
         """The state as it is announced."""

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Literal
 
 from blockstep.daemon import promotion
-from blockstep.daemon.disks import serve, uris
+from blockstep.daemon.disks import missing_last, serve, uris
 from blockstep.daemon.service import Service
 from blockstep.daemon.standby_ends import Ends
 from blockstep.daemon.standby_link import PrimarysSide
@@ -65,10 +65,12 @@ class Standby(Service):
         """Open the disks, serve the views, wait for a primary. Raises OptionError or OSError; then all is closed."""
         promotion.check(self.config.state, self.config.pair)
         try:
-            for spec in self.config.disks:
+            for spec in missing_last(self.config.disks):
                 disk = await open_disk(self.graph, self.config, spec)
                 disk.filter.on_error = partial(self._io_error, disk)
                 self.disks[spec.name] = disk
+            for spec in self.config.disks:  # in the user's order
+                self.disks[spec.name] = self.disks.pop(spec.name)
             tls = server_context(self.config.tls, verify_peer=True) if self.config.tls else None
             await self.link.listen(self.version, tls)
             await self._serve_views()

@@ -3,24 +3,36 @@
 For each disk NAME, once opened:
 
     link server ──► NAME-secondary ◄── NAME-hidden ◄── NAME-active ◄── NAME-filter ◄── NAME ──► view server
-    (for the primary)   file            overlay          overlay       replication    quorum   (for a guest)
+    (for the primary)   file or       overlay or       overlay or     replication    quorum   (for a guest)
+                        a format      qcow2            qcow2
 
 The first commit of a primary puts copy-before-write over NAME-secondary: see `blockstep.replication.hidden_disk`.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
+from blockstep.aio.pool import in_thread
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE
 from blockstep.daemon.disks import DiskSpec
+from blockstep.drivers.create import CreateQcow2
 from blockstep.drivers.replication import Replication
+from blockstep.errors import OptionError
 from blockstep.nbd.uri import Address, InetAddress
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
+
+#: Of buffers that are qcow2 images, in bytes: a first write of 4 KiB saves no more than that. L1 tables have an end
+#: (8 TiB with clusters of 4 KiB), so that disks from half of that on have other ones.
+_BUFFER_CLUSTER: Final = 4096
+_LARGE_BUFFER_CLUSTER: Final = 65536
+_MOST_IN_SMALL_CLUSTERS: Final = 4 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,8 @@ class StandbyConfig:
     #: Bytes that the buffers of one disk may hold in memory, and where they spill to (None: then they are full).
     buffer_memory: int
     buffer_dir: Path | None
+    #: What the buffers are made of; qcow2: files in the directory, with nothing but caches in memory.
+    buffer_format: Literal["overlay", "qcow2"] = "overlay"
     #: A directory with certificates: TLS is required of the primary, both sides are verified.
     tls: Path | None = None
     #: Likewise for those who use the views.
@@ -71,21 +85,42 @@ class StandbyDisk:
 
 async def open_disk(graph: Graph, config: StandbyConfig, spec: DiskSpec) -> StandbyDisk:
     """Open a disk with its buffers and its view, not started. Raises OSError or OptionError."""
-    spec.make()
+    await spec.make()
     name = spec.name
-    secondary = await graph.open(
-        {"driver": "file", "node-name": f"{name}-secondary", "filename": str(spec.path), "discard": "unmap"})
-    limits: dict[str, Any] = {"memory-limit": config.buffer_memory}
-    if config.buffer_dir:
-        limits["spill-dir"] = str(config.buffer_dir)
-    backing: Any = secondary.name
+    below = f"{name}-secondary"
+    await spec.open(graph, below)
     for part in ("hidden", "active"):
-        await graph.open({"driver": "overlay", "node-name": f"{name}-{part}", "backing": backing, **limits})
-        backing = f"{name}-{part}"
+        await _open_buffer(graph, config, f"{name}-{part}", below)
+        below = f"{name}-{part}"
     top = await graph.open({
         "driver": "quorum", "node-name": name, "vote-threshold": 1, "read-pattern": "fifo",
         "children": [{"driver": "replication", "node-name": f"{name}-filter", "mode": "secondary",
-                      "top-id": name, "file": backing}]})
+                      "top-id": name, "file": below}]})
     filter = graph.find(f"{name}-filter")
     assert isinstance(filter, Replication)
     return StandbyDisk(spec, filter, graph.attach_backend(top, f"view of {name}", READ | WRITE))
+
+
+async def _open_buffer(graph: Graph, config: StandbyConfig, node_name: str, below: str) -> None:
+    """The hidden or the active disk. It holds nothing yet, and is gone with the process, however that ends."""
+    if config.buffer_format == "overlay":
+        limits: dict[str, Any] = {"memory-limit": config.buffer_memory}
+        if config.buffer_dir:
+            limits["spill-dir"] = str(config.buffer_dir)
+        await graph.open({"driver": "overlay", "node-name": node_name, "backing": below, **limits})
+        return
+    if config.buffer_dir is None or not config.buffer_dir.is_dir():
+        raise OptionError("--buffer-dir", config.buffer_dir, "a directory, for buffers that are images")
+    length = graph.find(below).length
+    cluster_size = _BUFFER_CLUSTER if length <= _MOST_IN_SMALL_CLUSTERS else _LARGE_BUFFER_CLUSTER
+    fd, filename = await in_thread(tempfile.mkstemp, ".qcow2", f".{config.pair}-{node_name}-", config.buffer_dir)
+    try:
+        os.close(fd)
+        await in_thread(CreateQcow2(filename=filename, size=length, cluster_size=cluster_size).create)
+        # Nothing of it outlives the process: there is nobody for whom it would have to be on the disk.
+        await graph.open({
+            "driver": "qcow2", "node-name": node_name, "backing": below, "discard": "unmap",
+            "cache": {"no-flush": True},
+            "file": {"driver": "file", "node-name": f"{node_name}-file", "filename": filename}})
+    finally:
+        os.unlink(filename)

@@ -145,7 +145,7 @@ class Situation:
     def _disk_status(self, name: str, disk: StandbyDisk) -> qmp.DiskStatus:
         ended = self.declines() and not self.promoting
         return qmp.DiskStatus(
-            name=name, size=disk.view.length, state=self._disk_state(disk), behind=0,
+            name=name, format=disk.spec.format, size=disk.view.length, state=self._disk_state(disk), behind=0,
             buffer_used=disk.buffer.used if disk.buffer else 0, buffer_limit=self.config.buffer_limit,
             reason=(self.lacks(disk) if ended else "") or "; ".join(disk.errors[:1]))
 

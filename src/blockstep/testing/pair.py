@@ -30,6 +30,8 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from blockstep.errors import BlockstepError
+from blockstep.images.convert import Conversion, convert
+from blockstep.images.opened import ImageName, opened
 from blockstep.nbd.client import Client
 from blockstep.nbd.uri import UnixAddress
 from blockstep.qmp.client import Connection, connect, open_connection
@@ -212,12 +214,17 @@ class Side:
 class Pair:
     """The two sides and their disks. ``names``: of the disks, which are called disk0, disk1, ... otherwise.
 
-    ``images``: the disks of the primary, to work on copies of; otherwise images of ``size`` bytes are made.
+    ``image``: the disk of the primary, raw, to work on copies of; otherwise images of ``size`` bytes are made.
+    ``format``: what the disks are made in, of both sides and of the standby's buffers (raw: these are in memory).
     """
 
+    #: Of pairs that are not told one.
+    format: str = "raw"
+
     def __init__(self, directory: Path, disks: int = 1, size: int = MiB, *, names: Sequence[str] = (),
-                 image: Path | None = None, pair: str = "test") -> None:
+                 image: Path | None = None, pair: str = "test", format: str | None = None) -> None:
         self.directory, self.pair = directory, pair
+        self.format = format or self.format
         self.names = list(names) or [f"disk{number}" for number in range(disks)]
         self.size = image.stat().st_size if image else size
         self.originals = [directory / f"{name}.original" for name in self.names]
@@ -226,7 +233,8 @@ class Pair:
                 shutil.copyfile(image, original)
             else:
                 make_image(original, size, number)
-            shutil.copyfile(original, directory / f"{name}.primary")
+            if self.format == "raw":
+                shutil.copyfile(original, directory / f"{name}.primary")
         self.writes = NumberedWrites(self.originals)
         self.sides: list[Side] = []
         self.standby: Side
@@ -234,6 +242,9 @@ class Pair:
         self.link = ""  #: where the standby waits for its primary: HOST:PORT
 
     async def __aenter__(self) -> Self:
+        if self.format != "raw":
+            for number, original in enumerate(self.originals):
+                await self.make_file(original, "primary", number)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -244,7 +255,19 @@ class Pair:
     def disks(self, role: str) -> dict[str, str]:
         """The disks of a side, as its command line has them."""
         more = f",size={self.size}" if role == "standby" else ""
+        more += f",format={self.format}" if self.format != "raw" else ""
         return {name: f"{self.directory / f'{name}.{role}'}{more}" for name in self.names}
+
+    async def make_file(self, source: Path, role: str, disk: int = 0) -> None:
+        """Make the file of a side's disk anew, with the content of ``source``, which is raw."""
+        target = ImageName(str(self.directory / f"{self.names[disk]}.{role}"), self.format, cache="unsafe")
+        await convert(Conversion([ImageName(str(source), "raw")], target))
+
+    async def file(self, role: str, disk: int = 0) -> bytes:
+        """What the file of a side's disk reads as, past its program: of one that has ended, or that is asleep."""
+        name = ImageName(str(self.directory / f"{self.names[disk]}.{role}"), self.format)
+        async with opened(name) as image:
+            return bytes(await image.pread(0, image.length))
 
     async def start(self, *primary: str, standby: Sequence[str] = ()) -> None:
         """Start both, with options for each. Unless told otherwise no checkpoint is taken but by command."""
@@ -253,8 +276,12 @@ class Pair:
 
     async def start_standby(self, *options: str, link: str = "127.0.0.1:0", **popen: Any) -> Side:
         """Start the standby; sets `link`."""
-        self.standby = await Side.start("standby", self.directory, self.disks("standby"), "--pair", self.pair,
-                                        "--link", link, *options, **popen)
+        defaults = ["--pair", self.pair, "--link", link]
+        if self.format == "qcow2":
+            defaults += ["--buffer-format", "qcow2"]
+            if "--buffer-dir" not in options:
+                defaults += ["--buffer-dir", str(self.directory)]
+        self.standby = await Side.start("standby", self.directory, self.disks("standby"), *defaults, *options, **popen)
         self.sides.append(self.standby)
         self.link = (await self.standby.status())["link"]
         return self.standby

@@ -215,8 +215,12 @@ def _disk_status(filter: Replication) -> pair.DiskStatus:
     if filter.stage is Stage.DONE:
         state = "promoted" if filter.failed_over else "stopped"
     used = filter.buffer.used if isinstance(filter.buffer, HiddenDiskBuffer) else 0
-    return pair.DiskStatus(name=filter.name, size=filter.length, state=state, behind=0, buffer_used=used,
-                           buffer_limit=0, reason=str(filter.error) if filter.error else "")
+    disk = filter.file.node
+    for _ in range(2 if filter.options.mode == "secondary" and filter.stage is not Stage.DONE else 0):
+        disk = disk.children["backing"].node if "backing" in disk.children else disk
+    format = disk.driver if disk.driver in ("qcow2", "overlay") else "raw"
+    return pair.DiskStatus(name=filter.name, format=format, size=filter.length, state=state, behind=0,
+                           buffer_used=used, buffer_limit=0, reason=str(filter.error) if filter.error else "")
 
 
 def _work(inventory: Inventory) -> pair.WorkStatus | None:

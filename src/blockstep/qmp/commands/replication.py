@@ -23,6 +23,8 @@ class DiskStatus(Result):
     """One disk of a pair. All sizes in bytes."""
 
     name: str
+    #: Of its file: raw, qcow2 or overlay.
+    format: str
     size: int
     #: On a standby its own: none (no checkpoint), running, failover, failover-failed, promoted, stopped.
     state: str
