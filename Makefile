@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # More for the tools behind a target: make test ARGS="-k quorum -x", make bench ARGS=--quick
 ARGS ?=
-# Examples per property in `make fuzz`.
+# Examples per property in `make fuzz`, and how long broken images are used.
 EXAMPLES ?= 20000
+SECONDS ?= 60
 
 export PYTHON VENV
 
@@ -39,7 +40,8 @@ check: $(DEV) ## ruff, mypy --strict, and the layers of the imports
 bench: $(DEV) ## blockstep beside QEMU, qemu-nbd and nbdkit, in turn; ratios and targets
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-fuzz: $(DEV) ## every property test with many random examples: EXAMPLES=20000
+fuzz: $(DEV) ## broken images for SECONDS=60; every property test with many examples: EXAMPLES=20000
+	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 	@HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -m hypothesis --timeout=0 $(ARGS)
 
 clean: ## remove the environment and every cache
