@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import qmp
+from benchmarks import images, qmp
 from benchmarks.measures import Bench, Measured, Race, checkpoint_pause, failover, first_sync, memory
 from benchmarks.tools import Workload
 from blockstep.units import KiB, MiB
@@ -103,6 +103,12 @@ ROWS = [
     qcow2("qcow2-4k-write", WRITE_4K, 1.0, 2),
     new_qcow2("qcow2-new-4k-write", WRITE_4K, 1.0, 2),
     new_qcow2("qcow2-new-1m-write", WRITE_1M, 0.8, 1.2),
+    Row("img-convert", "img convert: half-empty raw disk to qcow2", images.convert, {"ratio": Target(0.7, 1.0)}),
+    Row("img-check", "img check: 1 TiB with scattered data", images.check_scattered, {"ratio": Target(0.3, 1.0)}),
+    Row("img-check-piece", "img check: 1 TiB with data in one piece", images.check_piece,
+        {"ratio": Target(0.3, 1.0)}),
+    Row("qcow2-empty", "make_empty of a full qcow2 image", images.make_empty,
+        {"call": Target(5, 1, "ms", lower=True), "durable": Target(5, 1, "ms", lower=True)}),
     Row("qmp-round-trips", "query-block-jobs on one monitor, one after the other", qmp.round_trips,
         {"rate": Target(5, 8, "k/s")}),
     Row("qmp-read-delay", "4k reads, 99th percentile, while a monitor floods", qmp.read_delay,

@@ -145,6 +145,16 @@ class Driver(Node):
         """
         return None
 
+    async def copy_in(self, of: tuple[int, int], offset: int, length: int,
+                      piece: int) -> list[tuple[int, bool]] | None:
+        """Write to a range what lies in a file, ``of`` (descriptor, offset), read and written in one go in a thread.
+
+        Returns the range as runs of (bytes, whether they are zeroes); zeroes are looked for in pieces of ``piece``
+        bytes (0: not at all), and the caller has to write them, or knows that they are there. None: this is not
+        possible here, for this range, and nothing was done. Raises OSError; then the range is as after a failed write.
+        """
+        return None
+
     async def truncate(self, length: int) -> None:
         """Change the size; what is added reads as zeroes."""
         raise not_supported("resize")

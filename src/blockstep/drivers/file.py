@@ -36,6 +36,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Final, Literal
 
 from blockstep.aio.cold import ColdReads
+from blockstep.aio.copying import copy_pieces
 from blockstep.aio.pool import in_thread
 from blockstep.aio.posix import (
     INLINE,
@@ -115,6 +116,11 @@ class File(Driver):
     def _choose_calls(self) -> None:
         self._read, self._write = quick_io(self.fd)
         self._alignment = _direct_alignment(self.fd, self._is_device) if self._file.direct else 1
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether requests have to be in whole blocks."""
+        return self._alignment > 1
 
     async def close(self) -> None:
         await in_thread(self._file.close)
@@ -227,6 +233,12 @@ class File(Driver):
 
     def raw_range(self, offset: int, length: int) -> tuple[int, int] | None:
         return self.fd, offset
+
+    async def copy_in(self, of: tuple[int, int], offset: int, length: int,
+                      piece: int) -> list[tuple[int, bool]] | None:
+        if self.is_direct:
+            return None
+        return await in_thread(copy_pieces, of, (self.fd, offset), length, piece)
 
     # --- control ---
 

@@ -25,6 +25,7 @@ from blockstep.block.driver import ZEROES
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE
+from blockstep.drivers.file import File
 from blockstep.errors import OptionError
 from blockstep.images.bitmap import copy_bitmaps
 from blockstep.images.compare import Progress, no_progress
@@ -34,12 +35,15 @@ from blockstep.images.opened import ImageName, opened
 from blockstep.images.whole import whole_qcow2
 from blockstep.jobs.block_copy import BlockCopy, Control, Pass
 from blockstep.jobs.pace import SpeedLimit
-from blockstep.units import KiB
+from blockstep.units import KiB, MiB
 
 #: Most and least of ``sparse`` that qemu-img takes.
 SPARSE: Final = (512, 16 << 20)
 SPARSE_DEFAULT: Final = 4 * KiB
 _GRANULARITY: Final = 64 * KiB
+#: Of a plain file as much as this goes through a thread at once, if the image is long enough to keep several busy.
+_THREAD_CHUNK: Final = 16 * MiB
+_PIECES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,7 @@ class Conversion:
                 raise OptionError("-o", option, "left out: the target holds everything, and has no backing image")
         if self.options and not self.create:
             raise OptionError("-o", dict(self.options), "left out with -n: no image is made")
+
 
 async def convert(conversion: Conversion, progress: Progress = no_progress) -> None:
     """Do it. Raises OptionError and OSError; a new target is not there then, and neither after a cancellation."""
@@ -159,9 +164,12 @@ async def _copy(conversion: Conversion, graph: Graph, source: Backend, into: Bac
         zero = (conversion.create or conversion.zeroed) and conversion.sparse
         written = Bitmap(length, 1 << (piece.bit_length() - 1)) if zero else None
         kind = BlockCopy if conversion.sparse else _FullCopy
+        in_threads = isinstance(source.node, File) and not conversion.rate
+        chunk = max(MiB, min(_THREAD_CHUNK, length // _PIECES // MiB * MiB)) if in_threads else MiB
         engine = kind(source.edge, into.edge, (source, into), control, granularity=_GRANULARITY,
                       workers=conversion.workers, detect_zeroes=bool(conversion.sparse),
-                      written=written, offload=conversion.offload, piece=piece or _GRANULARITY)
+                      written=written, offload=conversion.offload, piece=piece or _GRANULARITY,
+                      chunk=chunk, in_threads=in_threads)
         await engine.copy(Pass(todo))
 
 

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockstep.aio.copying import zero_runs
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
-from blockstep.jobs.block_copy import BlockCopy, Control, Pass, Side, zero_runs
+from blockstep.jobs.block_copy import BlockCopy, Control, Pass, Side
 from blockstep.units import KiB, MiB
 from tests.disks import faulty, ram
 

@@ -4,7 +4,8 @@ Data is written where it belongs at once, metadata is kept in memory (`tables`, 
 much of it has changed. The driver is one class in storeys, each in a file with its theory at the head:
 
     Reader ◄── Saver ◄── Writer ◄── Resizer ◄──┐
-                 ▲                             ├── Qcow2: opened, closed, reopened
+                 ▲         ▲                   │
+                 │         └─────── Copier ◄───┼── Qcow2: opened, closed, reopened
                  └────── Emptier ◄─────────────┘
 """
 
@@ -23,6 +24,7 @@ from blockstep.block.permissions import Role
 from blockstep.block.registry import register
 from blockstep.drivers.qcow2.backing import backing_options
 from blockstep.drivers.qcow2.compressed import check_compression
+from blockstep.drivers.qcow2.copying import Copier
 from blockstep.drivers.qcow2.emptying import Emptier
 from blockstep.drivers.qcow2.format import (
     AT_AUTOCLEAR,
@@ -53,7 +55,7 @@ class Qcow2Options(NodeOptions, tag="qcow2"):
 
 
 @register
-class Qcow2(Emptier, Resizer):
+class Qcow2(Emptier, Copier, Resizer):
     """See the module."""
 
     driver: ClassVar[str] = "qcow2"

@@ -1,0 +1,86 @@
+"""Copies into clusters that have no place yet, past the event loop: a thread reads, looks for zeroes and writes.
+
+The places are taken before anybody knows what is zero; those that turn out not to be needed are given back, and since
+nothing refers to them before the copy has ended, a crash leaves no more than leaks, as with every write.
+"""
+
+from __future__ import annotations
+
+from blockstep.aio.copying import copy_pieces
+from blockstep.aio.pool import in_thread
+from blockstep.aio.posix import write_whole
+from blockstep.drivers.file import File
+from blockstep.drivers.qcow2.format import COPIED, EXTERNAL_DATA
+from blockstep.drivers.qcow2.writing import Writer
+
+Runs = list[tuple[int, bool]]
+
+
+class Copier(Writer):
+    """The part of the driver that takes in what lies in other files."""
+
+    async def copy_in(self, of: tuple[int, int], offset: int, length: int, piece: int) -> Runs | None:
+        """See `Driver`. Whole clusters without a place only, of an image in a plain file."""
+        end = offset + length
+        file = self.file.node
+        if (self.header.extended_l2 or self.header.incompatible & EXTERNAL_DATA or offset & self._within
+                or (end & self._within and end != self.length) or piece & self._within
+                or not isinstance(file, File) or file.watchers or file.is_direct):
+            return None
+        stop = -(-end >> self._bits) << self._bits
+        refcounts = self._refcounts
+        turn = refcounts.turn
+        refcounts.running[turn] += 1
+        token = self._lock.try_take(offset, stop) or await self._lock.take(offset, stop)
+        try:
+            if not await self._has_no_place(offset, end):
+                return None
+            runs: Runs = []
+            at = offset
+            while at < end:
+                for run in await self._copy_some(file, (of[0], of[1] + at - offset), at, end, piece):
+                    runs.append(run)
+                    at += run[0]
+            return runs
+        finally:
+            self._lock.give_back(token)
+            refcounts.running[turn] -= 1
+
+    async def _has_no_place(self, offset: int, end: int) -> bool:
+        while offset < end:
+            index = offset >> self._l2_shift
+            stop = min(end, (index + 1) << self._l2_shift)
+            table = await self._tables.table(index)
+            if table is not None:
+                first = (offset >> self._bits) & self._mask
+                if any(table[first:first + (-(-(stop - offset) >> self._bits))]):
+                    return False
+            offset = stop
+        return True
+
+    async def _copy_some(self, file: File, of: tuple[int, int], offset: int, end: int, piece: int) -> Runs:
+        """As many clusters as find a place in a row, of one L2 table."""
+        index = offset >> self._l2_shift
+        end = min(end, (index + 1) << self._l2_shift)
+        await self._tables.own(index)
+        host, count, virgin = await self._refcounts.allocate(-(-(end - offset) >> self._bits))
+        length = min(end - offset, count << self._bits)
+        try:
+            runs = await in_thread(copy_pieces, of, (file.fd, host), length, piece)
+            if length < count << self._bits and not virgin and not runs[-1][1]:
+                await in_thread(write_whole, file.fd, bytes((count << self._bits) - length), host + length)
+            await self._tables.own(index)
+        except BaseException:
+            await self._refcounts.release(host, count)
+            raise
+        first = (offset >> self._bits) & self._mask
+        for size, zero in runs:
+            clusters = -(-size >> self._bits)
+            if zero:
+                await self._refcounts.release(host, clusters)
+            else:
+                await self._tables.own(index)
+                entries = range(host | COPIED, (host | COPIED) + (clusters << self._bits), self.cluster_size)
+                self._tables.change(index, first, list(entries))
+            first, host = first + clusters, host + (clusters << self._bits)
+        return runs
