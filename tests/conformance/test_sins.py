@@ -44,6 +44,16 @@ class ReadsShort(Ram):
         return (await super().pread(offset, length))[:65536]
 
 
+class ReadsShortAtOnce(Ram):
+    def begin_read(self, offset: int, length: int) -> Buffer:
+        return bytes(self.content[offset:offset + min(length, 65535)])
+
+
+class ForgetsWhatIsWrittenAtOnce(Ram):
+    def begin_write(self, offset: int, data: Buffer) -> None:
+        pass
+
+
 class RefusesFua(Ram):
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         if flags & FUA:
@@ -106,6 +116,8 @@ SINS: list[tuple[type[Ram], Check]] = [
     (KeepsWrittenBuffers, conformance.a_written_buffer_may_be_used_again_at_once),
     (WritesWholeSectors, conformance.writes_change_exactly_the_range),
     (ReadsShort, conformance.reads_return_exactly_the_range),
+    (ReadsShortAtOnce, conformance.requests_that_are_begun_do_what_others_do),
+    (ForgetsWhatIsWrittenAtOnce, conformance.requests_that_are_begun_do_what_others_do),
     (RefusesFua, conformance.writes_with_fua_and_flushes_succeed),
     (TakesZeroesForAdvice, conformance.zeroes_read_as_zeroes_with_all_flags),
     (DiscardsTooMuch, conformance.discarded_ranges_read_as_before_or_as_zeroes),

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
 
 from blockstep.aio.inline import submit
@@ -86,6 +86,13 @@ class Driver(Node):
     #: The node's size in bytes. Changes only in `truncate` (or a child's).
     length: int = 0
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A driver that overrides `pread` or `pwrite` only is asked through it, whatever its base class does."""
+        super().__init_subclass__(**kwargs)
+        for operation, quick in (("pread", "begin_read"), ("pwrite", "begin_write")):
+            if operation in cls.__dict__ and quick not in cls.__dict__:
+                setattr(cls, quick, getattr(Driver, quick))
+
     async def implied_children(self) -> Sequence[tuple[str, Role, NodeRef]]:
         """Children that an image itself names, to be opened like those of the options: (child name, role, options).
 
@@ -110,6 +117,22 @@ class Driver(Node):
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         """Write all of ``data``. ``flags``: FUA."""
         raise not_supported("write")
+
+    def begin_read(self, offset: int, length: int) -> Buffer | Coroutine[Any, Any, Buffer]:
+        """`pread` for those who count: the data if it is at hand, else a coroutine that has not begun.
+
+        Coroutines that end at once cost 0.2 us each, in every layer. Who gets one begins it before anything else
+        happens, or closes it. A driver that overrides this may make its `pread` of it, calling it by the name of its
+        class: in a subclass with a `pread` of its own ``self.begin_read`` is that.
+        """
+        return self.pread(offset, length)
+
+    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
+        """`pwrite` without flags in the same way: None if it is done, or else a coroutine.
+
+        A coroutine that is closed before it began leaves the range old, new or a mixture, as a write that failed.
+        """
+        return self.pwrite(offset, data)
 
     def submit_write(
         self, offset: int, data: Buffer, flags: int, done: Callable[[BaseException | None], None]

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from types import CoroutineType
+from typing import Any
 
 from blockstep.aio.inline import Completion
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Buffer, Driver, Extent
@@ -76,6 +78,40 @@ class Backend:
         self.in_flight += 1
         try:
             return await self.edge.pread(offset, length)
+        finally:
+            self.in_flight -= 1
+            if self._idle:
+                self._wake_idle()
+
+    def begin_read(self, offset: int, length: int) -> Buffer | Coroutine[Any, Any, Buffer]:
+        """`pread` for those who count, see `Driver.begin_read`. A coroutine must be begun at once."""
+        edge = self.edge
+        if self._paused or offset < 0 or length <= 0 or offset + length > edge.node.length:
+            return self.pread(offset, length)
+        found = edge.begin_read(offset, length)
+        return self._end_read(found, length) if found.__class__ is CoroutineType else found
+
+    async def _end_read(self, reading: Coroutine[Any, Any, Buffer], length: int) -> Buffer:
+        self.in_flight += 1
+        try:
+            return await reading
+        finally:
+            self.in_flight -= 1
+            if self._idle:
+                self._wake_idle()
+
+    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
+        """`pwrite` in the same way."""
+        edge = self.edge
+        if (self._paused or not edge.may_write or offset < 0 or not data or offset + len(data) > edge.node.length):
+            return self.pwrite(offset, data)
+        writing = edge.begin_write(offset, data)
+        return None if writing is None else self._end_write(writing, offset, len(data))
+
+    async def _end_write(self, writing: Coroutine[Any, Any, None], offset: int, length: int) -> None:
+        self.in_flight += 1
+        try:
+            await writing
         finally:
             self.in_flight -= 1
             if self._idle:

@@ -11,7 +11,7 @@ Only `blockstep.block.graph` changes edges.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol
 
 import msgspec
@@ -74,9 +74,11 @@ class Child:
     """An edge: ``parent`` uses ``node`` under ``name`` in ``role``, takes ``taken`` and shares ``shared``."""
 
     __slots__ = (
-        "_taken", "block_status", "discard", "flush", "may_change", "may_write", "name", "node", "parent", "pread",
-        "pwrite", "role", "shared", "submit_write", "truncate", "write_zeroes",
+        "_taken", "begin_read", "begin_write", "block_status", "discard", "flush", "may_change", "may_write", "name",
+        "node", "parent", "pread", "pwrite", "role", "shared", "submit_write", "truncate", "write_zeroes",
     )
+
+    begin_write: Callable[[int, Any], Coroutine[Any, Any, None] | None]
 
     def __init__(self, parent: Parent, name: str, role: Role, node: Driver,
                  taken: Permission = NONE, shared: Permission = ALL) -> None:
@@ -104,15 +106,18 @@ class Child:
         """Send requests to ``node`` from now on."""
         self.node = node
         self.pread = node.pread
+        self.begin_read = node.begin_read
         self.flush = node.flush
         self.block_status = node.block_status
         self.truncate = node.truncate
         if node.watchers:
+            self.begin_write = node.watched_pwrite
             self.submit_write = node.watched_submit_write
             self.pwrite = node.watched_pwrite
             self.write_zeroes = node.watched_write_zeroes
             self.discard = node.watched_discard
         else:
+            self.begin_write = node.begin_write
             self.submit_write = node.submit_write
             self.pwrite = node.pwrite
             self.write_zeroes = node.write_zeroes

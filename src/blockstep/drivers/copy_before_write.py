@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Awaitable, Callable
-from typing import ClassVar, Final, Literal
+from collections.abc import Awaitable, Callable, Coroutine
+from types import CoroutineType
+from typing import Any, ClassVar, Final, Literal
 
 from blockstep.aio.rangelock import RangeLock
 from blockstep.block.bitmap import Bitmap
@@ -84,27 +85,35 @@ class CopyBeforeWrite(Filter):
         """Save the clusters that the range touches, unless they are. Raises OSError, whatever ``on-cbw-error`` says."""
         await self._locked(offset, length, None)
 
-    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
         done = self.done
         shift, bits = done.shift, done.bits
         first, end = offset >> shift, (offset + len(data) - 1 >> shift) + 1
         if (bits[first] if end - first == 1 else bits.find(0, first, end) < 0) or self.broken:
-            await self.file.pwrite(offset, data, flags)
-            return
-        lock = self.lock
-        token = lock.try_take(first << shift, end << shift) or await lock.take(first << shift, end << shift)
+            return self.file.begin_write(offset, data)
+        if end - first > 1 or end << shift > done.length or not self.lock.idle:
+            return self.pwrite(offset, data)
+        # One whole cluster, the path of every small write after a checkpoint: nothing comes in between.
+        old = self.file.begin_read(first << shift, 1 << shift)
+        if old.__class__ is CoroutineType:
+            old.close()
+            return self.pwrite(offset, data)
         try:
-            if bits[first] or end - first > 1 or end << shift > done.length:
-                await self._save(first, end)
-            else:  # one whole cluster, the path of every small write after a checkpoint, without one more coroutine
-                try:
-                    await self.target.pwrite(first << shift, await self.file.pread(first << shift, 1 << shift))
-                except OSError as error:
-                    self._not_saved(error)
-                bits[first] = 1
+            saving = self.target.begin_write(first << shift, old)
+        except OSError as error:
+            self._not_saved(error)
+        else:
+            if saving is not None:
+                saving.close()
+                return self.pwrite(offset, data)
+        bits[first] = 1
+        return self.file.begin_write(offset, data)
+
+    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        if self.broken or self._is_saved(offset, len(data)):
             await self.file.pwrite(offset, data, flags)
-        finally:
-            lock.give_back(token)
+        else:
+            await self._locked(offset, len(data), lambda: self.file.pwrite(offset, data, flags))
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         await self._locked(offset, length, lambda: self.file.write_zeroes(offset, length, flags))
@@ -136,6 +145,10 @@ class CopyBeforeWrite(Filter):
                 self._not_saved(error)
         await self.file.truncate(length)
         self.done.resize(length)
+
+    def _is_saved(self, offset: int, length: int) -> bool:
+        shift = self.done.shift
+        return self.done.bits.find(0, offset >> shift, (offset + length - 1 >> shift) + 1) < 0
 
     async def _locked(self, offset: int, length: int, then: Callable[[], Awaitable[None]] | None) -> None:
         shift = self.done.shift

@@ -32,7 +32,8 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from types import CoroutineType
 from typing import Any, ClassVar, Final, Literal
 
 from blockstep.aio.cold import ColdReads
@@ -127,20 +128,34 @@ class File(Driver):
 
     # --- data ---
 
-    async def pread(self, offset: int, length: int) -> Buffer:
+    def begin_read(self, offset: int, length: int) -> Buffer | Coroutine[Any, Any, Buffer]:
         if length <= INLINE:
             data = self._read(self.fd, length, offset)
             if len(data) == length:
                 return data
+        return self._read_waiting(offset, length)
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        found = File.begin_read(self, offset, length)
+        return await found if found.__class__ is CoroutineType else found  # type: ignore[return-value]
+
+    async def _read_waiting(self, offset: int, length: int) -> Buffer:
         if self._alignment > 1:
             return await in_thread(_read_direct, self.fd, length, offset, self._alignment)
         if length > INLINE:
             return await in_thread(read_whole, self.fd, length, offset)
         return await self._cold.read(self.fd, length, offset)
 
+    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
+        if len(data) <= INLINE and self._write(self.fd, data, offset) == len(data):
+            return None
+        return self._write_waiting(offset, data, 0)
+
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
-        if not flags and len(data) <= INLINE and self._write(self.fd, data, offset) == len(data):
-            return
+        if flags or len(data) > INLINE or self._write(self.fd, data, offset) != len(data):
+            await self._write_waiting(offset, data, flags)
+
+    async def _write_waiting(self, offset: int, data: Buffer, flags: int) -> None:
         durable = flags & FUA and not self.options.cache.no_flush
         if durable and self._lost:
             raise self._lost

@@ -29,7 +29,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any, ClassVar, Final
 
 from blockstep.aio.pool import in_background, in_thread
@@ -243,6 +243,13 @@ class Overlay(Driver):
     # --- writes ---
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        writing = Overlay.begin_write(self, offset, data)
+        if writing is not None:
+            await writing
+        if flags & FUA:
+            await self.flush()
+
+    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
         length = len(data)
         end = offset + length
         shift, bits = self._shift, self._bits
@@ -257,9 +264,12 @@ class Overlay(Driver):
                 if new:
                     self._got_data(first, last + 1)
                     self.used += new << shift
-                if flags & FUA:
-                    await self.flush()
-                return
+                return None
+        return self._write_locked(offset, data)
+
+    async def _write_locked(self, offset: int, data: Buffer) -> None:
+        shift, end = self._shift, offset + len(data)
+        first, last = offset >> shift, (end - 1) >> shift
         start, stop = first << shift, min((last + 1) << shift, self.length)
         token = self._lock.try_take(start, stop) or await self._lock.take(start, stop)
         try:
@@ -271,8 +281,6 @@ class Overlay(Driver):
             await self._put(offset - head, data)
         finally:
             self._lock.give_back(token)
-        if flags & FUA:
-            await self.flush()
 
     async def _put(self, offset: int, data: Buffer) -> None:
         """Write whole clusters, or parts of clusters with data. The caller holds the lock."""

@@ -54,6 +54,12 @@ class Raw(Driver):
     def pread(self, offset: int, length: int) -> Coroutine[Any, Any, Buffer]:
         return self.file.pread(offset + self._offset, length)
 
+    def begin_read(self, offset: int, length: int) -> Buffer | Coroutine[Any, Any, Buffer]:
+        return self.file.begin_read(offset + self._offset, length)
+
+    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
+        return self.file.begin_write(offset + self._offset, data)
+
     def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> Coroutine[Any, Any, None]:
         return self.file.pwrite(offset + self._offset, data, flags)
 

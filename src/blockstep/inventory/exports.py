@@ -31,7 +31,7 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
@@ -377,6 +377,7 @@ class Writethrough:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.pread = backend.pread
+        self.begin_read = backend.begin_read
         self.discard = backend.discard
         self.flush = backend.flush
         self.block_status = backend.block_status
@@ -391,6 +392,9 @@ class Writethrough:
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         await self._backend.pwrite(offset, data, flags | FUA)
+
+    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None]:
+        return self.pwrite(offset, data)
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         await self._backend.write_zeroes(offset, length, flags | FUA)

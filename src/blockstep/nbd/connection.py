@@ -3,9 +3,9 @@
     receive ─► handshake ─► events                              until GO
     receive ─► decode the batch ─► run each request ─► replies ─► one send
 
-A request is a coroutine that is started here, in the frame of the receive. Most end in that first step (the page
-cache had it); their replies are collected and sent together at the end of the batch. The others become strands;
-what they answer is sent when the last request in flight has ended, or else once per turn of the loop, so that
+A request is begun here, in the frame of the receive. Most end there and then (the page cache had it); their replies
+are collected and sent together at the end of the batch. The others are coroutines, and become strands if they have to
+wait; what they answer is sent when the last request in flight has ended, or else once per turn of the loop, so that
 requests which end together are answered together.
 
 Bounds on what a client can make us hold (`Limits`): requests in flight, and bytes in flight plus bytes not yet
@@ -28,6 +28,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from types import CoroutineType
 from typing import Any, Final, Literal
 
 from blockstep.aio.channel import Channel
@@ -78,13 +79,8 @@ class _Pending:
             self.arena.release()
         if error is not None:
             connection._fail(request, error)
-        elif type(value) is list:
-            connection._out.extend(value)
-        elif request[0] == 0:
-            connection._out.append(connection._form.read(request[2], request[3], request[4]))
-            connection._out.append(value)
         else:
-            connection._out.append(connection._form.done(request[2], request[3]))
+            connection._answer(request, value)
         connection._ended(self.size)
 
 
@@ -263,7 +259,7 @@ class Connection:
         export = self.export
         assert export is not None
         backend, form, out = export.backend, self._form, self._out
-        pread, pwrite, read, done = backend.pread, backend.pwrite, form.read, form.done
+        begin_read, begin_write, read, done = backend.begin_read, backend.begin_write, form.read, form.done
         size, plain_write = backend.length, -1 if export.read_only else self._plain_write
         self._backlog = None
         self._running = True
@@ -272,31 +268,29 @@ class Connection:
         for request in requests:
             type, flags, cookie, offset, length, payload = request
             if type == 0 and not flags and offset + length <= size and 0 < length <= 33554432:
-                coroutine = pread(offset, length)
                 try:
-                    waits_for = coroutine.send(None)
-                except StopIteration as stop:
-                    out.append(read(cookie, offset, length))
-                    out.append(stop.value)
-                    room -= length
+                    found = begin_read(offset, length)
                 except (Exception, asyncio.CancelledError) as error:
                     self._fail(request, error)
+                    continue
+                if found.__class__ is not CoroutineType:
+                    out.append(read(cookie, offset, length))
+                    out.append(found)  # type: ignore[arg-type]
+                    room -= length
                 else:
-                    self._wait(coroutine, waits_for, request, None, length)
-                    room = self._room()
+                    room = self._room() if self._run_one(found, request, None, length) else room - length
             elif type == 1 and flags == plain_write and offset + length <= size and length:
-                writing = pwrite(offset, payload)  # type: ignore[arg-type]
                 try:
-                    waits_for = writing.send(None)
-                except StopIteration:
+                    writing = begin_write(offset, payload)  # type: ignore[arg-type]
+                except (Exception, asyncio.CancelledError) as error:
+                    self._fail(request, error)
+                    continue
+                if writing is None:
                     out.append(done(cookie, offset))
                     if len(out) == first:
                         first = 0
                         self._flush()
-                except (Exception, asyncio.CancelledError) as error:
-                    self._fail(request, error)
-                else:
-                    self._wait(writing, waits_for, request, self._buffer.arena, length)
+                elif self._run_one(writing, request, self._buffer.arena, length):
                     room = self._room()
             elif type == 2:
                 self._finishing = True
@@ -360,19 +354,23 @@ class Connection:
 
     def _other(self, request: Request) -> None:
         """A request that is no plain read or write."""
-        payload = request[5]
         try:
             coroutine = prepare(self._session, request)
-            waits_for = coroutine.send(None)
-        except StopIteration as stop:
-            self._out.extend(stop.value)
         except (Exception, asyncio.CancelledError) as error:
             self._fail(request, error)
         else:
-            self._wait(coroutine, waits_for, request, None if payload is None else self._buffer.arena, cost(request))
+            self._run_one(coroutine, request, None if request[5] is None else self._buffer.arena, cost(request))
 
-    def _wait(self, coroutine: Any, waits_for: Any, request: Request, arena: Arena | None, size: int) -> None:
-        """A request did not end at once: let it go on as a strand."""
+    def _run_one(self, coroutine: Any, request: Request, arena: Arena | None, size: int) -> bool:
+        """Begin what is a coroutine. If it does not end at once it goes on as a strand; says whether that is so."""
+        try:
+            waits_for = coroutine.send(None)
+        except StopIteration as stop:
+            self._answer(request, stop.value)
+            return False
+        except (Exception, asyncio.CancelledError) as error:
+            self._fail(request, error)
+            return False
         assert self.export is not None
         if arena is not None:
             arena.users += 1
@@ -380,6 +378,18 @@ class Connection:
         self._bytes_in_flight += size
         self.export.in_flight += 1
         go_on(coroutine, waits_for, _Pending(self, request, arena, size))
+        return True
+
+    def _answer(self, request: Request, value: Any) -> None:
+        """A success: ``value`` is the data of a read, a list of whole replies, or None."""
+        type, _, cookie, offset, length, _ = request
+        if value.__class__ is list:
+            self._out.extend(value)
+        elif type == 0:
+            self._out.append(self._form.read(cookie, offset, length))
+            self._out.append(value)
+        else:
+            self._out.append(self._form.done(cookie, offset))
 
     def _fail(self, request: Request, error: BaseException) -> None:
         type, _, cookie, offset, _, _ = request

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, ClassVar, Final, Literal
 
 from blockstep.aio.inline import Completion, start, submit
@@ -190,6 +190,27 @@ class Link(Filter):
             self.on_fail(error)
 
     # --- requests of the guest ---
+
+    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
+        if self.queued > self.queue or not self._lock.idle or (self.on and self.options.ack == "both"):
+            return self.pwrite(offset, data)
+        length = len(data)
+        try:
+            writing = self.file.begin_write(offset, data)
+        except OSError:
+            self.since.set(offset, length)
+            self._tore(offset, length)
+            raise
+        if writing is not None:
+            writing.close()
+            return self.pwrite(offset, data)
+        self.since.set(offset, length)
+        self.written += length
+        if self.on:
+            self._put(_Request(self, "pwrite", offset, offset + length, bytes(data), 0, None))
+        if self.alarm and self.written > self.alarm:
+            self.on_written()
+        return None
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         length = len(data)

@@ -23,7 +23,7 @@ from typing import Final, Literal
 
 from hypothesis import strategies as st
 
-from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Driver
+from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Buffer, Driver
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import NONE, READ, RESIZE, WRITE
@@ -68,6 +68,18 @@ class Case:
         """Write to node and model."""
         await self.user.pwrite(offset, data, flags)
         self.model[offset:offset + len(data)] = data
+
+    async def begun_write(self, offset: int, data: bytes) -> None:
+        """The same as an export does it."""
+        writing = self.user.begin_write(offset, data)
+        if writing is not None:
+            await writing
+        self.model[offset:offset + len(data)] = data
+
+    async def begun_read(self, offset: int, length: int) -> Buffer:
+        """A read as an export does it."""
+        found = self.user.begin_read(offset, length)
+        return found if isinstance(found, bytes | bytearray | memoryview) else await found
 
     async def zero(self, offset: int, length: int, flags: int = 0) -> None:
         """Zero a range of node and model."""
@@ -131,6 +143,14 @@ async def writes_change_exactly_the_range(case: Case) -> None:
     for offset, size in (*ODD_RANGES, (len(case.model) - 1, 1)):
         await case.write(offset, case.random.randbytes(size))
         await case.verify()
+
+
+async def requests_that_are_begun_do_what_others_do(case: Case) -> None:
+    for offset, size in (*ODD_RANGES, (len(case.model) - 1, 1)):
+        await case.begun_write(offset, case.random.randbytes(size))
+        await case.verify()
+        data = bytes(await case.begun_read(max(0, offset - 100), size))
+        assert data == case.model[max(0, offset - 100):][:size], f"{size} bytes at {max(0, offset - 100)}"
 
 
 async def all_kinds_of_buffers_can_be_written(case: Case) -> None:
@@ -361,6 +381,7 @@ async def what_was_flushed_is_there_after_closing_and_opening_again(case: Case) 
 CHECKS: Final[tuple[Check, ...]] = (
     reads_return_exactly_the_range,
     writes_change_exactly_the_range,
+    requests_that_are_begun_do_what_others_do,
     all_kinds_of_buffers_can_be_written,
     a_written_buffer_may_be_used_again_at_once,
     a_buffer_that_was_read_keeps_its_content,
@@ -409,7 +430,8 @@ def run_trace(subject: Subject, path: Path, steps: list[Step]) -> None:
 async def _do(case: Case, kind: str, offset: int, size: int, value: int) -> None:
     size = min(size, len(case.model) - offset)
     if kind == "write":
-        await case.write(offset, random.Random(value).randbytes(size), value & FUA)
+        data = random.Random(value).randbytes(size)
+        await (case.begun_write(offset, data) if value & 6 == 6 else case.write(offset, data, value & FUA))
     elif kind == "zero":
         await case.zero(offset, size, value & (FUA | MAY_UNMAP))
     elif kind == "discard":
@@ -420,7 +442,8 @@ async def _do(case: Case, kind: str, offset: int, size: int, value: int) -> None
     elif kind == "flush":
         await case.user.flush()
     elif kind == "read":
-        assert bytes(await case.user.pread(offset, size)) == case.model[offset:offset + size]
+        read = case.begun_read if value & 1 else case.user.pread
+        assert bytes(await read(offset, size)) == case.model[offset:offset + size]
     elif kind == "empty" and case.subject.below is not None:
         await case.node.make_empty()
         case.model[:] = case.subject.below

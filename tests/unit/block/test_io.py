@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import blockstep.drivers  # noqa: F401
 from blockstep.aio.inline import start
-from blockstep.block.driver import FAST, FUA, MAY_UNMAP
+from blockstep.block.bitmap import DirtyBitmap
+from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Buffer, Driver
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend, enter, leave
 from blockstep.block.permissions import READ, RESIZE, WRITE, WRITE_UNCHANGED
 from blockstep.drivers.blkdebug import Blkdebug
+from blockstep.drivers.file import File
 from blockstep.testing.conformance import fails
 from tests.disks import Ram, faulty, ram
 
@@ -332,3 +337,108 @@ def test_a_watcher_stays_with_its_node_when_filters_come() -> None:
         assert watcher.ranges == [(1, 1), (2, 1)]
 
     asyncio.run(main())
+
+
+# --- requests that end at once ---
+
+
+async def begun(started: Any) -> Any:
+    return await started if isinstance(started, Coroutine) else started
+
+
+def over_file(path: Path) -> Path:
+    (path / "disk").write_bytes(bytes(SIZE))
+    return path / "disk"
+
+
+def test_what_ends_at_once_needs_no_coroutine(tmp_path: Path) -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await graph.open({"driver": "raw", "file": {"driver": "file", "filename": str(over_file(tmp_path))}})
+        user = graph.attach_backend(disk, "guest", READ | WRITE)
+        assert user.begin_write(100, b"abc") is None
+        assert user.begin_read(99, 5) == b"\0abc\0"
+        assert user.in_flight == 0
+
+    asyncio.run(main())
+
+
+def test_a_drained_node_takes_nothing_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await graph.open({"driver": "file", "filename": str(over_file(tmp_path))})
+        user = graph.attach_backend(disk, "guest", READ | WRITE)
+        async with graph.drained(disk):
+            writing, reading = user.begin_write(0, b"x"), user.begin_read(0, 1)
+            assert isinstance(writing, Coroutine)
+            assert isinstance(reading, Coroutine)
+            tasks = [asyncio.create_task(writing), asyncio.create_task(reading)]
+            await turns()
+            assert not any(task.done() for task in tasks)
+        assert (await asyncio.gather(*tasks))[1] == b"x"
+
+    asyncio.run(main())
+
+
+def test_what_is_refused_is_refused_when_it_is_begun_too(tmp_path: Path) -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await graph.open({"driver": "file", "filename": str(over_file(tmp_path))})
+        user, reader = graph.attach_backend(disk, "guest", READ | WRITE), graph.attach_backend(disk, "reader", READ)
+        await fails(begun(user.begin_read(SIZE - 1, 2)), errno.EINVAL)
+        await fails(begun(user.begin_read(-1, 2)), errno.EINVAL)
+        await fails(begun(user.begin_write(SIZE - 1, b"ab")), errno.ENOSPC)
+        await fails(begun(user.begin_write(-1, b"ab")), errno.ENOSPC)
+        await fails(begun(reader.begin_write(0, b"ab")), errno.EPERM)
+        assert await begun(user.begin_read(0, 0)) == b""
+        assert await begun(user.begin_write(0, b"")) is None
+        user.revoke("somebody else has the disk")
+        await fails(begun(user.begin_write(0, b"ab")), errno.ESHUTDOWN)
+        assert (tmp_path / "disk").read_bytes() == bytes(SIZE)
+
+    asyncio.run(main())
+
+
+class OneTurnLater(Ram):
+    async def pread(self, offset: int, length: int) -> Buffer:
+        await asyncio.sleep(0)
+        return await super().pread(offset, length)
+
+
+def test_what_has_to_wait_counts_as_in_flight() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk", b"ab" + bytes(SIZE))
+        disk.__class__ = OneTurnLater
+        user = graph.attach_backend(disk, "guest", READ)
+        reading = user.begin_read(0, 2)
+        assert isinstance(reading, Coroutine)
+        assert reading.send(None) is None
+        assert user.in_flight == 1
+        with pytest.raises(StopIteration) as end:
+            reading.send(None)
+        assert end.value.value == b"ab"
+        assert user.in_flight == 0
+
+    asyncio.run(main())
+
+
+def test_a_bitmap_hears_of_a_write_that_ended_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await graph.open({"driver": "file", "filename": str(over_file(tmp_path))})
+        user = graph.attach_backend(disk, "guest", READ | WRITE)
+        bitmap = DirtyBitmap(disk, "changes", granularity=4096)
+        await begun(user.begin_write(5000, b"x"))
+        assert list(bitmap.dirty()) == [(4096, 4096)]
+
+    asyncio.run(main())
+
+
+def test_a_driver_that_has_its_own_read_is_not_passed_by() -> None:
+    class Shouting(File):
+        async def pread(self, offset: int, length: int) -> Buffer:
+            return bytes(await super().pread(offset, length)).upper()
+
+    assert Shouting.begin_read is Driver.begin_read
+    assert Shouting.begin_write is File.begin_write

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -56,6 +56,12 @@ class Storage:
     async def pwrite(self, offset: int, data: Any, flags: int = 0) -> None:
         await self._gate("pwrite", offset, len(data), flags)
         self.data[offset:offset + len(data)] = data
+
+    def begin_read(self, offset: int, length: int) -> Coroutine[Any, Any, bytes]:
+        return self.pread(offset, length)
+
+    def begin_write(self, offset: int, data: Any) -> Coroutine[Any, Any, None]:
+        return self.pwrite(offset, data)
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         await self._gate("write_zeroes", offset, length, flags)

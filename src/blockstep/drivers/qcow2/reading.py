@@ -1,12 +1,14 @@
 """Reading: runs of the L2 tables, each from where it lies: the file, the backing node, compressed data, nowhere.
 
-A read of plain data inside of one cluster, whose L2 table is in memory, goes straight to the file (`Reader.pread`);
+A read of plain data inside of one cluster, whose L2 table is in memory, goes straight to the file (`begin_read`);
 all others take the way through `Tables.runs`.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine
+from types import CoroutineType
+from typing import Any, Final, ParamSpec, TypeVar
 
 from blockstep.aio.pool import in_thread
 from blockstep.aio.rangelock import RangeLock
@@ -16,6 +18,9 @@ from blockstep.drivers.qcow2.compressed import decompress
 from blockstep.drivers.qcow2.format import OFFSET, Header, compressed_place
 from blockstep.drivers.qcow2.refcounts import Refcounts, broken, read_file
 from blockstep.drivers.qcow2.tables import Kind, Run, Tables
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Unpacked clusters that are kept: requests of 4 KiB to one cluster unpack it once.
 _UNPACKED: Final = 4
@@ -43,20 +48,32 @@ class Reader(Driver):
         # With extended entries nothing is plain.
         self._odd = tables.odd if not header.extended_l2 else (1 << 64) - 1
 
+    def begin_read(self, offset: int, length: int) -> Buffer | Coroutine[Any, Any, Buffer]:
+        within = offset & self._within
+        table = self._l2.get(offset >> self._l2_shift)
+        if table is not None and within + length <= self.cluster_size:
+            entry = table[(offset >> self._bits) & self._mask]
+            if not entry & self._odd and entry & OFFSET:
+                host = (entry & OFFSET) + within
+                if host + length <= self._refcounts.file_length:
+                    found = self.file.begin_read(host, length)
+                    if found.__class__ is not CoroutineType:
+                        return found
+                    found.close()
+                    return self._running(self.file.pread, host, length)
+        return self._running(self._read, offset, length)
+
     async def pread(self, offset: int, length: int) -> Buffer:
+        found = Reader.begin_read(self, offset, length)
+        return await found if found.__class__ is CoroutineType else found  # type: ignore[return-value]
+
+    async def _running(self, request: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do a request that may wait: what it uses is not given to others meanwhile."""
         refcounts = self._refcounts
         turn = refcounts.turn
         refcounts.running[turn] += 1
         try:
-            within = offset & self._within
-            table = self._l2.get(offset >> self._l2_shift)
-            if table is not None and within + length <= self.cluster_size:
-                entry = table[(offset >> self._bits) & self._mask]
-                if not entry & self._odd and entry & OFFSET:
-                    host = (entry & OFFSET) + within
-                    if host + length <= refcounts.file_length:
-                        return await self.file.pread(host, length)
-            return await self._read(offset, length)
+            return await request(*args, **kwargs)
         finally:
             refcounts.running[turn] -= 1
 

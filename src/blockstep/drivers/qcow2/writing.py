@@ -8,7 +8,8 @@ that it is in a file that has just grown), then the L2 entry changes in memory. 
 from __future__ import annotations
 
 from array import array
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final
 
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, ZEROES, Buffer, not_supported
 from blockstep.drivers.qcow2.format import COPIED, OFFSET, ZERO
@@ -24,25 +25,26 @@ _PIECE: Final = 2 << 20
 class Writer(Saver):
     """The part of the driver that writes."""
 
-    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
         length = len(data)
-        refcounts = self._refcounts
-        turn = refcounts.turn
-        refcounts.running[turn] += 1
-        try:
-            within = offset & self._within
-            table = self._l2.get(offset >> self._l2_shift)
-            if table is not None and within + length <= self.cluster_size:
-                entry = table[(offset >> self._bits) & self._mask]
-                if entry > COPIED and not entry & self._odd and self._tables.l1[offset >> self._l2_shift] & COPIED:
-                    host = (entry & OFFSET) + within
-                    if host + length <= refcounts.file_length:
-                        await self.file.pwrite(host, data)
-                        length = 0
-            if length:
-                await self._write(offset, data)
-        finally:
-            refcounts.running[turn] -= 1
+        within = offset & self._within
+        table = self._l2.get(offset >> self._l2_shift)
+        if table is not None and within + length <= self.cluster_size:
+            entry = table[(offset >> self._bits) & self._mask]
+            if entry > COPIED and not entry & self._odd and self._tables.l1[offset >> self._l2_shift] & COPIED:
+                host = (entry & OFFSET) + within
+                if host + length <= self._refcounts.file_length:
+                    writing = self.file.begin_write(host, data)
+                    if writing is None:
+                        return None
+                    writing.close()
+                    return self._running(self.file.pwrite, host, data)
+        return self._running(self._write, offset, data)
+
+    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        writing = Writer.begin_write(self, offset, data)
+        if writing is not None:
+            await writing
         if flags & FUA:
             await self.flush()
 
