@@ -26,7 +26,8 @@ from rich.table import Table
 
 from blockstep.errors import BlockstepError, OptionError
 from blockstep.images.convert import Conversion, convert
-from blockstep.images.opened import FORMATS, ImageName
+from blockstep.images import FORMATS
+from blockstep.images.opened import ImageName
 from blockstep.testing.numbered import BLOCK, NumberedWrites
 from blockstep.testing.pair import Pair
 from blockstep.units import format_duration, format_size, parse_size

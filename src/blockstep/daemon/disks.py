@@ -13,7 +13,8 @@ from blockstep.block.graph import Graph
 from blockstep.daemon.service import make_parent
 from blockstep.errors import OptionError
 from blockstep.images.create import Creation, create
-from blockstep.images.opened import FORMATS, ImageName
+from blockstep.images import FORMATS
+from blockstep.images.opened import ImageName
 from blockstep.jobs.job import Job
 from blockstep.nbd.server import Server, passed_sockets
 from blockstep.nbd.uri import Address, InetAddress, NbdUri, UnixAddress

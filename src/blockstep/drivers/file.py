@@ -2,7 +2,7 @@
 
 A request is made in the event loop where it ends at once, and in a thread where it would wait:
 
-    read             page cache (RWF_NOWAIT), else a thread, together with others (`blockstep.aio.cold`)
+    read             page cache (RWF_NOWAIT), again when the device has had its time, then a thread (`aio.cold`)
     write            page cache; a thread while the kernel makes writers wait, and for FUA (RWF_DSYNC)
     flush            fdatasync in a thread
     zeroes, discard  fallocate in a thread; few zeroes that need no hole are written
@@ -111,11 +111,11 @@ class File(Driver):
         self._flushing = asyncio.Lock()
         self._flushes = self._good_flush = 0
         self._lock = RangeLock()
-        self._cold = ColdReads()
         self._choose_calls()
 
     def _choose_calls(self) -> None:
         self._read, self._write = quick_io(self.fd)
+        self._cold = ColdReads(self._read)
         self._alignment = _direct_alignment(self.fd, self._is_device) if self._file.direct else 1
 
     @property

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import blockstep.drivers  # noqa: F401
 from blockstep.aio import posix
+from blockstep.aio.cold import ColdReads
 from blockstep.aio.pool import in_thread
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Extent
 from blockstep.block.graph import Graph
@@ -138,6 +139,7 @@ def test_a_read_that_would_wait_goes_to_a_thread(image: Path, monkeypatch: pytes
         node = await opened(graph, image)
         await node.pwrite(5, b"data")
         node._read = would_wait
+        node._cold = ColdReads(would_wait, clock=itertools.count().__next__)
         monkeypatch.setattr(os, "pread", waits)
         assert bytes(await node.pread(5, 4)) == b"data"
         await graph.close(node)
