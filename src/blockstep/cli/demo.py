@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from blockstep.errors import BlockstepError, OptionError
-from blockstep.images.convert import Conversion, convert
 from blockstep.images import FORMATS
+from blockstep.images.convert import Conversion, convert
 from blockstep.images.opened import ImageName
 from blockstep.testing.numbered import BLOCK, NumberedWrites
 from blockstep.testing.pair import Pair

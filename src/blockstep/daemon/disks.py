@@ -12,8 +12,8 @@ from typing import Any, Literal
 from blockstep.block.graph import Graph
 from blockstep.daemon.service import make_parent
 from blockstep.errors import OptionError
-from blockstep.images.create import Creation, create
 from blockstep.images import FORMATS
+from blockstep.images.create import Creation, create
 from blockstep.images.opened import ImageName
 from blockstep.jobs.job import Job
 from blockstep.nbd.server import Server, passed_sockets
