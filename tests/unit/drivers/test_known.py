@@ -17,7 +17,8 @@ def test_each_name_is_that_of_a_driver_in_its_module() -> None:
 
 def test_no_driver_is_left_out() -> None:
     blockstep.drivers.load()
-    assert driver_names() == sorted(MODULES)
+    ours = [name for name in driver_names() if find_driver(name).__module__.startswith("blockstep.")]
+    assert ours == sorted(MODULES)
 
 
 def test_a_driver_is_imported_when_it_is_asked_for() -> None:
