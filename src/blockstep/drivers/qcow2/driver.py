@@ -23,7 +23,6 @@ from blockstep.block.node import LIVE_OPTIONS, NodeOptions, NodeRef
 from blockstep.block.permissions import Role
 from blockstep.block.registry import register
 from blockstep.drivers.qcow2.backing import backing_options
-from blockstep.drivers.qcow2.compressed import check_compression
 from blockstep.drivers.qcow2.copying import Copier
 from blockstep.drivers.qcow2.emptying import Emptier
 from blockstep.drivers.qcow2.format import (
@@ -119,7 +118,6 @@ class Qcow2(Emptier, Copier, Resizer):
             raise ImageError("crypt_method", f"{header.crypt_method} ({kind})", "0: encrypted images cannot be used")
         if header.incompatible & EXTERNAL_DATA:
             raise ImageError("incompatible_features", "external data file", "without it: it cannot be used yet")
-        check_compression(header.compression_type)
 
     def _check_writable(self, header: Header) -> None:
         """Raises OptionError for ``read-only``, so that with auto-read-only the image is opened for reading."""
