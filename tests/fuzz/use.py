@@ -104,9 +104,20 @@ class Case:
     async def check(self) -> CheckResult:
         return await check_image(self.name, None, lambda text: None)
 
+    async def _wrong(self) -> list[str]:
+        """What a check finds that is worse than a leak.
+
+        If two entries share a cluster, as no program makes them, and one goes, the other lacks the mark of exclusive
+        use: that costs a copy, and is not counted.
+        """
+        found: list[str] = []
+        await check_image(self.name, None, found.append)
+        return [text for text in found
+                if not text.startswith("leak") and not text.endswith("does not fit to the refcount 1")]
+
     async def _sound(self) -> bool:
         try:
-            return not (result := await self.check()).corruptions and not result.check_errors
+            return not (await self.check()).corruptions
         except (OSError, BlockstepError):
             return False
 
@@ -134,8 +145,8 @@ class Case:
                 await graph.detach_backend(user)
         finally:
             await graph.close(node)
-        if sound and not failed and (result := await self.check()).corruptions:
-            raise Finding(f"a sound image has {result.corruptions} corruptions after writes")
+        if sound and not failed and (wrong := await self._wrong()):
+            raise Finding(f"after writes a sound image has: {wrong[:3]}")
 
     async def _request(self, user: Backend, content: bytearray | None) -> None:
         rnd = self.rnd
@@ -199,8 +210,8 @@ class Case:
             lambda: change_bitmap(self.name, "b1", [BitmapAction("remove")]))
         sound = await self._sound()
         done = await self._survives(rnd.choice(change))
-        if sound and done and (result := await self.check()).corruptions:
-            raise Finding(f"a sound image has {result.corruptions} corruptions after a change of snapshots or bitmaps")
+        if sound and done and (wrong := await self._wrong()):
+            raise Finding(f"after a change of snapshots or bitmaps a sound image has: {wrong[:3]}")
 
 
 def use(path: Path, rnd: random.Random) -> int:

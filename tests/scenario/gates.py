@@ -18,7 +18,7 @@ import os
 from dataclasses import dataclass
 
 from blockstep.aio.inline import Completion
-from blockstep.block.driver import Buffer, Driver, Extent
+from blockstep.block.driver import Buffer, Driver, Extent, Prepared
 from blockstep.block.graph import Graph
 from blockstep.block.node import NodeOptions
 
@@ -89,6 +89,56 @@ class Gates:
                 if not fault[3]:
                     self._faults.remove(fault)
                 raise OSError(fault[2], f"{os.strerror(fault[2])}: injected into {event} of '{node}'")
+
+
+class GatedImage(Driver):
+    """Gates before a driver that stands behind this class; the event of emptying is ``make_empty``."""
+
+    gates: Gates
+    #: Changes that stop a second time, after their effect.
+    stops_twice: frozenset[str] = frozenset({"write"})
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        await self.gates.passes(self.name, "read", offset, length)
+        data = await super().pread(offset, length)
+        await self.gates.passes(self.name, "read-done", offset, length)
+        return data
+
+    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        await self.gates.passes(self.name, "write", offset, len(data))
+        await super().pwrite(offset, data, flags)
+        await self._done("write", offset, len(data))
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        await self.gates.passes(self.name, "write_zeroes", offset, length)
+        await super().write_zeroes(offset, length, flags)
+        await self._done("write_zeroes", offset, length)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.gates.passes(self.name, "discard", offset, length)
+        await super().discard(offset, length)
+        await self._done("discard", offset, length)
+
+    async def flush(self) -> None:
+        await self.gates.passes(self.name, "flush", 0, 0)
+        await super().flush()
+        await self._done("flush", 0, 0)
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        await self.gates.passes(self.name, "block_status", offset, length)
+        return await super().block_status(offset, length)
+
+    async def truncate(self, length: int) -> None:
+        await self.gates.passes(self.name, "truncate", length, 0)
+        await super().truncate(length)
+
+    async def prepare_empty(self) -> Prepared:
+        await self.gates.passes(self.name, "make_empty", 0, 0)
+        return await super().prepare_empty()
+
+    async def _done(self, event: str, offset: int, length: int) -> None:
+        if event in self.stops_twice:
+            await self.gates.passes(self.name, f"{event}-done", offset, length)
 
 
 class GatedDisk(Driver):

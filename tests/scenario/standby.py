@@ -1,12 +1,13 @@
 """A standby in a process: real nodes over storage that can be stopped and made to fail, and the model beside it.
 
-    NAME-secondary   gated disk: bytes behind gates      written to by `Disk.primary`
-    NAME-hidden      overlay behind gates, in memory or in a file
-    NAME-active      overlay behind gates
+    NAME-secondary   bytes, or a qcow2 image, behind gates          written to by `Disk.primary`
+    NAME-hidden      overlay, or qcow2, behind gates, in memory or in a file
+    NAME-active      the same
     NAME-filter      replication, mode=secondary
     NAME             quorum, fifo                        used by `Disk.view`
 
-Everything is done as its users do it: through Backends and the registry of replication.
+Everything is done as its users do it: through Backends and the registry of replication. What the disks are, all of
+them, is `Rig.kind`; the fixture ``four_disks`` of these tests sets it.
 """
 
 from __future__ import annotations
@@ -18,62 +19,31 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from blockstep.aio.inline import start
-from blockstep.block.driver import Buffer, Extent, Prepared
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE, Role
 from blockstep.drivers.overlay import Overlay, OverlayOptions
+from blockstep.drivers.qcow2.check import check
+from blockstep.drivers.qcow2.driver import Qcow2
 from blockstep.drivers.replication import Replication, Stage
 from blockstep.errors import BlockstepError
 from blockstep.jobs.registry import JobRegistry
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
 from blockstep.replication.registry import ReplicationRegistry
 from blockstep.testing import model
-from tests.scenario.gates import GatedDisk, Gates, gated_disk
+from tests.scenario.gates import GatedDisk, GatedImage, Gates, gated_disk
+from tests.scenario.qcow2 import GatedQcow2, gated_qcow2
 
 #: Odd on purpose: the last cluster of each kind is a part of one.
 LENGTH = 5 * 4096 + 777
+#: Of a secondary disk that is an image.
+SECONDARY_CLUSTER = 4096
+
+Kind = Literal["overlay", "qcow2"]
 
 
-class GatedOverlay(Overlay):
-    """An overlay behind gates; the event of emptying is ``make_empty``."""
-
-    gates: Gates
-
-    async def pread(self, offset: int, length: int) -> Buffer:
-        await self.gates.passes(self.name, "read", offset, length)
-        data = await super().pread(offset, length)
-        await self.gates.passes(self.name, "read-done", offset, length)
-        return data
-
-    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
-        await self.gates.passes(self.name, "write", offset, len(data))
-        await super().pwrite(offset, data, flags)
-        await self.gates.passes(self.name, "write-done", offset, len(data))
-
-    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
-        await self.gates.passes(self.name, "write_zeroes", offset, length)
-        await super().write_zeroes(offset, length, flags)
-
-    async def discard(self, offset: int, length: int) -> None:
-        await self.gates.passes(self.name, "discard", offset, length)
-        await super().discard(offset, length)
-
-    async def flush(self) -> None:
-        await self.gates.passes(self.name, "flush", 0, 0)
-        await super().flush()
-
-    async def block_status(self, offset: int, length: int) -> list[Extent]:
-        await self.gates.passes(self.name, "block_status", offset, length)
-        return await super().block_status(offset, length)
-
-    async def truncate(self, length: int) -> None:
-        await self.gates.passes(self.name, "truncate", length, 0)
-        await super().truncate(length)
-
-    async def prepare_empty(self) -> Prepared:
-        await self.gates.passes(self.name, "make_empty", 0, 0)
-        return await super().prepare_empty()
+class GatedOverlay(GatedImage, Overlay):
+    """An overlay behind gates."""
 
 
 async def gated_overlay(graph: Graph, gates: Gates, name: str, backing: str | None, *, owned: bool = True,
@@ -99,7 +69,7 @@ class Disk:
     """One disk of the rig."""
 
     name: str
-    secondary: GatedDisk
+    secondary: GatedDisk | GatedQcow2
     filter: Replication
     primary: Backend
     view: Backend
@@ -121,6 +91,9 @@ class Shape:
 class Rig:
     """Several disks in one process, all behind the same gates."""
 
+    #: What the disks of a standby are.
+    kind: Kind = "overlay"
+
     def __init__(self) -> None:
         self.graph = Graph()
         self.events: list[tuple[str, Any]] = []
@@ -128,6 +101,8 @@ class Rig:
         self.registry = ReplicationRegistry(self.graph, self.jobs)
         self.gates = Gates()
         self.disks: list[Disk] = []
+        #: Of all images: what is in them at the moment.
+        self._images: list[Callable[[], bytes]] = []
 
     @classmethod
     async def open(cls, names: Sequence[str] = ("a",), shape: Shape = Shape(), length: int = LENGTH) -> Rig:
@@ -138,14 +113,22 @@ class Rig:
         return rig
 
     async def add(self, name: str, content: bytes, shape: Shape = Shape()) -> Disk:
-        secondary = gated_disk(self.graph, self.gates, f"{name}-secondary", content)
+        secondary: GatedDisk | GatedQcow2
+        if self.kind == "qcow2":
+            secondary = await self._qcow2(f"{name}-secondary", None, len(content), shape, SECONDARY_CLUSTER)
+            await Qcow2.pwrite(secondary, 0, content)
+        else:
+            secondary = gated_disk(self.graph, self.gates, f"{name}-secondary", content)
         backing = secondary.name
         for part, cluster in (("hidden", shape.hidden_cluster), ("active", shape.active_cluster)):
             file: dict[str, Any] = {}
-            if shape.directory:
-                file = {"filename": str(shape.directory / f"{name}-{part}.overlay"), "create": True}
-            await gated_overlay(self.graph, self.gates, f"{name}-{part}", backing, owned=shape.owned,
-                                cluster_size=cluster, **file)
+            if self.kind == "qcow2":
+                await self._qcow2(f"{name}-{part}", backing, len(content), shape, cluster)
+            else:
+                if shape.directory:
+                    file = {"filename": str(shape.directory / f"{name}-{part}.overlay"), "create": True}
+                await gated_overlay(self.graph, self.gates, f"{name}-{part}", backing, owned=shape.owned,
+                                    cluster_size=cluster, **file)
             backing = f"{name}-{part}"
         filter = await self.graph.open({"driver": "replication", "mode": "secondary", "node-name": f"{name}-filter",
                                         "top-id": name, "file": backing}, owned=shape.owned)
@@ -157,6 +140,13 @@ class Rig:
                     self.graph.attach_backend(top, f"{name}: guest", READ | WRITE))
         self.disks.append(disk)
         return disk
+
+    async def _qcow2(self, name: str, backing: str | None, length: int, shape: Shape, cluster: int) -> GatedQcow2:
+        directory = shape.directory if backing is not None else None
+        owned = shape.owned or backing is None
+        node, image = await gated_qcow2(self.graph, self.gates, name, backing, length, cluster, directory, owned=owned)
+        self._images.append(image)
+        return node
 
     def model(self) -> model.Standby:
         """The model of what is there now, just started."""
@@ -217,6 +207,10 @@ class Rig:
             for node in roots:
                 await self.graph.close(node)
         assert not self.graph.nodes
+        for image in self._images:  # closed in order, and no file has failed
+            data = image()
+            result = check(lambda offset, length, data=data: data[offset:offset + length], len(data))  # type: ignore[misc]
+            assert result.clean, result
 
 
 def initial(number: int, length: int = LENGTH) -> bytes:

@@ -16,6 +16,8 @@ from blockstep.replication import coordinator as c
 from blockstep.replication.link import Link
 from tests.scenario.pair import turns, until, with_pair
 
+pytestmark = pytest.mark.usefixtures("four_disks")
+
 
 def test_a_sync_that_ends_after_its_standby_was_let_go_leaves_the_link_off(tmp_path: Path) -> None:
     """The last section waits for a request of the guest ► stop ► the control connection closes slowly ► it goes on."""

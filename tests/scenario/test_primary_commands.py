@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from blockstep.daemon.disks import DiskSpec
 from blockstep.daemon.primary import Primary, PrimaryConfig
 from blockstep.daemon.standby import Standby
 from blockstep.nbd.uri import InetAddress, UnixAddress
-from tests.scenario.pair import until, with_pair
+from tests.scenario.pair import a_disk, until, with_pair
+
+pytestmark = pytest.mark.usefixtures("four_disks")
 
 
 def config(directory: Path) -> PrimaryConfig:
     """One of a primary whose standby is not there."""
-    return PrimaryConfig(pair="p", disks=(DiskSpec("d", directory / "d.img", 1 << 20),),
+    return PrimaryConfig(pair="p", disks=(a_disk("d", directory / "d.img"),),
                          standby=InetAddress("127.0.0.1", 1), export=UnixAddress(str(directory / "nbd")),
                          qmp=directory / "qmp")
 

@@ -15,6 +15,8 @@ from blockstep.replication.hidden_disk import HiddenDiskBuffer
 from blockstep.replication.resize import check_growth
 from tests.scenario.standby import LENGTH, Disk, Request, Rig, Shape, run
 
+pytestmark = pytest.mark.usefixtures("four_disks")
+
 STEPS = ("primary", "view", "grow", "checkpoint")
 #: A step, where (counted back from the end), and how many bytes.
 Step = tuple[str, int, int]

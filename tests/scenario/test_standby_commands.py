@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from blockstep.block.io import enter, leave
-from blockstep.daemon.disks import DiskSpec
 from blockstep.daemon.standby import Standby, StandbyConfig
 from blockstep.errors import ReplicationError
 from blockstep.jobs.commit import CommitJob
 from blockstep.nbd.uri import Address, InetAddress, UnixAddress, parse_uri
 from blockstep.qmp.commands import replication as qmp
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
+from tests.scenario.pair import a_disk, buffers, content_of
+
+pytestmark = pytest.mark.usefixtures("four_disks")
 
 SIZE = 1 << 20
 
@@ -48,9 +50,9 @@ def with_standby(tmp_path: Path, test: Callable[[Standby], Awaitable[None]], nam
                  view: Address | None = None) -> None:
     async def main() -> None:
         standby = Standby(StandbyConfig(
-            pair="p", disks=tuple(DiskSpec(name, tmp_path / f"{name}.img", SIZE) for name in names),
+            pair="p", disks=tuple(a_disk(name, tmp_path / f"{name}.img") for name in names),
             link=InetAddress("127.0.0.1", 0), view=view or UnixAddress(str(tmp_path / "view.nbd")),
-            qmp=tmp_path / "qmp", state=tmp_path / "promoted", buffer_memory=SIZE, buffer_dir=None))
+            qmp=tmp_path / "qmp", state=tmp_path / "promoted", buffer_memory=SIZE, **buffers(tmp_path)))
         await standby.open()
         try:
             await test(standby)
@@ -319,7 +321,7 @@ def test_a_standby_that_ends_goes_on_with_a_failover_of_which_a_part_failed(
                 await standby.fail_over("checkpoint")
 
     with_standby(tmp_path, test, "de")
-    assert not any((tmp_path / "e.img").read_bytes())
+    assert not any(content_of(tmp_path / "e.img"))
 
 
 def test_a_standby_is_not_healthy_while_its_primary_copies_over_an_old_checkpoint(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,8 @@ from blockstep.drivers.replication import Stage
 from blockstep.errors import ReplicationError
 from blockstep.testing.model import Content
 from tests.scenario.standby import LENGTH, Disk, Rig, Shape, error_of
+
+pytestmark = pytest.mark.usefixtures("four_disks")
 
 REQUESTS = ("write", "write_zeroes", "discard", "flush")
 

@@ -22,6 +22,8 @@ from blockstep.errors import ReplicationError
 from blockstep.testing.model import Content
 from tests.scenario.standby import LENGTH, Disk, Request, Rig, Shape
 
+pytestmark = pytest.mark.usefixtures("four_disks")
+
 #: What a trace consists of: (what, disk, offset, length), or what and a number.
 Step = tuple[str, int, int, int]
 

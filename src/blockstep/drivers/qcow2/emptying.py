@@ -13,6 +13,7 @@ from array import array
 
 from blockstep.block.driver import Prepared, not_supported
 from blockstep.drivers.qcow2.format import EXT_BITMAPS, entries_for
+from blockstep.drivers.qcow2.reading import EVERYTHING
 from blockstep.drivers.qcow2.saving import Saver
 
 
@@ -46,6 +47,7 @@ class Emptier(Saver):
         tables.l1_dirty, tables.dirty = set(), {}
         tables.l2.clear()
         self._unpacked.clear()
+        self._below_end = EVERYTHING
         self._slot, self._moving = (first, count), True
 
     def _place_of_set(self, clusters: int) -> tuple[int, int, tuple[int, int]]:

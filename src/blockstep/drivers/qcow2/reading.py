@@ -22,6 +22,8 @@ from blockstep.drivers.qcow2.tables import Kind, Run, Tables
 P = ParamSpec("P")
 T = TypeVar("T")
 
+#: Beyond any disk's end.
+EVERYTHING: Final = 1 << 63
 #: Unpacked clusters that are kept: requests of 4 KiB to one cluster unpack it once.
 _UNPACKED: Final = 4
 #: Bytes from which on a cluster is unpacked in a thread.
@@ -39,6 +41,12 @@ class Reader(Driver):
     #: Ranges of the disk whose clusters are being allocated, cleared or copied.
     _lock: RangeLock
     _unpacked: dict[int, bytes]
+    #: Nothing shows through from here on: the backing node ended there when the disk grew, and may have grown since.
+    _below_end: int = EVERYTHING
+
+    def _below(self) -> int:
+        """Bytes of the backing node that show through, from the beginning."""
+        return 0 if self.backing is None else min(self.backing.node.length, self._below_end)
 
     def _use(self, header: Header, refcounts: Refcounts, tables: Tables) -> None:
         self.header, self._refcounts, self._tables = header, refcounts, tables
@@ -99,7 +107,7 @@ class Reader(Driver):
         return zeroes(run.length)
 
     async def _read_below(self, offset: int, length: int) -> Buffer:
-        there = 0 if self.backing is None else self.backing.node.length - offset
+        there = self._below() - offset
         if self.backing is None or there <= 0:
             return zeroes(length)
         if there >= length:
@@ -125,11 +133,12 @@ class Reader(Driver):
         extents: list[Extent] = []
         for run in await self._tables.runs(offset, offset + length):
             if run.kind is Kind.BELOW:
-                below = 0 if self.backing is None else max(0, min(run.length, self.backing.node.length - offset))
+                below = max(0, min(run.length, self._below() - offset))
                 if below:
                     extents.append(Extent(below, data=False, allocated=False))
                 if run.length > below:
-                    extents.append(Extent(run.length - below, data=False, zero=True, allocated=False))
+                    hides = offset + below >= self._below_end
+                    extents.append(Extent(run.length - below, data=False, zero=True, allocated=hides))
             elif run.kind is Kind.ZERO:
                 extents.append(Extent(run.length, data=False, zero=True))
             else:

@@ -1,7 +1,9 @@
 """Resizing: the disk becomes longer or shorter, durably, whatever its clusters hold.
 
 What is added reads as zeroes: what the last cluster still has of an earlier, longer disk is cleared, and what the
-backing node has there is hidden. An L1 table that is too short is replaced, which is one write of the header.
+backing node has there is hidden, also what it comes to have there when it grows later. That lasts until the image is
+closed or emptied: no field of the format could say so. An L1 table that is too short is replaced, which is one write of
+the header.
 """
 
 from __future__ import annotations
@@ -9,13 +11,11 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import replace
-from typing import Final
 
 from blockstep.block.driver import MAY_UNMAP, not_supported
 from blockstep.drivers.qcow2.format import AT_L1, MOST_L1, TABLES, encode_table, entries_for
+from blockstep.drivers.qcow2.reading import EVERYTHING
 from blockstep.drivers.qcow2.writing import Writer
-
-_EVERYTHING: Final = 1 << 63
 
 
 class Resizer(Writer):
@@ -25,7 +25,7 @@ class Resizer(Writer):
         """See `Driver`. Durable at return."""
         if self.header.snapshot_count and self.header.version < 3:
             raise not_supported("resize of an image of version 2 with internal snapshots")
-        token = self._lock.try_take(0, _EVERYTHING) or await self._lock.take(0, _EVERYTHING)
+        token = self._lock.try_take(0, EVERYTHING) or await self._lock.take(0, EVERYTHING)
         try:
             before = self.length
             if length > before:
@@ -46,9 +46,11 @@ class Resizer(Writer):
             edge = min(-(-before >> self._bits) << self._bits, length)
             if edge > before and not await self._reads_as_zeroes(before, edge):  # left over in the last cluster
                 await self.write_zeroes(before, edge - before)
-            below = 0 if self.backing is None else min(self.backing.node.length, length)
+            below = min(self._below(), length)
             if below > edge:
                 await self.write_zeroes(edge, below - edge, MAY_UNMAP)
+            if self.backing is not None and below < length:
+                self._below_end = below
         await self.flush()
 
     async def _lengthen_l1(self, length: int) -> None:

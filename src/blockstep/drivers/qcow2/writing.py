@@ -139,7 +139,7 @@ class Writer(Saver):
         """Whether a part of one cluster does, as far as metadata tells."""
         run = (await self._tables.runs(offset, end))[0]
         return run.kind is Kind.ZERO or (
-            run.kind is Kind.BELOW and (self.backing is None or self.backing.node.length <= offset))
+            run.kind is Kind.BELOW and self._below() <= offset)
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         end = offset + length
@@ -173,7 +173,7 @@ class Writer(Saver):
             while start < stop:
                 index = start >> self._l2_shift
                 end = min(stop, (index + 1) << self._l2_shift)
-                if self.header.version < 3 and self.backing is not None and self.backing.node.length > start:
+                if self.header.version < 3 and self._below() > start:
                     if not advice:
                         if flags & FAST:
                             raise not_supported("fast zeroes in an image of version 2 with a backing file")
@@ -192,7 +192,7 @@ class Writer(Saver):
             done += await self._write_some(offset + done, view[done:])
 
     async def _zero_entries(self, index: int, start: int, end: int, unmap: bool) -> None:
-        backed = self.backing is not None and self.backing.node.length > start
+        backed = self._below() > start
         if not self._tables.l1[index] and not backed:
             return
         first = (start >> self._bits) & self._mask
