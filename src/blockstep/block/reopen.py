@@ -133,10 +133,10 @@ def _plan_child(graph: Graph, plan: _Plan, name: str, role: Role, options: Mappi
                 strict: bool) -> None:
     node, reference = plan.node, getattr(plan.options, name)
     edge = node.children.get(name)
-    if reference is None:
+    if reference is None or reference == {}:  # {}: as the image says, `Node.implied_children`
         if edge is None:
             return
-        if name not in options:
+        if name not in options or reference == {}:
             raise OptionError(name, None, f"given, as node '{node.name}' has one: a node, or null for none")
         plan.left.append(edge.node)
         plan.rewire.append(lambda change: change.detach(edge))
