@@ -136,6 +136,20 @@ class Tables:
         was = self.dirty.get(index)
         self.dirty[index] = (first, end) if was is None else (min(first, was[0]), max(end, was[1]))
 
+    async def drop(self, index: int) -> bool:
+        """Forget a table and what it refers to; a snapshot that shares it keeps it. False: there is none."""
+        table = await self.table(index)
+        if table is None:
+            return False
+        for entry in filter(None, table[::2] if self._extended else table):
+            self._retire(entry)
+        self._refcounts.retired.append((self.l1[index] & OFFSET) >> self.bits)
+        self.l1[index] = 0
+        self.l1_dirty.add(index)
+        del self.l2[index]
+        self.dirty.pop(index, None)
+        return True
+
     def _retire(self, entry: int) -> None:
         self._refcounts.retired.extend(clusters_of(entry, self.bits))
 
