@@ -176,8 +176,7 @@ def node_info(graph: Graph, node: Driver, flat: bool = False) -> NodeInfo:
     if bitmaps:
         info.dirty_bitmaps = [
             DirtyBitmapInfo(name=bitmap.name, count=bitmap.count(), granularity=bitmap.granularity,
-                            recording=bitmap.enabled, busy=bitmap.busy is not None,
-                            persistent=bitmap.persistent, inconsistent=bitmap.inconsistent or UNSET)
+                            recording=bitmap.enabled, busy=bitmap.busy is not None, persistent=False)
             for bitmap in bitmaps]
     return info
 
