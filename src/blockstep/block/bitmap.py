@@ -8,6 +8,10 @@ same few microseconds however much is set. All searches run in C (`bitarray`).
 `Node.bitmaps`; they go when it goes. Whoever works with one claims it (`DirtyBitmap.claim`), and others are refused
 meanwhile. Changes come in two halves, `prepare_...` and what that returns, so that several happen together or not at
 all: between the halves no write may come, or an abort would forget it.
+
+A *persistent* bitmap is stored by its node's driver when the node is closed, and is there again when it is opened
+(`Driver.check_bitmap`, `Driver.keep_bitmaps`). One that could not be stored in order is *inconsistent* then: nobody
+knows what it would have to say, so it is shown, and can be removed, and nothing else.
 """
 
 from __future__ import annotations
@@ -198,21 +202,30 @@ class CountedBitmap(Bitmap):
 class DirtyBitmap(Bitmap):
     """A named bitmap of what has been written to a node since it was cleared."""
 
-    __slots__ = ("busy", "enabled", "name", "node")
+    __slots__ = ("busy", "changing", "enabled", "inconsistent", "name", "node", "persistent")
 
-    def __init__(self, node: Driver, name: str, length: int | None = None, granularity: int = 65536) -> None:
-        """Raises OptionError: a name that is empty, too long or taken, a granularity that is no power of two."""
+    def __init__(self, node: Driver, name: str, length: int | None = None, granularity: int = 65536, *,
+                 persistent: bool = False, inconsistent: bool = False) -> None:
+        """Raises OptionError: a name that is empty, too long or taken, a granularity that is no power of two.
+
+        An inconsistent bitmap has the length 0 and records nothing.
+        """
         if not 0 < len(name.encode()) <= LONGEST_NAME:
             raise OptionError("name", name, f"1 to {LONGEST_NAME} bytes long")
         if name in node.bitmaps:
             raise OptionError("name", name, f"one that no other bitmap of node '{node.name}' has")
-        super().__init__(node.length if length is None else length, granularity)
+        super().__init__(0 if inconsistent else node.length if length is None else length, granularity)
         self.node = node
         self.name = name
-        self.enabled = True
+        self.enabled = not inconsistent
+        self.persistent = persistent
+        self.inconsistent = inconsistent
         #: The job or operation that uses it now; others are refused.
         self.busy: str | None = None
-        node.watch(self)
+        #: Whether that one may still give it bits, or take them.
+        self.changing = False
+        if not inconsistent:
+            node.watch(self)
         node.bitmaps[name] = self
 
     def wrote(self, offset: int, length: int) -> None:
@@ -222,52 +235,86 @@ class DirtyBitmap(Bitmap):
                 self.resize(offset + length)
             self.set(offset, length)
 
+    def resize(self, length: int) -> None:
+        if not self.inconsistent:
+            super().resize(length)
+
     def remove(self) -> None:
         """Stop watching the node."""
-        self.node.unwatch(self)
+        if self in self.node.watchers:
+            self.node.unwatch(self)
         del self.node.bitmaps[self.name]
 
-    def claim(self, user: str) -> Callable[[], None]:
-        """Use it, until the returned function is called. Raises OperationBlocked when somebody else does."""
-        self.check_idle()
-        self.busy = user
+    def claim(self, user: str, changing: bool = True) -> Callable[[], None]:
+        """Use it, until the returned function is called. ``changing``: not only for reading.
+
+        Raises OperationBlocked when somebody else does, and as `check_usable`.
+        """
+        self.check_usable(changing)
+        return self._claim(user, changing)
+
+    def _claim(self, user: str, changing: bool) -> Callable[[], None]:
+        self.busy, self.changing = user, changing
 
         def release() -> None:
-            self.busy = None
+            self.busy, self.changing = None, False
 
         return release
 
     def check_idle(self) -> None:
         """Raises OperationBlocked, saying by whom, when it is in use."""
         if self.busy is not None:
-            raise OperationBlocked(self.node.name, f"use of bitmap '{self.name}'", f"it is in use by {self.busy}")
+            raise self._blocked(f"it is in use by {self.busy}")
 
-    # --- changes, in two halves; all raise OperationBlocked while it is in use ---
+    def check_usable(self, changing: bool = True) -> None:
+        """Raises OperationBlocked: in use, inconsistent, or (if ``changing``) stored by a node that is read-only."""
+        self.check_idle()
+        if self.inconsistent:
+            raise self._blocked("it is inconsistent: it was not stored in order, so writes may be missing in it; "
+                                "remove it, and let a full backup begin a new one")
+        if changing:
+            self._check_stored()
+
+    def _check_stored(self) -> None:
+        if self.persistent and self.node.read_only:
+            raise self._blocked("it is persistent, and the node is read-only, so no change of it could be stored")
+
+    def _blocked(self, reason: str) -> OperationBlocked:
+        return OperationBlocked(self.node.name, f"use of bitmap '{self.name}'", reason)
+
+    # --- changes, in two halves; all raise OperationBlocked as `check_usable` does ---
 
     @classmethod
-    def prepare_add(cls, node: Driver, name: str, granularity: int = 65536, enabled: bool = True) -> Prepared:
-        """Make one. Raises OptionError: as the class itself does, or for a granularity below 512."""
+    def prepare_add(cls, node: Driver, name: str, granularity: int = 65536, enabled: bool = True,
+                    persistent: bool = False) -> Prepared:
+        """Make one. Raises OptionError: as the class itself does, or for a granularity below 512.
+
+        ``persistent``: also what `Driver.check_bitmap` raises; `Driver.keep_bitmaps` is to follow the commit.
+        """
         least, most = _GRANULARITIES
         if not least <= granularity <= most:
             raise OptionError("granularity", granularity, f"a power of two from {least} to {most}")
-        bitmap = cls(node, name, granularity=granularity)
+        if persistent:
+            node.check_bitmap(name, granularity)
+        bitmap = cls(node, name, granularity=granularity, persistent=persistent)
         bitmap.enabled = enabled
         return Prepared(abort=bitmap.remove)
 
     def prepare_remove(self) -> Prepared:
-        """Forget it; nobody can use it from now on."""
-        release = self.claim("whoever removes it")
-        return Prepared(self.remove, release)
+        """Forget it; nobody can use it from now on. `Driver.keep_bitmaps` is to follow, if it is persistent."""
+        self.check_idle()
+        self._check_stored()
+        return Prepared(self.remove, self._claim("whoever removes it", True))
 
     def prepare_clear(self) -> Prepared:
         """Reset all bits."""
-        self.check_idle()
+        self.check_usable()
         old = self.exchange()
         return Prepared(abort=lambda: self.merge(old))
 
     def prepare_enabled(self, enabled: bool) -> Prepared:
         """Record writes from now on, or do not."""
-        self.check_idle()
+        self.check_usable()
         before, self.enabled = self.enabled, enabled
 
         def abort() -> None:
@@ -278,7 +325,7 @@ class DirtyBitmap(Bitmap):
     def prepare_merge(self, others: Sequence[DirtyBitmap]) -> Prepared:
         """Set what any of ``others`` has set. Raises OptionError if one is of a disk of another length."""
         for bitmap in (self, *others):
-            bitmap.check_idle()
+            bitmap.check_usable(changing=bitmap is self)
             bitmap.fit()
             if bitmap.length != self.length:
                 raise OptionError("bitmaps", bitmap.name, f"one over {self.length} bytes, as '{self.name}' is; it is "
@@ -296,7 +343,7 @@ class DirtyBitmap(Bitmap):
 
     def fit(self) -> None:
         """Follow a node whose length has changed without a write."""
-        if self.length != self.node.length:
+        if not self.inconsistent and self.length != self.node.length:
             self.resize(self.node.length)
 
 

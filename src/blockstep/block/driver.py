@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
 
 from blockstep.aio.inline import submit
@@ -57,13 +57,17 @@ class Prepared:
     This is how several nodes change together or not at all: prepare all of them, then commit all of them.
     """
 
-    __slots__ = ("abort", "commit")
+    __slots__ = ("abort", "commit", "finish")
 
-    def __init__(self, commit: Callable[[], None] = _nothing, abort: Callable[[], None] = _nothing) -> None:
+    def __init__(self, commit: Callable[[], None] = _nothing, abort: Callable[[], None] = _nothing,
+                 finish: Callable[[], Awaitable[None]] | None = None) -> None:
         #: Take effect, now. Cannot fail, does not wait.
         self.commit = commit
         #: Forget it; the node stays as it is.
         self.abort = abort
+        #: Of a change of options only: what is to be done on the disk after all nodes have committed, or aborted, and
+        #: before requests go on. Raises nothing.
+        self.finish = finish
 
 
 def not_supported(what: str) -> OSError:
@@ -193,6 +197,13 @@ class Driver(Node):
     async def make_empty(self) -> None:
         """Drop all that the node itself holds. Durable after the next flush."""
         (await self.prepare_empty()).commit()
+
+    def check_bitmap(self, name: str, granularity: int) -> None:
+        """Whether the node can store a further bitmap. Raises OptionError: ``persistent``, if it cannot."""
+        raise OptionError("persistent", True, f"off: node '{self.name}' (driver {self.driver}) does not store bitmaps")
+
+    async def keep_bitmaps(self) -> None:
+        """Make durable which of the node's bitmaps are persistent; nothing is in flight. Raises OSError."""
 
     async def prepare_reopen(self, options: Mapping[str, Any]) -> Prepared:
         """Get ready to change options of the open node. ``options`` always has ``read-only``.

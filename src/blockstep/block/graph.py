@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -309,9 +309,11 @@ class Graph:
             except BaseException:
                 for reopening in reversed(prepared):
                     reopening.abort()
+                await _finish(prepared[::-1])
                 raise
             for reopening in prepared:
                 reopening.commit()
+            await _finish(prepared)
 
     # --- drain ---
 
@@ -379,6 +381,12 @@ def given_names(options: Mapping[str, Any]) -> frozenset[str]:
     """`Node.given` for these options."""
     cache = options.get("cache", {})
     return frozenset({*options, *(f"cache.{name}" for name in cache)} if isinstance(cache, Mapping) else options)
+
+
+async def _finish(prepared: Sequence[Prepared]) -> None:
+    for each in prepared:
+        if each.finish is not None:
+            await each.finish()
 
 
 async def _open(node: Driver) -> None:

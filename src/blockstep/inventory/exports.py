@@ -434,6 +434,8 @@ def _find_bitmaps(graph: Graph, node: Driver, options: ExportOptions) -> dict[st
             raise OptionError("bitmaps", wanted, "the name of a dirty bitmap of the node")
         if bitmap.busy is not None:
             raise OptionError("bitmaps", wanted, f"a bitmap that nobody uses; it is in use by {bitmap.busy}")
+        if bitmap.inconsistent:
+            raise OptionError("bitmaps", wanted, "a bitmap that is not inconsistent: this one was not stored in order")
         if wanted in found:
             raise OptionError("bitmaps", wanted, "given once")
         found[wanted] = bitmap

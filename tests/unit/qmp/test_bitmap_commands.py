@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from blockstep.drivers.qcow2.create import new_header, write_image
 from tests.daemon import Daemon, daemon, refused
 from tests.scenarios import scenario
 from tests.unit.qmp.disks import MiB, client, disks, everything
@@ -106,3 +107,81 @@ async def test_a_bitmap_that_is_not_there_or_in_use_is_left_alone(tmp_path: Path
         assert everything(d) == before
         await d.qmp("job-finalize", {"id": "job"})
         await bitmap(d, verb)
+
+
+async def image(d: Daemon, path: Path, name: str = "img", **more: Any) -> None:
+    """Open a qcow2 image, which is made if it is not there."""
+    if not path.exists():
+        with path.open("wb") as file:
+            write_image(file.fileno(), new_header(8 * MiB), "off")
+    await d.qmp("blockdev-add", {"driver": "qcow2", "node-name": name,
+                                 "file": {"driver": "file", "filename": str(path)}, **more})
+
+
+async def shown(d: Daemon, node: str = "img") -> list[dict[str, Any]]:
+    nodes = {each["node-name"]: each for each in await d.qmp("query-named-block-nodes")}
+    return nodes[node].get("dirty-bitmaps", [])
+
+
+@scenario
+async def test_a_persistent_bitmap_is_there_again_when_its_node_is(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    async with daemon(tmp_path) as d:
+        await image(d, path)
+        await bitmap(d, "add", "map", "img", persistent=True)
+        await bitmap(d, "add", "off", "img", persistent=True, disabled=True, granularity=512)
+        await bitmap(d, "add", "passing", "img")
+        guest = client(d, "img")
+        await guest.pwrite(CLUSTER, b"x")
+        await d.inventory.graph.detach_backend(guest)
+        await d.qmp("blockdev-del", {"node-name": "img"})
+        await image(d, path, **{"read-only": True})
+        expected = [
+            {"name": "map", "count": CLUSTER, "granularity": CLUSTER, "recording": True, "busy": False,
+             "persistent": True},
+            {"name": "off", "count": 0, "granularity": 512, "recording": False, "busy": False, "persistent": True}]
+        assert await shown(d) == expected
+        for verb in ("clear", "remove", "disable"):
+            with refused(match="read-only"):
+                await bitmap(d, verb, "map", "img")
+        with refused(match="read-only"):
+            await bitmap(d, "add", "more", "img", persistent=True)
+        with refused(match="read-only"):
+            await d.qmp("block-dirty-bitmap-merge", {"node": "img", "target": "off", "bitmaps": ["map"]})
+        assert await shown(d) == expected
+        await bitmap(d, "add", "copy", "img")
+        await d.qmp("block-dirty-bitmap-merge", {"node": "img", "target": "copy", "bitmaps": ["map"]})
+        assert dirty(d, "copy", "img") == [(CLUSTER, CLUSTER)]
+
+
+@scenario
+async def test_a_transaction_stores_its_bitmaps_or_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+
+    def add(name: str, **more: Any) -> dict[str, Any]:
+        return {"type": "block-dirty-bitmap-add", "data": {"node": "img", "name": name, "persistent": True, **more}}
+
+    remove = {"type": "block-dirty-bitmap-remove", "data": {"node": "img", "name": "map"}}
+    async with daemon(tmp_path) as d:
+        await image(d, path)
+        await bitmap(d, "add", "map", "img", persistent=True)
+        before = path.read_bytes(), await shown(d)
+        for wrong in (add("bad", granularity=700), {"type": "abort", "data": {}}):
+            with refused():
+                await d.qmp("transaction", actions=[add("new"), remove, wrong])
+            assert (path.read_bytes(), await shown(d)) == before
+        await d.qmp("transaction", actions=[add("new"), remove])
+        assert [each["name"] for each in await shown(d)] == ["new"]
+        crashed = tmp_path / "crashed.qcow2"
+        crashed.write_bytes(path.read_bytes())
+        await image(d, crashed, "crashed")
+        [lost] = await shown(d, "crashed")
+        assert (lost["name"], lost["inconsistent"], lost["recording"]) == ("new", True, False)
+        with refused(match="not inconsistent"):
+            await d.qmp("nbd-server-start", {"addr": {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}})
+            await d.qmp("block-export-add", {"type": "nbd", "id": "e", "node-name": "crashed", "bitmaps": ["new"]})
+        with refused(match="inconsistent"):
+            await d.qmp("transaction", actions=[{"type": "block-dirty-bitmap-clear", "data": {
+                "node": "crashed", "name": "new"}}])
+        await bitmap(d, "remove", "new", "crashed")
+        assert await shown(d, "crashed") == []

@@ -17,9 +17,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from blockstep.block.bitmap import Bitmap
+from blockstep.drivers.qcow2.bitmap_limits import bitmap_bytes, check_directory, check_entries
 from blockstep.drivers.qcow2.check import Checker, Read
 from blockstep.drivers.qcow2.edit import Editor
 from blockstep.drivers.qcow2.format import (
@@ -29,8 +29,6 @@ from blockstep.drivers.qcow2.format import (
     EXT_BITMAPS,
     EXTRA_COMPATIBLE,
     IN_USE,
-    MOST_BITMAP_DIRECTORY,
-    MOST_BITMAPS,
     OFFSET,
     BitmapEntry,
     BitmapsExtension,
@@ -44,10 +42,6 @@ from blockstep.drivers.qcow2.format import (
 )
 from blockstep.drivers.qcow2.repair import Sync, Write
 from blockstep.errors import ImageError, OptionError
-from blockstep.units import MiB
-
-#: Bytes of one bitmap, at most.
-MOST_BITMAP: Final = 512 * MiB
 
 
 @dataclass(frozen=True)
@@ -79,8 +73,7 @@ def _directory(checker: Checker) -> list[BitmapEntry]:
     if where.directory_offset + where.directory_size > checker.end << checker.header.cluster_bits:
         raise ImageError("bitmap_directory_offset", where.directory_offset, "inside of the file")
     entries = parse_bitmaps(checker.header, where, checker.read(where.directory_offset, where.directory_size))
-    if len({each.name for each in entries}) < len(entries):
-        raise ImageError("bitmap name", "twice in the directory", "there once")
+    check_entries(checker.header, entries)
     return entries
 
 
@@ -99,9 +92,7 @@ def _load(checker: Checker, entry: BitmapEntry, bits: bool) -> StoredBitmap:
     if not bits or found.in_use or (entry.extra and not entry.flags & EXTRA_COMPATIBLE):
         return found
     header = checker.header
-    size = _bytes(header.size, found.granularity)
-    if entry.table_size != -(-size >> header.cluster_bits):
-        raise ImageError("bitmap_table_size", entry.table_size, f"{-(-size >> header.cluster_bits)} for this disk")
+    size = bitmap_bytes(header.size, found.granularity)
     bitmap = Bitmap(header.size, found.granularity)
     table = decode_table(checker.read(entry.table_offset, entry.table_size * 8))
     with memoryview(bitmap.bits) as view:
@@ -120,13 +111,6 @@ def _load(checker: Checker, entry: BitmapEntry, bits: bool) -> StoredBitmap:
         if tail and size:
             view[size - 1] &= (1 << tail) - 1
     return replace(found, bitmap=bitmap)
-
-
-def _bytes(length: int, granularity: int) -> int:
-    size = -(-length // granularity) + 7 >> 3
-    if size > MOST_BITMAP:
-        raise ImageError("bitmap", size, f"at most {MOST_BITMAP} bytes; use a larger granularity")
-    return size
 
 
 def mark_in_use(read: Read, length: int, write: Write, sync: Sync) -> None:
@@ -185,8 +169,6 @@ def store(read: Read, length: int, write: Write, sync: Sync, bitmaps: Sequence[S
 def _check(header: Header, bitmaps: Sequence[StoredBitmap]) -> None:
     if header.version < 3:
         raise ImageError("version", header.version, "3 for an image that has bitmaps")
-    if len(bitmaps) > MOST_BITMAPS:
-        raise ImageError("nb_bitmaps", len(bitmaps), f"at most {MOST_BITMAPS}")
     names = [each.name for each in bitmaps]
     for each in bitmaps:
         if not 0 < len(each.name.encode("utf-8", "surrogateescape")) <= 1023 or names.count(each.name) > 1:
@@ -196,9 +178,8 @@ def _check(header: Header, bitmaps: Sequence[StoredBitmap]) -> None:
         if each.bitmap is not None:
             if each.bitmap.length != header.size or not 9 <= each.bitmap.shift <= 31:
                 raise OptionError("bitmap", each.name, f"over {header.size} bytes, of a granularity from 512 to 2 GiB")
-            _bytes(header.size, each.bitmap.granularity)
-    if sum(24 + len(name.encode("utf-8", "surrogateescape")) + 7 for name in names) > MOST_BITMAP_DIRECTORY:
-        raise ImageError("bitmap_directory_size", "the names together", f"less than {MOST_BITMAP_DIRECTORY} bytes")
+            bitmap_bytes(header.size, each.bitmap.granularity)
+    check_directory(names)
 
 
 def _store(editor: Editor, wanted: StoredBitmap) -> BitmapEntry:
@@ -207,7 +188,7 @@ def _store(editor: Editor, wanted: StoredBitmap) -> BitmapEntry:
         assert wanted.entry is not None
         return wanted.entry
     header = editor.header
-    size = _bytes(header.size, wanted.bitmap.granularity)
+    size = bitmap_bytes(header.size, wanted.bitmap.granularity)
     table = array("Q", bytes(8 * -(-size >> header.cluster_bits)))
     with memoryview(wanted.bitmap.bits) as view:
         for index in range(len(table)):

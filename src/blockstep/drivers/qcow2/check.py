@@ -18,6 +18,7 @@ from array import array
 from dataclasses import replace
 from typing import Final
 
+from blockstep.drivers.qcow2.bitmap_limits import check_entries
 from blockstep.drivers.qcow2.check_tables import CheckResult, Fixer, Read, Report, TableChecker
 from blockstep.drivers.qcow2.counts import Counts
 from blockstep.drivers.qcow2.format import (
@@ -243,6 +244,7 @@ class Checker(TableChecker):
                 return
             entries = parse_bitmaps(header, where, self.read(where.directory_offset,
                                                              min(where.directory_size, MOST_BITMAP_DIRECTORY)))
+            check_entries(header, entries)
         except ImageError as error:
             self._corrupt(f"bitmap directory: {error}")
             self.bitmaps_broken = True

@@ -1,20 +1,19 @@
 """Driver ``qcow2``: an image in QEMU's format, in its child ``file``, over an optional backing node.
 
-Its data lies in ``file`` as well, unless the image has an external data file, the child ``data_file``.
-
 Data is written where it belongs at once, metadata is kept in memory (`tables`, `refcounts`) until a flush, or until too
 much of it has changed. The driver is one class in storeys, each in a file with its theory at the head:
 
     Reader ◄── Saver ◄── Writer ◄── Resizer ◄──┐
-                 ▲         ▲                   │
-                 │         └─────── Copier ◄───┼── Qcow2: opened, closed, reopened
-                 └────── Emptier ◄─────────────┘
+                 ▲         ▲                   ├── Emptier ◄──┐
+                 │         └─────── Copier ◄───│──────────────┼── Qcow2: opened, closed, reopened
+                 └────── Keeper, of bitmaps ◄──┘
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -26,20 +25,18 @@ from blockstep.block.permissions import Role
 from blockstep.block.registry import register
 from blockstep.drivers.qcow2.backing import backing_options
 from blockstep.drivers.qcow2.copying import Copier
-from blockstep.drivers.qcow2.data_file import check_data_file, check_header, data_file_options
 from blockstep.drivers.qcow2.emptying import Emptier
 from blockstep.drivers.qcow2.format import (
     AT_AUTOCLEAR,
     BITMAPS,
     CORRUPT,
     DIRTY,
-    RAW_EXTERNAL,
+    EXTERNAL_DATA,
     Header,
     header_span,
     parse_header,
 )
 from blockstep.drivers.qcow2.refcounts import Refcounts, read_file
-from blockstep.drivers.qcow2.resizing import Resizer
 from blockstep.drivers.qcow2.tables import Tables
 from blockstep.errors import ImageError, OptionError
 
@@ -48,28 +45,23 @@ _DEFAULT_REFCOUNT_CACHE: Final = 4 << 20
 
 
 class Qcow2Options(NodeOptions, tag="qcow2"):
-    """``backing``: the default, ``{}``, is what the header names; None: nothing, whatever the header says.
-
-    ``data_file``: the external data file, of images that have one; the default, ``{}``, is what the header names.
-    """
+    """``backing``: the default, ``{}``, is what the header names; None: nothing, whatever the header says."""
 
     file: NodeRef
     backing: NodeRef | None = msgspec.field(default_factory=dict)
-    data_file: NodeRef = msgspec.field(default_factory=dict)
     l2_cache_size: int | None = None
     refcount_cache_size: int | None = None
 
 
 @register
-class Qcow2(Emptier, Copier, Resizer):
+class Qcow2(Emptier, Copier):
     """See the module."""
 
     driver: ClassVar[str] = "qcow2"
     live_options = LIVE_OPTIONS
     Options = Qcow2Options
     options: Qcow2Options
-    child_roles: ClassVar[dict[str, Role]] = {"file": Role.STORAGE, "backing": Role.BACKING,
-                                              "data_file": Role.STORAGE}
+    child_roles: ClassVar[dict[str, Role]] = {"file": Role.STORAGE, "backing": Role.BACKING}
     can_be_emptied: ClassVar[bool] = True
 
     async def _load_header(self) -> Header:
@@ -78,19 +70,14 @@ class Qcow2(Emptier, Copier, Resizer):
         return parse_header(start if span <= len(start) else await read_file(self.file, 0, span))
 
     async def implied_children(self) -> list[tuple[str, Role, NodeRef]]:
-        """The backing node and the external data file that the header names, where the options do not say."""
+        """The backing node that the header names, where the options do not say."""
+        if self.options.backing != {}:
+            return []
         try:
-            header = await self._load_header()
-            backing = backing_options(header, self.file.node) if self.options.backing == {} else None
-            data = data_file_options(header, self.file.node) if self.options.data_file == {} else None
+            found = backing_options(await self._load_header(), self.file.node)
         except ImageError as error:
             raise OptionError("file", self.file.node.name, f"a qcow2 image that can be used: {error}") from error
-        found: list[tuple[str, Role, NodeRef]] = []
-        if backing is not None:
-            found.append(("backing", Role.BACKING, backing))
-        if data is not None:
-            found.append(("data_file", Role.STORAGE, data))
-        return found
+        return [] if found is None else [("backing", Role.BACKING, found)]
 
     async def open(self) -> None:
         try:
@@ -98,7 +85,6 @@ class Qcow2(Emptier, Copier, Resizer):
             self._check_readable(self.header)
         except ImageError as error:
             raise OptionError("file", self.file.node.name, f"a qcow2 image that can be used: {error}") from error
-        check_data_file(self.header, self.file, self.data_file, self.backing)
         if not self.read_only:
             self._check_writable(self.header)
         for name, size in (("l2-cache-size", self.options.l2_cache_size),
@@ -108,13 +94,22 @@ class Qcow2(Emptier, Copier, Resizer):
         self._use(self.header, *await self._load_tables(self.header))
         self._lock = RangeLock()
         self._saving = asyncio.Lock()
+        self._keeping = asyncio.Lock()
         self._saves = self._good_save = 0
         self._unpacked: dict[int, bytes] = {}
-        #: Of make_empty: where its last set of tables lies, (first cluster, count); whether a flush must move there.
-        self._slot: tuple[int, int] | None = None
+        self._slot = None
         self._moving = False
+        try:
+            found = await self._load_bitmaps(self.header, not self.read_only)
+            self._check_places(found, self._refcounts, self._tables)
+        except ImageError as error:
+            raise OptionError("file", self.file.node.name, f"a qcow2 image that can be used: {error}; its bitmaps can "
+                                                           "be given up: blockstep img check --repair all") from error
+        self._found, self._doubtful = found, None
         if not self.read_only:
             await self._clear_autoclear()
+            await self._mark_bitmaps()
+        self._take(found)
 
     async def _load_tables(self, header: Header) -> tuple[Refcounts, Tables]:
         l2_cache = (self.options.l2_cache_size or _DEFAULT_L2_CACHE) >> header.cluster_bits
@@ -130,7 +125,8 @@ class Qcow2(Emptier, Copier, Resizer):
         if header.crypt_method:
             kind = "LUKS" if header.crypt_method == 2 else "AES"
             raise ImageError("crypt_method", f"{header.crypt_method} ({kind})", "0: encrypted images cannot be used")
-        check_header(header)
+        if header.incompatible & EXTERNAL_DATA:
+            raise ImageError("incompatible_features", "external data file", "without it: it cannot be used yet")
 
     def _check_writable(self, header: Header) -> None:
         """Raises OptionError for ``read-only``, so that with auto-read-only the image is opened for reading."""
@@ -138,38 +134,86 @@ class Qcow2(Emptier, Copier, Resizer):
                 (header.incompatible & DIRTY, "its refcounts were not written when it was closed (the dirty bit); "
                                               "repair it first: blockstep img check --repair all"),
                 (header.incompatible & CORRUPT, "it is marked as corrupt; repair it first"),
-                (header.autoclear & BITMAPS, "it has persistent bitmaps, which a write would make wrong")):
+                (header.extended_l2, "images with extended L2 entries (subclusters) can only be read")):
             if is_so:
                 raise OptionError("read-only", False, f"on, for the image '{self.file.node.name}': {what}")
 
     async def _clear_autoclear(self) -> None:
-        if self.header.autoclear & ~RAW_EXTERNAL:  # of features that are not known here; bitmaps: _check_writable
-            await self.file.pwrite(AT_AUTOCLEAR, (self.header.autoclear & RAW_EXTERNAL).to_bytes(8, "big"))
+        known = self.header.autoclear & BITMAPS
+        if self.header.autoclear != known:
+            await self.file.pwrite(AT_AUTOCLEAR, known.to_bytes(8, "big"))
             await self.file.flush()
+            self.header = replace(self.header, autoclear=known)
 
     async def close(self) -> None:
         """As of all drivers; the metadata is written, so that an image that was closed in order has no leaks."""
         if self.read_only:
             return
-        await self._settle()
-        await self._refcounts.trim()
+        lost: OSError | None = None
+        try:
+            await self._store_bitmaps()
+        except OSError as error:
+            lost = error
+        try:
+            await self._settle()
+            await self._refcounts.trim()
+        except OSError as error:
+            raise lost or error from error
+        if lost is not None:
+            raise lost
 
     async def prepare_reopen(self, options: Mapping[str, Any]) -> Prepared:
         prepared = await super().prepare_reopen(options)
         if options["read-only"] and not self.read_only:
-            await self._settle()
-        elif not options["read-only"] and self.read_only:
-            # Who reads keeps no writer out: the image may be another by now.
-            header = await self._load_header()
-            self._check_writable(header)
-            fresh = await self._load_tables(header)
-            if header.size != self.length or header.autoclear & ~RAW_EXTERNAL or await fresh[0].uses_beyond_end():
-                raise OptionError("read-only", False, f"on: the image of '{self.name}' was changed by others, in a way "
-                                                      "that only opening it anew takes account of")
-            return Prepared(lambda: self._reload(header, *fresh))
+            return await self._prepare_read_only()
+        if not options["read-only"] and self.read_only:
+            return await self._prepare_writable()
         return prepared
 
-    def _reload(self, header: Header, refcounts: Refcounts, tables: Tables) -> None:
-        self._unpacked.clear()
-        self._use(header, refcounts, tables)
+    async def _prepare_read_only(self) -> Prepared:
+        for bitmap in self._persistent():
+            if bitmap.changing:
+                raise OptionError("read-only", True, f"off while {bitmap.busy} uses bitmap '{bitmap.name}'")
+        try:
+            await self._store_bitmaps()
+            await self._settle()
+            await self._refcounts.trim()
+        except BaseException:
+            await self._mark_or_refuse()
+            raise
+        aborted = False
 
+        def abort() -> None:
+            nonlocal aborted
+            aborted = True
+
+        async def finish() -> None:
+            if aborted:
+                await self._mark_or_refuse()
+
+        return Prepared(abort=abort, finish=finish)
+
+    async def _prepare_writable(self) -> Prepared:
+        # Who reads keeps no writer out: the image may be another by now.
+        changed = OptionError("read-only", False, f"on: the image of '{self.name}' was changed by others, in a way "
+                                                  "that only opening it anew takes account of")
+        header = await self._load_header()
+        self._check_writable(header)
+        fresh = await self._load_tables(header)
+        if header.size != self.length or header.autoclear & ~BITMAPS or await fresh[0].uses_beyond_end():
+            raise changed
+        try:
+            found = await self._load_bitmaps(header, True)
+            self._check_places(found, *fresh)
+        except ImageError as error:
+            raise OptionError("read-only", False, f"on: {error}") from error
+        if self._clash(found):
+            raise changed
+
+        def commit() -> None:
+            self._unpacked.clear()
+            self._slot = None
+            self._use(header, *fresh)
+            self._take(found)
+
+        return Prepared(commit, finish=self._mark_or_refuse)

@@ -169,9 +169,13 @@ class Header:
         return next((each.data for each in self.extensions if each.kind == kind), None)
 
     def with_extension(self, kind: int, data: bytes | None) -> Header:
-        """The same header with that extension in place of the one of its kind (None: without)."""
-        kept = tuple(each for each in self.extensions if each.kind != kind)
-        return replace(self, extensions=kept if data is None else (Extension(kind, data), *kept))
+        """The same header with that extension in the place of the one of its kind, or behind all (None: without)."""
+        if data is None:
+            return replace(self, extensions=tuple(each for each in self.extensions if each.kind != kind))
+        new = Extension(kind, data)
+        if self.extension(kind) is None:
+            return replace(self, extensions=(*self.extensions, new))
+        return replace(self, extensions=tuple(new if each.kind == kind else each for each in self.extensions))
 
 
 def entries_for(size: int, cluster_bits: int, l2_bits: int) -> int:
@@ -570,6 +574,8 @@ def parse_bitmaps(header: Header, extension: BitmapsExtension, data: bytes) -> l
         found.append(BitmapEntry(offset, size, flags, bits, name, kind,
                                  bytes(data[at + _BITMAP.size:end - name_size])))
         at = end + (-end % 8)
+    if at != extension.directory_size:
+        raise ImageError("bitmap_directory_size", extension.directory_size, f"{at}, for these bitmaps")
     return found
 
 

@@ -15,7 +15,6 @@ from blockstep.block.bitmap import DirtyBitmap, find_bitmap
 from blockstep.block.driver import Prepared
 from blockstep.qmp.commands.holder import Holder
 from blockstep.qmp.commands.lookup import node_named
-from blockstep.qmp.errors import CommandError
 from blockstep.qmp.schema import Arguments, Registry
 
 commands = Registry()
@@ -33,7 +32,8 @@ class BitmapAdd(BitmapName):
 
     granularity: Annotated[Annotated[int, Meta(ge=0, le=0xFFFFFFFF)] | None, Meta(description=(
         "Bytes of a cluster, a power of two from 512 on. By default the node's clusters, from 4 to 64 KiB."))] = None
-    persistent: Annotated[bool, Meta(description="Refused: no format stores bitmaps yet.")] = False
+    persistent: Annotated[bool, Meta(description=(
+        "Store it in the image when the node is closed; qcow2 images can. After a crash it is inconsistent."))] = False
     disabled: Annotated[bool, Meta(description="Do not record writes yet.")] = False
 
 
@@ -53,13 +53,11 @@ def bitmap_named(context: Holder, name: BitmapName) -> DirtyBitmap:
 def prepare_add(context: Holder, args: BitmapAdd) -> Prepared:
     """The first half of block-dirty-bitmap-add."""
     node = node_named(context, args.node)
-    if args.persistent:
-        raise CommandError(f"the bitmap cannot be persistent: node '{node.name}' (driver {node.driver}) does not store "
-                           "bitmaps")
     granularity = args.granularity
     if granularity is None:
         granularity = min(max(4096, node.cluster_size), 65536)
-    return DirtyBitmap.prepare_add(node, args.name, granularity, enabled=not args.disabled)
+    return DirtyBitmap.prepare_add(node, args.name, granularity, enabled=not args.disabled,
+                                   persistent=args.persistent)
 
 
 def prepare_merge(context: Holder, args: BitmapMerge) -> Prepared:
@@ -69,16 +67,36 @@ def prepare_merge(context: Holder, args: BitmapMerge) -> Prepared:
     return target.prepare_merge([bitmap_named(context, other) for other in others])
 
 
+async def keep(context: Holder, name: str) -> None:
+    """Make durable which bitmaps a node stores. Raises OSError."""
+    node = node_named(context, name)
+    async with context.inventory.graph.drained(node):
+        await node.keep_bitmaps()
+
+
 @commands.command("block-dirty-bitmap-add")
 async def block_dirty_bitmap_add(context: Holder, args: BitmapAdd) -> None:
-    """Record from now on what is written to a node. The bitmap lives as long as the node is open."""
-    prepare_add(context, args).commit()
+    """Record from now on what is written to a node. The bitmap lives as long as the node is open, or is persistent.
+
+    That there is a persistent one is durable at return; if that fails, there is none.
+    """
+    prepared = prepare_add(context, args)
+    prepared.commit()
+    if args.persistent:
+        try:
+            await keep(context, args.node)
+        except BaseException:
+            prepared.abort()
+            raise
 
 
 @commands.command("block-dirty-bitmap-remove")
 async def block_dirty_bitmap_remove(context: Holder, args: BitmapName) -> None:
-    """Forget a bitmap that nobody uses."""
-    bitmap_named(context, args).prepare_remove().commit()
+    """Forget a bitmap that nobody uses. If it is persistent, it is gone from the image at return."""
+    bitmap = bitmap_named(context, args)
+    bitmap.prepare_remove().commit()
+    if bitmap.persistent:
+        await keep(context, args.node)
 
 
 @commands.command("block-dirty-bitmap-clear")

@@ -176,7 +176,8 @@ def node_info(graph: Graph, node: Driver, flat: bool = False) -> NodeInfo:
     if bitmaps:
         info.dirty_bitmaps = [
             DirtyBitmapInfo(name=bitmap.name, count=bitmap.count(), granularity=bitmap.granularity,
-                            recording=bitmap.enabled, busy=bitmap.busy is not None, persistent=False)
+                            recording=bitmap.enabled, busy=bitmap.busy is not None,
+                            persistent=bitmap.persistent, inconsistent=bitmap.inconsistent or UNSET)
             for bitmap in bitmaps]
     return info
 

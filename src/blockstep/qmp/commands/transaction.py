@@ -127,6 +127,8 @@ async def transaction(context: Holder, args: TransactionArguments) -> None:
             await steps.abort()
             raise
         steps.commit()
+        for name in steps.stored:
+            await bitmaps.keep(context, name)
 
 
 class _Steps:
@@ -137,6 +139,8 @@ class _Steps:
         self._together = JobTransaction() if grouped else None
         self._commit: list[Callable[[], None]] = []
         self._abort: list[Callable[[], Awaitable[None] | None]] = []
+        #: Nodes whose persistent bitmaps come or go.
+        self.stored: set[str] = set()
 
     async def prepare(self, action: AnyAction) -> None:
         """All of an action that can fail."""
@@ -159,6 +163,8 @@ class _Steps:
         if isinstance(action, SnapshotAction):
             return await snapshots.prepare(context, action.data)
         if isinstance(action, BitmapAddAction):
+            if action.data.persistent:
+                self.stored.add(action.data.node)
             return bitmaps.prepare_add(context, action.data)
         if isinstance(action, BitmapMergeAction):
             return bitmaps.prepare_merge(context, action.data)
@@ -166,6 +172,8 @@ class _Steps:
             raise CommandError("drive-backup is not possible: open the target with blockdev-add; then blockdev-backup")
         bitmap = bitmaps.bitmap_named(context, action.data)
         if isinstance(action, BitmapRemoveAction):
+            if bitmap.persistent:
+                self.stored.add(action.data.node)
             return bitmap.prepare_remove()
         if isinstance(action, BitmapClearAction):
             return bitmap.prepare_clear()
