@@ -3,7 +3,7 @@
 Steps, names and options are the guide's: start of the secondary and of the primary, failover on either, and how
 replication is resumed on either, with a drive-mirror to the NBD export of the other. Three things are not:
 
-* the disks themselves are raw; active and hidden disk are qcow2, as there;
+* the disks themselves are raw, or in a second run qcow2; active and hidden disk are qcow2, as there;
 * there is no guest and no migration, so replication is started by ``xen-set-replication`` where the guide migrates.
   For the same reason QEMU does not know ``x-colo-lost-heartbeat`` here (COLO does not run), and is told to stop
   replication with a failover, which is what that command does with the disks;
@@ -30,6 +30,7 @@ import pytest
 from blockstep.nbd.client import Client
 from blockstep.nbd.uri import InetAddress
 from blockstep.testing.processes import QMP, free_ports
+from tests.peers import need, run
 from tests.programs import BLOCKSTEP, QEMU, Program
 from tests.scenarios import scenario
 
@@ -42,6 +43,9 @@ LIMIT = 20.0
 
 class Host:
     """A host of the guide: an address, a directory of images, and the program that runs there, if it runs."""
+
+    #: Of the primary and the secondary disk.
+    format = "raw"
 
     def __init__(self, program: Program, directory: Path, address: str) -> None:
         self.program, self.directory, self.address = program, directory, address
@@ -78,24 +82,31 @@ class Host:
     def _start(self, name: str, *disks: tuple[str, str]) -> None:
         self.qmp, self._process = self._stack.enter_context(self.program.started(self.directory, name, *disks))
 
+    def _make(self, name: str, content: bytes) -> None:
+        """A disk of that content."""
+        raw = self.directory / f"{name}.raw"
+        raw.write_bytes(content)
+        run("qemu-img", "convert", "-f", "raw", "-O", self.format, raw, self.directory / name)
+
     # --- "Startup qemu" ---
 
     def start_primary(self, image: bytes) -> None:
         """Step 1; and an export for the guest."""
-        (self.directory / "primary.img").write_bytes(image)
-        self._start("primary", ("colo-disk0", "driver=quorum,read-pattern=fifo,vote-threshold=1,children.0.driver=raw,"
+        self._make("primary.img", image)
+        self._start("primary", ("colo-disk0", "driver=quorum,read-pattern=fifo,vote-threshold=1,"
+                                f"children.0.driver={self.format},"
                                 f"children.0.file.driver=file,children.0.file.filename={self.directory}/primary.img"))
         self.serve()
 
     def start_secondary(self, image: bytes) -> None:
         """Steps 2 and 3; and an export for the guest."""
         folder, overlay = self.directory, self.program.overlay
-        (folder / "parent.img").write_bytes(image)
+        self._make("parent.img", image)
         for name in ("active", "hidden"):
             self.program.make_overlay(folder / f"secondary-{name}.img", SIZE)
         self._start(
             "secondary",
-            ("parent0", f"driver=raw,file.driver=file,file.filename={folder}/parent.img"),
+            ("parent0", f"driver={self.format},file.driver=file,file.filename={folder}/parent.img"),
             ("childs0", f"driver=replication,mode=secondary,file.driver={overlay},top-id=colo-disk0,"
                         f"file.file.driver=file,file.file.filename={folder}/secondary-active.img,"
                         f"file.backing.driver={overlay},file.backing.file.driver=file,"
@@ -233,10 +244,17 @@ combinations = pytest.mark.parametrize(
     ("primary", "secondary"), COMBINATIONS, ids=[f"{one.name}-to-{other.name}" for one, other in COMBINATIONS])
 
 
+@pytest.fixture(autouse=True, params=["raw", "qcow2"])
+def four_disks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What primary and secondary disk are, beside an active and a hidden disk that always are qcow2."""
+    need("qemu-img")
+    monkeypatch.setattr(Host, "format", request.param)
+
+
 @combinations
 def test_the_secondary_dies_and_the_primary_gets_another(tmp_path: Path, primary: Program, secondary: Program) -> None:
     @scenario
-    async def run() -> None:
+    async def go() -> None:
         first = Host(primary, tmp_path / "first", "127.0.0.1")
         second = Host(secondary, tmp_path / "second", "127.0.0.2")
         third = Host(secondary, tmp_path / "third", "127.0.0.2")
@@ -261,13 +279,13 @@ def test_the_secondary_dies_and_the_primary_gets_another(tmp_path: Path, primary
             await model.write(guest, model.disk)
             assert await content(guest) == model.disk
 
-    run()
+    go()
 
 
 @combinations
 def test_the_primary_dies_and_the_secondary_becomes_one(tmp_path: Path, primary: Program, secondary: Program) -> None:
     @scenario
-    async def run() -> None:
+    async def go() -> None:
         first = Host(primary, tmp_path / "first", "127.0.0.1")
         second = Host(secondary, tmp_path / "second", "127.0.0.2")
         third = Host(primary, tmp_path / "third", "127.0.0.1")
@@ -293,4 +311,4 @@ def test_the_primary_dies_and_the_secondary_becomes_one(tmp_path: Path, primary:
             third.secondary_failover()
             assert await content(await third.guest()) == model.view
 
-    run()
+    go()

@@ -30,7 +30,7 @@ from blockstep.testing.pair import Pair as Processes
 from blockstep.testing.qemu_oracle import Qemu, qemu_primary, qemu_standby, wait_until
 from tests.peers import nbdkit, need
 from tests.scenario.gates import Gates, gated_disk
-from tests.scenario.standby import Rig, Shape, error_of
+from tests.scenario.standby import Kind, Rig, Shape, error_of
 
 pytestmark = pytest.mark.interop
 need("qemu-system-x86_64", "qemu-img")
@@ -87,16 +87,18 @@ _steps = st.tuples(st.sampled_from(("primary write", "primary write", "primary z
 
 @pytest.mark.slow
 @given(steps=st.lists(_steps, min_size=3, max_size=20), after=st.lists(_steps, max_size=6),
-       names=st.sampled_from(("a", "ab")), clusters=st.sampled_from((4096, 65536)))
+       names=st.sampled_from(("a", "ab")), clusters=st.sampled_from((4096, 65536)),
+       kind=st.sampled_from(("overlay", "qcow2")))
 @settings(max_examples=max(25, settings.default.max_examples // 40))
 def test_the_same_trace_gives_the_same_views(steps: list[tuple[str, int, int, int]],
                                              after: list[tuple[str, int, int, int]], names: str,
-                                             clusters: int) -> None:
+                                             clusters: int, kind: Kind) -> None:
     async def scenario(clients: Clients) -> None:
         with TemporaryDirectory() as directory, qemu_standby(Path(directory), names, SMALL) as qemu:
             theirs = [(await clients.open(qemu.socket, f"parent-{name}"),
                        await clients.open(qemu.socket, f"view-{name}")) for name in names]
             rig = Rig()
+            rig.kind = kind
             for name in names:
                 await rig.add(name, bytes(SMALL), Shape(clusters, clusters))
             await rig.registry.start_all("secondary")
