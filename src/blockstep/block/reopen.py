@@ -101,12 +101,17 @@ def _prepared(node: Driver, wanted: NodeOptions) -> _Plan:
     plan = _Plan(node, wanted)
     present = _flat(node.options)
     for name, value in _flat(wanted).items():
-        if value != present[name] and name not in ("node-name", "read-only", *node.live_options, *node.child_roles):
+        if value != present[name] and name not in _known(node):
             plan.prepared[name] = value
     plan.prepared["read-only"] = wanted.read_only
     if wanted.auto_read_only and not wanted.read_only and not node.options.read_only:
         plan.prepared["read-only"] = node.read_only  # the storage has decided that
     return plan
+
+
+def _known(node: Driver) -> set[str]:
+    """The options that are not for the driver to prepare."""
+    return {"node-name", "read-only", *node.live_options, *(name.replace("_", "-") for name in node.child_roles)}
 
 
 def _plan_followers(above: _Plan, plans: list[_Plan]) -> None:
@@ -133,6 +138,8 @@ def _plan_child(graph: Graph, plan: _Plan, name: str, role: Role, options: Mappi
                 strict: bool) -> None:
     node, reference = plan.node, getattr(plan.options, name)
     edge = node.children.get(name)
+    if reference == {} and getattr(node.options, name) == {}:  # what the image names, as before
+        return
     if reference is None or reference == {}:  # {}: as the image says, `Node.implied_children`
         if edge is None:
             return

@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from blockstep.aio.posix import OpenFile, write_whole
 from blockstep.drivers.overlay_image import OverlayImage
-from blockstep.drivers.qcow2.create import new_header, write_image
+from blockstep.drivers.qcow2.create import new_header, write_data_file, write_image
 from blockstep.drivers.qcow2.format import Header
 from blockstep.errors import OptionError
 
@@ -105,20 +105,34 @@ class CreateQcow2(_Create, tag="qcow2"):
         description="metadata: all clusters have their places; falloc: and room; full: zeroes are written.")] = "off"
     lazy_refcounts: Annotated[bool, Meta(description="Let others postpone the update of refcounts.")] = False
     refcount_bits: Annotated[int, Meta(description="Width of refcounts, a power of two up to 64.")] = 16
+    extended_l2: Annotated[bool, Meta(
+        description="32 subclusters in each cluster, allocated one by one; of clusters of 16 KiB or more.")] = False
+    data_file: Annotated[str | None, Meta(
+        description="A file for the data, which is made anew; a relative name begins at the image's directory.")] = None
+    data_file_raw: Annotated[bool, Meta(
+        description="The data file is the disk, byte for byte, also without the image.")] = False
 
     def check(self) -> None:
         super().check()
         self._header()
         if self.preallocation != "off" and self.backing_file is not None:
             raise OptionError("preallocation", self.preallocation, "off with a backing file: it would be hidden")
+        if self.data_file is not None and self._data_path() == os.path.realpath(self.filename):
+            raise OptionError("data-file", self.data_file, "another file than the image itself")
+
+    def _data_path(self) -> str:
+        return os.path.realpath(os.path.join(os.path.dirname(self.filename), self.data_file or ""))
 
     def _header(self) -> Header:
         return new_header(self.size, version=int(self.version[1]), cluster_size=self.cluster_size,
                           refcount_bits=self.refcount_bits, lazy_refcounts=self.lazy_refcounts,
-                          backing_file=self.backing_file, backing_fmt=self.backing_fmt)
+                          backing_file=self.backing_file, backing_fmt=self.backing_fmt,
+                          extended_l2=self.extended_l2, data_file=self.data_file, data_file_raw=self.data_file_raw)
 
     def create(self) -> None:
         header = self._header()
+        if self.data_file is not None:
+            write_data_file(self._data_path(), self.size, self.preallocation, self.data_file_raw)
         file = OpenFile(self.filename, writable=True, create=True)
         try:
             os.ftruncate(file.fd, 0)

@@ -114,7 +114,7 @@ def formatting(format: str, wanted: Any) -> str:
 
 #: The order in which qemu-img tells them of a qcow2 image.
 _ORDER: Final = ("cluster_size", "extended_l2", "preallocation", "compression_type", "size", "backing_file",
-                 "backing_fmt", "compat", "lazy_refcounts", "refcount_bits")
+                 "backing_fmt", "compat", "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits")
 _ALWAYS: Final = {"cluster_size", "lazy_refcounts", "refcount_bits"}
 
 

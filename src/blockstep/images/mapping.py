@@ -65,7 +65,15 @@ def _layers(node: Driver) -> list[Layer]:
         above, name = layers[-1]
         given = above.header.backing_file if isinstance(above, Qcow2) and above.options.backing == {} else None
         layers.append((below, full_name(given, name) if given else filename_of(below)))
-    return layers
+    return [(layer, _data_name(layer, name)) for layer, name in layers]
+
+
+def _data_name(node: Driver, name: str) -> str:
+    """The name of the file that has a layer's data, ``name`` being that of its image."""
+    if not isinstance(node, Qcow2) or node.data_file is None:
+        return name
+    given = node.header.data_file if node.options.data_file == {} else None
+    return full_name(given, name) if given else filename_of(node.data_file.node)
 
 
 async def _entries(layers: list[Layer], start: int, extent: Extent) -> list[MapEntry]:

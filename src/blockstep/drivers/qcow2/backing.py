@@ -28,7 +28,7 @@ def backing_options(header: Header, file: Driver) -> dict[str, Any] | None:
     if not name:
         return None
     if name.startswith("json:"):
-        return _from_json(name, header.backing_format)
+        return options_of_json(name, header.backing_format)
     driver = header.backing_format
     if driver not in ("raw", "qcow2", "overlay"):
         raise ImageError("backing file format", driver, "raw or qcow2: formats are not guessed; give the option "
@@ -55,7 +55,8 @@ def place_of(file: Driver) -> str | None:
     return os.path.abspath(filename) if isinstance(filename, str) else None
 
 
-def _from_json(name: str, driver: str | None) -> dict[str, Any]:
+def options_of_json(name: str, driver: str | None) -> dict[str, Any]:
+    """The options in a ``json:`` name; ``driver``: the one that it may leave out. Raises ImageError or OptionError."""
     try:
         given = json.loads(name.removeprefix("json:"))
     except ValueError as error:

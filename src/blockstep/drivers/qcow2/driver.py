@@ -1,5 +1,7 @@
 """Driver ``qcow2``: an image in QEMU's format, in its child ``file``, over an optional backing node.
 
+Its data lies in ``file`` as well, unless the image has an external data file, the child ``data_file``.
+
 Data is written where it belongs at once, metadata is kept in memory (`tables`, `refcounts`) until a flush, or until too
 much of it has changed. The driver is one class in storeys, each in a file with its theory at the head:
 
@@ -25,13 +27,14 @@ from blockstep.block.permissions import Role
 from blockstep.block.registry import register
 from blockstep.drivers.qcow2.backing import backing_options
 from blockstep.drivers.qcow2.copying import Copier
+from blockstep.drivers.qcow2.data_file import check_data_file, check_header, data_file_options
 from blockstep.drivers.qcow2.emptying import Emptier
 from blockstep.drivers.qcow2.format import (
     AT_AUTOCLEAR,
     BITMAPS,
     CORRUPT,
     DIRTY,
-    EXTERNAL_DATA,
+    RAW_EXTERNAL,
     Header,
     header_span,
     parse_header,
@@ -45,10 +48,14 @@ _DEFAULT_REFCOUNT_CACHE: Final = 4 << 20
 
 
 class Qcow2Options(NodeOptions, tag="qcow2"):
-    """``backing``: the default, ``{}``, is what the header names; None: nothing, whatever the header says."""
+    """``backing``: the default, ``{}``, is what the header names; None: nothing, whatever the header says.
+
+    ``data_file``: the external data file, of images that have one; the default, ``{}``, is what the header names.
+    """
 
     file: NodeRef
     backing: NodeRef | None = msgspec.field(default_factory=dict)
+    data_file: NodeRef = msgspec.field(default_factory=dict)
     l2_cache_size: int | None = None
     refcount_cache_size: int | None = None
 
@@ -61,7 +68,8 @@ class Qcow2(Emptier, Copier):
     live_options = LIVE_OPTIONS
     Options = Qcow2Options
     options: Qcow2Options
-    child_roles: ClassVar[dict[str, Role]] = {"file": Role.STORAGE, "backing": Role.BACKING}
+    child_roles: ClassVar[dict[str, Role]] = {"file": Role.STORAGE, "backing": Role.BACKING,
+                                              "data_file": Role.STORAGE}
     can_be_emptied: ClassVar[bool] = True
 
     async def _load_header(self) -> Header:
@@ -70,14 +78,19 @@ class Qcow2(Emptier, Copier):
         return parse_header(start if span <= len(start) else await read_file(self.file, 0, span))
 
     async def implied_children(self) -> list[tuple[str, Role, NodeRef]]:
-        """The backing node that the header names, where the options do not say."""
-        if self.options.backing != {}:
-            return []
+        """The backing node and the external data file that the header names, where the options do not say."""
         try:
-            found = backing_options(await self._load_header(), self.file.node)
+            header = await self._load_header()
+            backing = backing_options(header, self.file.node) if self.options.backing == {} else None
+            data = data_file_options(header, self.file.node) if self.options.data_file == {} else None
         except ImageError as error:
             raise OptionError("file", self.file.node.name, f"a qcow2 image that can be used: {error}") from error
-        return [] if found is None else [("backing", Role.BACKING, found)]
+        found: list[tuple[str, Role, NodeRef]] = []
+        if backing is not None:
+            found.append(("backing", Role.BACKING, backing))
+        if data is not None:
+            found.append(("data_file", Role.STORAGE, data))
+        return found
 
     async def open(self) -> None:
         try:
@@ -85,6 +98,7 @@ class Qcow2(Emptier, Copier):
             self._check_readable(self.header)
         except ImageError as error:
             raise OptionError("file", self.file.node.name, f"a qcow2 image that can be used: {error}") from error
+        check_data_file(self.header, self.file, self.data_file, self.backing)
         if not self.read_only:
             self._check_writable(self.header)
         for name, size in (("l2-cache-size", self.options.l2_cache_size),
@@ -125,21 +139,19 @@ class Qcow2(Emptier, Copier):
         if header.crypt_method:
             kind = "LUKS" if header.crypt_method == 2 else "AES"
             raise ImageError("crypt_method", f"{header.crypt_method} ({kind})", "0: encrypted images cannot be used")
-        if header.incompatible & EXTERNAL_DATA:
-            raise ImageError("incompatible_features", "external data file", "without it: it cannot be used yet")
+        check_header(header)
 
     def _check_writable(self, header: Header) -> None:
         """Raises OptionError for ``read-only``, so that with auto-read-only the image is opened for reading."""
         for is_so, what in (
                 (header.incompatible & DIRTY, "its refcounts were not written when it was closed (the dirty bit); "
                                               "repair it first: blockstep img check --repair all"),
-                (header.incompatible & CORRUPT, "it is marked as corrupt; repair it first"),
-                (header.extended_l2, "images with extended L2 entries (subclusters) can only be read")):
+                (header.incompatible & CORRUPT, "it is marked as corrupt; repair it first")):
             if is_so:
                 raise OptionError("read-only", False, f"on, for the image '{self.file.node.name}': {what}")
 
     async def _clear_autoclear(self) -> None:
-        known = self.header.autoclear & BITMAPS
+        known = self.header.autoclear & (BITMAPS | RAW_EXTERNAL)
         if self.header.autoclear != known:
             await self.file.pwrite(AT_AUTOCLEAR, known.to_bytes(8, "big"))
             await self.file.flush()
@@ -200,7 +212,8 @@ class Qcow2(Emptier, Copier):
         header = await self._load_header()
         self._check_writable(header)
         fresh = await self._load_tables(header)
-        if header.size != self.length or header.autoclear & ~BITMAPS or await fresh[0].uses_beyond_end():
+        unknown = header.autoclear & ~(BITMAPS | RAW_EXTERNAL)
+        if header.size != self.length or unknown or await fresh[0].uses_beyond_end():
             raise changed
         try:
             found = await self._load_bitmaps(header, True)

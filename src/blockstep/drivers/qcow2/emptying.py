@@ -6,6 +6,10 @@ the bitmaps stay. With internal snapshots there is no such way; `Emptier.make_em
 
 Bitmaps stay as they are, as with QEMU: they tell of writes to the disk, and whether the disk reads as before after the
 node was emptied is known to who empties it. After a commit it does.
+
+What an external data file holds has no other place to go: what is written after the emptying lies where the old image
+had its data, so a crash before the flush leaves the old image with some of the new data. A raw one is refused: it has
+to read as the disk, and zeroing it takes time.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ class Emptier(Keeper, Resizer):
         """See `Driver`."""
         if self.header.snapshot_count:
             raise not_supported("make_empty at once of an image with internal snapshots")
+        if self._raw_data:
+            raise not_supported("make_empty of an image with a raw external data file, which would have to be zeroed")
         self._check_not_read_only()
         entries = max(1, entries_for(self.length, self._bits, self.header.l2_bits))
         await self._keeping.acquire()
@@ -84,8 +90,8 @@ class Emptier(Keeper, Resizer):
         refcounts.start_again(table, first << bits, [0, *range(first, end + len(blocks)), *kept], reserved)
         tables.l1 = array("Q", bytes(entries * 8))
         tables.l1_offset = (first + table_clusters) << bits
-        tables.l1_dirty, tables.dirty = set(), {}
-        tables.l2.clear()
+        tables.l1_dirty = set()
+        tables.clear()
         self._unpacked.clear()
         self._below_end = EVERYTHING
         self._moving = True

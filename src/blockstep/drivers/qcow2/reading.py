@@ -1,7 +1,8 @@
-"""Reading: runs of the L2 tables, each from where it lies: the file, the backing node, compressed data, nowhere.
+"""Reading: runs of the L2 tables, each from where it lies: the data file, the backing node, compressed data, nowhere.
 
-A read of plain data inside of one cluster, whose L2 table is in memory, goes straight to the file (`begin_read`);
-all others take the way through `Tables.runs`.
+A read of plain data inside of one cluster, whose L2 table is in memory, goes straight to the data file (`begin_read`),
+which is ``file`` itself unless the image has an external one; so does one of allocated subclusters. All others take the
+way through `Tables.runs`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from blockstep.aio.rangelock import RangeLock
 from blockstep.block.driver import ZEROES, Buffer, Driver, Extent
 from blockstep.block.node import Child
 from blockstep.drivers.qcow2.compressed import decompress
-from blockstep.drivers.qcow2.format import OFFSET, Header, compressed_place
+from blockstep.drivers.qcow2.format import COPIED, OFFSET, RAW_EXTERNAL, ZERO, Header, compressed_place
 from blockstep.drivers.qcow2.refcounts import Refcounts, broken, read_file
-from blockstep.drivers.qcow2.tables import Kind, Run, Tables
+from blockstep.drivers.qcow2.tables import PARTIAL, Kind, Run, Tables
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,6 +36,9 @@ class Reader(Driver):
 
     file: Child
     backing: Child | None = None
+    data_file: Child | None = None
+    #: Where plain data lies: ``data_file``, or else ``file``.
+    _data: Child
     header: Header
     _refcounts: Refcounts
     _tables: Tables
@@ -47,14 +51,24 @@ class Reader(Driver):
     def _below(self) -> int:
         """Bytes of the backing node that show through, from the beginning."""
         return 0 if self.backing is None else min(self.backing.node.length, self._below_end)
+    #: Bytes that can be zero, or the backing node's, on their own: a cluster or a subcluster.
+    _unit: int
+    #: Whether the external data file is to read as the disk at any moment.
+    _raw_data: bool
 
     def _use(self, header: Header, refcounts: Refcounts, tables: Tables) -> None:
         self.header, self._refcounts, self._tables = header, refcounts, tables
         self.length, self.cluster_size = header.size, header.cluster_size
         self._l2, self._l2_shift = tables.l2, tables.l2_shift
         self._bits, self._mask, self._within = header.cluster_bits, tables.mask, header.cluster_size - 1
-        # With extended entries nothing is plain.
-        self._odd = tables.odd if not header.extended_l2 else (1 << 64) - 1
+        self._odd = tables.odd
+        self._unit = header.cluster_size >> (5 if header.extended_l2 else 0)
+        #: An entry that is not odd has a place of its own from here on.
+        self._least = COPIED if tables.external else COPIED + 1
+        #: The flag of an entry with a place that may not be written to as it is: some of it reads as something else.
+        self._of_place = PARTIAL if header.extended_l2 else ZERO
+        self._raw_data = bool(header.autoclear & RAW_EXTERNAL)
+        self._data = self.data_file or self.file
 
     def begin_read(self, offset: int, length: int) -> Buffer | Coroutine[Any, Any, Buffer]:
         within = offset & self._within
@@ -63,12 +77,18 @@ class Reader(Driver):
             entry = table[(offset >> self._bits) & self._mask]
             if not entry & self._odd and entry & OFFSET:
                 host = (entry & OFFSET) + within
-                if host + length <= self._refcounts.file_length:
-                    found = self.file.begin_read(host, length)
+                if host + length <= self._refcounts.data_length:
+                    found = self._data.begin_read(host, length)
                     if found.__class__ is not CoroutineType:
                         return found
                     found.close()
-                    return self._running(self.file.pread, host, length)
+                    return self._running(self._data.pread, host, length)
+        if self._tables.extended and (host := self._place(offset, length, own=False)) >= 0:
+            found = self._data.begin_read(host, length)
+            if found.__class__ is not CoroutineType:
+                return found
+            found.close()
+            return self._running(self._data.pread, host, length)
         return self._running(self._read, offset, length)
 
     async def pread(self, offset: int, length: int) -> Buffer:
@@ -85,6 +105,29 @@ class Reader(Driver):
         finally:
             refcounts.running[turn] -= 1
 
+    def _place(self, offset: int, length: int, own: bool) -> int:
+        """Where a range inside of one cluster lies, if all of its subclusters are allocated; else -1.
+
+        ``own``: only if the cluster, and the L2 table, may be written to.
+        """
+        index, within = offset >> self._l2_shift, offset & self._within
+        table = self._l2.get(index)
+        if table is None or within + length > self.cluster_size:
+            return -1
+        tables = self._tables
+        at = (offset >> self._bits) & self._mask
+        entry = table[at]
+        if entry & self._odd != PARTIAL or not entry & tables.placed:
+            return -1
+        shift = self._bits - 5
+        wanted = (2 << (within + length - 1 >> shift)) - (1 << (within >> shift))
+        if tables.maps[index][at] & (wanted << 32 | wanted) != wanted:
+            return -1
+        if own and not entry & tables.l1[index] & COPIED:
+            return -1
+        host = (entry & OFFSET) + within
+        return host if host + length <= self._refcounts.data_length else -1
+
     async def _read(self, offset: int, length: int) -> Buffer:
         pieces: list[Buffer] = []
         end = offset + length
@@ -96,9 +139,9 @@ class Reader(Driver):
 
     async def _read_run(self, run: Run, offset: int) -> Buffer:
         if run.kind is Kind.DATA:
-            if run.host + run.length <= self._refcounts.file_length:
-                return await self.file.pread(run.host, run.length)
-            return await read_file(self.file, run.host, run.length)
+            if run.host + run.length <= self._refcounts.data_length:
+                return await self._data.pread(run.host, run.length)
+            return await read_file(self._data, run.host, run.length)
         if run.kind is Kind.BELOW:
             return await self._read_below(offset, run.length)
         if run.kind is Kind.PACKED:
@@ -141,13 +184,25 @@ class Reader(Driver):
                     extents.append(Extent(run.length - below, data=False, zero=True, allocated=hides))
             elif run.kind is Kind.ZERO:
                 extents.append(Extent(run.length, data=False, zero=True))
+            elif run.kind is Kind.DATA and self.data_file is not None:
+                extents += await self._status_of_data(run.host, run.length)
             else:
                 extents.append(Extent(run.length))
             offset += run.length
         return extents
 
+    async def _status_of_data(self, place: int, length: int) -> list[Extent]:
+        """What an external data file says of a run: its holes are zeroes."""
+        extents: list[Extent] = []
+        end = place + length
+        while place < end:
+            for extent in await self._data.block_status(place, end - place):
+                extents.append(Extent(extent.length, data=extent.data, zero=extent.zero))
+                place += extent.length
+        return extents
+
     async def places(self, offset: int, length: int) -> list[tuple[int, int | None]]:
-        """Where a range lies in ``file``: runs of (bytes, offset in it), None for what does not lie there as it is."""
+        """Where a range lies in the data file: runs of (bytes, offset in it), None for what does not lie as it is."""
         found: list[tuple[int, int | None]] = []
         end = offset + length
         while offset < end:

@@ -24,6 +24,7 @@ from typing import Final
 
 from blockstep.block.node import Child
 from blockstep.drivers.qcow2.format import (
+    EXTERNAL_DATA,
     MOST_OFFSET,
     MOST_REFCOUNT_TABLE,
     OFFSET,
@@ -60,6 +61,7 @@ class Refcounts:
         self.table_offset = header.refcount_table_offset
         self.blocks: dict[int, array[int]] = {}
         self.dirty: dict[int, tuple[int, int]] = {}  #: block -> the clusters in it that changed, [first, end)
+        self.saving: dict[int, tuple[int, int]] = {}  #: those that a save is writing, perhaps not yet to the file
         self.table_dirty: set[int] = set()
         self.table_moved = False
         self._distinct = False  # the blocks of the table: looked at before the first allocation
@@ -67,6 +69,8 @@ class Refcounts:
         self._growing = asyncio.Lock()
         self._cursor = 1
         self.file_length = file.node.length
+        #: Up to where data can be read and written as it is: there, or anywhere in an external data file.
+        self.data_length = self.file_length if not header.incompatible & EXTERNAL_DATA else MOST_OFFSET
         self._first_length = self.file_length
         #: From here on (bytes) the file was never written to: it reads as zeroes.
         self.virgin = -(-self.file_length >> self._bits) << self._bits
@@ -99,7 +103,7 @@ class Refcounts:
         if entry & ((1 << self._bits) - 1) or entry & ~OFFSET or entry >= self.file_length:
             raise broken(f"refcount block {index} is said to be at {entry:#x}")
         while len(self.blocks) >= self._most:
-            clean = next((each for each in self.blocks if each not in self.dirty), None)
+            clean = next((each for each in self.blocks if each not in self.dirty and each not in self.saving), None)
             if clean is None:
                 await self._save()
             else:
@@ -229,7 +233,18 @@ class Refcounts:
                 if error.errno != errno.ENOTSUP:
                     raise
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: the image's place cannot grow") from error
-            self.file_length = length
+            self._ends_at(length)
+
+    async def reach(self, end: int) -> None:
+        """As `grow`, for data in a cluster that is in use already: the last one, in a file that ends inside of it."""
+        if end > self.data_length:
+            await self.grow(end)
+            self._high = max(self._high, end)
+
+    def _ends_at(self, length: int) -> None:
+        self.file_length = length
+        if self.data_length != MOST_OFFSET:
+            self.data_length = length
 
     async def _new_block(self, index: int) -> bool:
         """Cover clusters that no block covers yet: the new block lies at the first of them that can be used.
@@ -350,7 +365,7 @@ class Refcounts:
         length = max(self._first_length, self._high)
         if length < self.file_length:
             await self._file.truncate(length)
-            self.file_length = length
+            self._ends_at(length)
 
     # --- emptying ---
 

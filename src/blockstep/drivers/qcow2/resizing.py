@@ -4,6 +4,7 @@ What is added reads as zeroes: what the last cluster still has of an earlier, lo
 backing node has there is hidden, also what it comes to have there when it grows later. That lasts until the image is
 closed or emptied: no field of the format could say so. An L1 table that is too short is replaced, which is one write of
 the header.
+An external data file is never shorter than the disk: it grows before, and shrinks afterwards.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 from dataclasses import replace
 
 from blockstep.block.driver import MAY_UNMAP, not_supported
+from blockstep.block.node import Child
 from blockstep.drivers.qcow2.format import AT_L1, MOST_L1, TABLES, encode_table, entries_for
 from blockstep.drivers.qcow2.reading import EVERYTHING
 from blockstep.drivers.qcow2.writing import Writer
@@ -29,6 +31,8 @@ class Resizer(Writer):
         try:
             before = self.length
             if length > before:
+                if self.data_file is not None:
+                    await self._lengthen_data(self.data_file, before, length)
                 await self._lengthen_l1(length)
             await self._settle()
             await self.file.pwrite(24, length.to_bytes(8, "big"))
@@ -42,6 +46,8 @@ class Resizer(Writer):
             first = -(-length >> self._bits) << self._bits
             if first < before:
                 await self._drop(first, before)
+            if self.data_file is not None:
+                await self._shorten_data(self.data_file, length)
         else:
             edge = min(-(-before >> self._bits) << self._bits, length)
             if edge > before and not await self._reads_as_zeroes(before, edge):  # left over in the last cluster
@@ -51,7 +57,29 @@ class Resizer(Writer):
                 await self.write_zeroes(edge, below - edge, MAY_UNMAP)
             if self.backing is not None and below < length:
                 self._below_end = below
+            if self._raw_data:
+                await self._allocate_all(edge, length)
         await self.flush()
+
+    async def _lengthen_data(self, data: Child, before: int, length: int) -> None:
+        """Let the external data file reach to the disk's new end; a raw one reads as zeroes there."""
+        there = min(data.node.length, length)
+        if self._raw_data and there > before:
+            await data.write_zeroes(before, there - before, MAY_UNMAP)
+        if there < length:
+            try:
+                await data.truncate(length)
+            except OSError as error:
+                if error.errno != errno.ENOTSUP:
+                    raise
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: the data file cannot grow") from error
+
+    async def _shorten_data(self, data: Child, length: int) -> None:
+        try:
+            await data.truncate(length)
+        except OSError as error:
+            if error.errno != errno.ENOTSUP:  # what cannot be cut off, a device, is longer than the disk then
+                raise
 
     async def _lengthen_l1(self, length: int) -> None:
         tables, refcounts, bits = self._tables, self._refcounts, self._bits

@@ -37,7 +37,7 @@ class Saver(Reader):
         tables, refcounts = self._tables, self._refcounts
         if not (tables.dirty or tables.l1_dirty or refcounts.dirty or refcounts.retired or self._moving
                 or self._saving.locked()):
-            await self.file.flush()
+            await self._data.flush()
         else:
             async with self._saving:
                 if self._good_save <= before:
@@ -61,13 +61,14 @@ class Saver(Reader):
         l1 = [(tables.l1_offset, encode_table(tables.l1))] if moving else tables.l1_bytes()
         place = TABLES.pack(len(tables.l1), tables.l1_offset, refcounts.table_offset,
                             len(refcounts.table) * 8 >> self._bits)
+        tables.saving, refcounts.saving = tables.dirty, refcounts.dirty
         tables.dirty, tables.l1_dirty = {}, set()
         refcounts.dirty, refcounts.table_dirty, refcounts.retired = {}, set(), []
         try:
             await self._write_all(blocks)
             if moving:
                 await self._write_all(table + l2 + l1)
-                await self.file.flush()
+                await self._flush_all()
                 await self.file.pwrite(AT_L1, place)
                 await self.file.flush()
             else:
@@ -77,7 +78,7 @@ class Saver(Reader):
                     if table_moved:
                         await self.file.flush()
                         await self.file.pwrite(AT_L1 + 12, place[12:])
-                await self.file.flush()
+                await self._flush_all()
                 if l2 or l1:
                     await self._write_all(l2)
                     if l1:
@@ -88,12 +89,20 @@ class Saver(Reader):
         except BaseException:
             self._put_back(*kept)
             raise
+        finally:
+            tables.saving, refcounts.saving = {}, {}
         if table_moved:
             refcounts.table_moved = False
         if moving:
             await self._moved()
         refcounts.made_durable(kept[4])
         self._good_save = number
+
+    async def _flush_all(self) -> None:
+        """Make durable what was written, data as well."""
+        if self.data_file is not None:
+            await self.data_file.flush()
+        await self.file.flush()
 
     def _table_bytes(self, moved: bool) -> list[tuple[int, bytes]]:
         refcounts = self._refcounts
@@ -107,6 +116,8 @@ class Saver(Reader):
         """A save has failed: what it would have written is still to be written."""
         tables, refcounts = self._tables, self._refcounts
         for index, (first, end) in l2.items():
+            if index not in tables.l2:  # dropped meanwhile
+                continue
             was = tables.dirty.get(index, (first, end))
             tables.dirty[index] = (min(first, was[0]), max(end, was[1]))
         for index, (first, end) in blocks.items():

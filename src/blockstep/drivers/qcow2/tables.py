@@ -3,6 +3,13 @@
 All tables are kept decoded, an L2 table under its index in the L1 table. Those that changed stay until they are saved;
 of the others the oldest go when there are more than the cache holds. **Nobody keeps a table across a wait**: it may
 have gone meanwhile, and a change of it would be lost. So a change is: `own`, then at once `change`.
+
+**Extended entries** are kept as two tables of equal length: the first words in `Tables.l2`, as if they were standard
+entries, and the second words, which say it of 32 subclusters, in `Tables.maps`. A first word has the flag PARTIAL,
+which no file has, unless all subclusters are allocated: so an entry without any flag is plain data in all images.
+
+**With an external data file** the entries of clusters with a place have the COPIED flag, and the place is the disk's
+own offset, as the format demands; a table that says otherwise is refused when it is loaded. Place 0 is one too.
 """
 
 from __future__ import annotations
@@ -11,12 +18,14 @@ import asyncio
 from array import array
 from collections.abc import Awaitable, Callable
 from enum import Enum
+from itertools import repeat
 from typing import Final, NamedTuple
 
 from blockstep.block.node import Child
 from blockstep.drivers.qcow2.format import (
     COMPRESSED,
     COPIED,
+    EXTERNAL_DATA,
     L1_RESERVED,
     L2_RESERVED,
     OFFSET,
@@ -31,6 +40,11 @@ from blockstep.drivers.qcow2.refcounts import Refcounts, broken, read_file
 
 #: Entries of 8 bytes in a sector: the least that is written of a table.
 _UNIT: Final = 64
+#: Of an entry in memory: not all subclusters are allocated; see the module.
+PARTIAL: Final = 2
+#: What the second word of an extended entry says: all subclusters are allocated, or read as zeroes.
+ALLOCATED: Final = (1 << 32) - 1
+ZEROED: Final = ALLOCATED << 32
 
 
 class Kind(Enum):
@@ -60,13 +74,18 @@ class Tables:
         self.l2_shift = header.cluster_bits + header.l2_bits
         self.mask = (1 << header.l2_bits) - 1
         self._version = header.version
-        self._extended = header.extended_l2
+        self.extended = header.extended_l2
+        self.external = bool(header.incompatible & EXTERNAL_DATA)
+        #: An entry that is not compressed has a place if it has one of these bits.
+        self.placed = OFFSET | COPIED if self.external else OFFSET
         self.l1: array[int] = array("Q")
         self.l1_offset = header.l1_table_offset
         self._l1_size = header.l1_size
         self.l1_dirty: set[int] = set()
         self.l2: dict[int, array[int]] = {}
+        self.maps: dict[int, array[int]] = {}  #: with extended entries: the subclusters, for each table of `l2`
         self.dirty: dict[int, tuple[int, int]] = {}  #: of L2 tables: the items that changed, [first, end)
+        self.saving: dict[int, tuple[int, int]] = {}  #: those that a save is writing, perhaps not yet to the file
         self._loading = asyncio.Lock()
         self._owning = asyncio.Lock()
         #: Bits that the entry of a cluster with plain data does not have: see the hot paths.
@@ -91,15 +110,48 @@ class Tables:
                 if offset & ((1 << self.bits) - 1) or entry & L1_RESERVED or not (
                         0 < offset < self._refcounts.file_length):
                     raise broken(f"L2 table {index} is said to be at {entry:#x}")
-                while len(self.l2) >= self._most:
-                    clean = next((each for each in self.l2 if each not in self.dirty), None)
-                    if clean is None:
-                        await self._save()
-                    else:
-                        del self.l2[clean]
+                await self._make_room()
                 loaded = decode_table(await read_file(self._file, offset, 1 << self.bits))
                 if self.l1[index] == entry and index not in self.l2:
-                    self.l2[index] = loaded
+                    self._take_in(index, loaded)
+
+    def _take_in(self, index: int, table: array[int]) -> None:
+        if self.extended:
+            self.maps[index] = maps = table[1::2]
+            table = table[::2]
+            for at, bitmap in enumerate(maps):
+                entry = table[at]
+                if entry and not entry & COMPRESSED:
+                    if entry & PARTIAL:  # reserved: the next bit stays, for `_check_entry` to find
+                        table[at] |= PARTIAL << 1
+                    if bitmap != ALLOCATED:
+                        table[at] |= PARTIAL
+        if self.external:
+            start = index << self.l2_shift
+            for at, (place, entry) in enumerate(zip(range(start, start + (1 << self.l2_shift), 1 << self.bits), table,
+                                                    strict=True)):
+                if entry & (OFFSET | COMPRESSED):
+                    if entry & (OFFSET | COMPRESSED) != place:
+                        self.maps.pop(index, None)
+                        raise broken(f"the L2 entry of the disk's byte {place} is {entry:#x}, and data in an external "
+                                     "file lies where the disk has it")
+                    table[at] |= COPIED
+        self.l2[index] = table
+
+    async def _make_room(self) -> None:
+        while len(self.l2) >= self._most:
+            clean = next((each for each in self.l2 if each not in self.dirty and each not in self.saving), None)
+            if clean is None:
+                await self._save()
+            else:
+                del self.l2[clean]
+                self.maps.pop(clean, None)
+
+    def clear(self) -> None:
+        """Forget all L2 tables, also those that were changed."""
+        self.l2.clear()
+        self.maps.clear()
+        self.dirty = {}
 
     async def own(self, index: int) -> array[int]:
         """The L2 table, in memory now and in a place of its own, so that it may be changed before the next wait."""
@@ -112,26 +164,40 @@ class Tables:
             async with self._owning:
                 if self.l1[index] & COPIED:
                     continue
+                await self._make_room()
                 table = await self.table(index)  # if it is shared: nobody changes it meanwhile, it is not ours
+                maps = self.maps.get(index)
                 offset, _, _ = await self._refcounts.allocate(1)
                 old = self.l1[index]
                 if table is None:
-                    self.l2[index] = table = array("Q", bytes(1 << self.bits))
+                    table = array("Q", bytes(8 << self.l2_shift - self.bits))
+                    maps = table[:] if self.extended else None
                 self.l2.setdefault(index, table)
+                if maps is not None:
+                    self.maps.setdefault(index, maps)
                 self.l1[index] = offset | COPIED
                 self.l1_dirty.add(index)
                 self.dirty[index] = (0, len(table))
                 if old:
                     self._refcounts.retired.append((old & OFFSET) >> self.bits)
 
-    def change(self, index: int, first: int, entries: array[int] | list[int]) -> None:
-        """Put entries into a table that `own` has just returned; what the old ones referred to is retired."""
+    def change(self, index: int, first: int, entries: array[int] | list[int], maps: list[int] | None = None) -> None:
+        """Put entries into a table that `own` has just returned; what the old ones referred to is retired.
+
+        With extended entries: first words without PARTIAL, and the second words (None: all 0).
+        """
         table = self.l2[index]
         for at, entry in enumerate(entries, first):
             old = table[at]
             if old and (old ^ entry) & (OFFSET | COMPRESSED):
                 self._retire(old)
             table[at] = entry
+        if self.extended:
+            bitmaps = self.maps[index]
+            for at, bitmap in zip(range(first, first + len(entries)), maps or repeat(0), strict=False):
+                bitmaps[at] = bitmap
+                if bitmap != ALLOCATED and table[at] and not table[at] & COMPRESSED:
+                    table[at] |= PARTIAL
         end = first + len(entries)
         was = self.dirty.get(index)
         self.dirty[index] = (first, end) if was is None else (min(first, was[0]), max(end, was[1]))
@@ -141,23 +207,31 @@ class Tables:
         table = await self.table(index)
         if table is None:
             return False
-        for entry in filter(None, table[::2] if self._extended else table):
+        for entry in filter(None, table):
             self._retire(entry)
         self._refcounts.retired.append((self.l1[index] & OFFSET) >> self.bits)
         self.l1[index] = 0
         self.l1_dirty.add(index)
         del self.l2[index]
+        self.maps.pop(index, None)
         self.dirty.pop(index, None)
         return True
 
     def _retire(self, entry: int) -> None:
-        self._refcounts.retired.extend(clusters_of(entry, self.bits))
+        if not self.external:  # there nothing is counted
+            self._refcounts.retired.extend(clusters_of(entry, self.bits))
 
     def dirty_bytes(self, index: int) -> tuple[int, bytes]:
         """Where in the file, and what, is to be written of an L2 table that changed."""
         first, end = self.dirty[index]
         first, end = first // _UNIT * _UNIT, -(-end // _UNIT) * _UNIT
-        return (self.l1[index] & OFFSET) + first * 8, encode_table(self.l2[index][first:end])
+        table = self.l2[index][first:end]
+        if self.extended:
+            words = array("Q", bytes(16 * len(table)))
+            words[::2] = array("Q", [entry if entry & COMPRESSED else entry & ~PARTIAL for entry in table])
+            words[1::2] = self.maps[index][first:end]
+            return (self.l1[index] & OFFSET) + first * 16, encode_table(words)
+        return (self.l1[index] & OFFSET) + first * 8, encode_table(table)
 
     def l1_bytes(self) -> list[tuple[int, bytes]]:
         """What is to be written of the L1 table."""
@@ -178,8 +252,8 @@ class Tables:
             table = self.l2.get(index) or await self.table(index)
             if table is None:
                 _add(found, Run(Kind.BELOW, 0, stop - offset))
-            elif self._extended:
-                self._subcluster_runs(found, table, offset, stop)
+            elif self.extended:
+                self._subcluster_runs(found, index, offset, stop)
             else:
                 self._runs(found, table, offset, stop)
             offset = stop
@@ -188,14 +262,14 @@ class Tables:
         return found
 
     def _runs(self, found: list[Run], table: array[int], offset: int, stop: int) -> None:
-        bits, size, mask, odd = self.bits, 1 << self.bits, self.mask, self.odd
+        bits, size, mask, odd, placed = self.bits, 1 << self.bits, self.mask, self.odd, self.placed
         while offset < stop:
             entry = table[(offset >> bits) & mask]
             within = offset & (size - 1)
             length = min(size - within, stop - offset)
             if not entry & odd:
-                host = entry & OFFSET
-                _add(found, Run(Kind.DATA, host + within, length) if host else Run(Kind.BELOW, 0, length))
+                _add(found, Run(Kind.DATA, (entry & OFFSET) + within, length) if entry & placed else
+                     Run(Kind.BELOW, 0, length))
             elif entry & COMPRESSED:
                 found.append(Run(Kind.PACKED, entry, length))
             else:
@@ -204,25 +278,33 @@ class Tables:
             offset += length
 
     def _check_entry(self, entry: int, offset: int) -> None:
-        """An entry of no plain kind: only the zero flag of version 3 may be the reason."""
-        if entry & L2_RESERVED or entry & OFFSET & ((1 << self.bits) - 1) or (
-                entry & ZERO and (self._version < 3 or self._extended)):
+        """An entry of no plain kind: only the zero flag of version 3, or PARTIAL, may be the reason."""
+        reserved = L2_RESERVED | (1 << self.bits) - 1 & OFFSET
+        if entry & reserved & ~(PARTIAL if self.extended else 0) or (
+                entry & ZERO and (self._version < 3 or self.extended)):
             raise broken(f"the L2 entry of the disk's byte {offset} is {entry:#x}")
 
-    def _subcluster_runs(self, found: list[Run], table: array[int], offset: int, stop: int) -> None:
+    def _subcluster_runs(self, found: list[Run], index: int, offset: int, stop: int) -> None:
         bits, size, unit = self.bits, 1 << self.bits, 1 << (self.bits - 5)
+        table, maps = self.l2[index], self.maps[index]
         while offset < stop:
-            at = (offset >> bits) & self.mask
-            entry, subclusters = table[2 * at], Subclusters.parse(table[2 * at + 1])
+            at, within = (offset >> bits) & self.mask, offset & (size - 1)
+            length = min(size - within, stop - offset)
+            entry = table[at]
+            if not entry & self.odd and entry & self.placed:
+                _add(found, Run(Kind.DATA, (entry & OFFSET) + within, length))
+                offset += length
+                continue
             if entry & COMPRESSED:
-                length = min(size - (offset & (size - 1)), stop - offset)
                 found.append(Run(Kind.PACKED, entry, length))
                 offset += length
                 continue
-            self._check_entry(entry, offset)
-            if not subclusters.valid or (subclusters.allocated and not entry & OFFSET):
-                raise broken(f"the subclusters of the disk's byte {offset} are {subclusters}")
-            cluster_end = min(stop, (offset | (size - 1)) + 1)
+            subclusters = self.subclusters(index, at)
+            if not maps[at] or maps[at] == ZEROED:
+                _add(found, Run(Kind.ZERO if maps[at] else Kind.BELOW, 0, length))
+                offset += length
+                continue
+            cluster_end = offset + length
             while offset < cluster_end:
                 within = offset & (size - 1)
                 length = min(unit - (within & (unit - 1)), cluster_end - offset)
@@ -232,6 +314,15 @@ class Tables:
                 else:
                     _add(found, Run(Kind.ZERO if subclusters.zero & bit else Kind.BELOW, 0, length))
                 offset += length
+
+    def subclusters(self, index: int, at: int) -> Subclusters:
+        """Of an entry that is not compressed, of a table in memory. Raises OSError (EIO) if it cannot be right."""
+        entry, offset = self.l2[index][at], (index << self.l2_shift) + (at << self.bits)
+        self._check_entry(entry, offset)
+        subclusters = Subclusters.parse(self.maps[index][at])
+        if not subclusters.valid or (subclusters.allocated and not entry & self.placed):
+            raise broken(f"the subclusters of the disk's byte {offset} are {subclusters}")
+        return subclusters
 
 
 def clusters_of(entry: int, bits: int) -> range:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -103,21 +103,27 @@ async def whole_clusters(user: Backend, rnd: random.Random, start: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
-def test_no_request_meets_the_data_of_another(cluster_size: int, seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cluster_size", "options"), [
+    (512, {}), (4096, {}), (65536, {}), (16384, {"extended_l2": True}), (65536, {"extended_l2": True}),
+    (4096, {"data_file": "data"}), (16384, {"data_file": "data", "extended_l2": True})], ids=str)
+def test_no_request_meets_the_data_of_another(
+    cluster_size: int, options: dict[str, Any], seed: int, tmp_path: Path
+) -> None:
     path, rnd = tmp_path / "disk", random.Random(seed)
     base = rnd.randbytes(SIZE // 2)
     (tmp_path / "base").write_bytes(base)
     backed = bool(seed & 1)
     CreateQcow2(filename=str(path), size=SIZE + 32 * KiB, cluster_size=cluster_size,
-                backing_file="base" if backed else None, backing_fmt="raw" if backed else None).create()
+                backing_file="base" if backed else None, backing_fmt="raw" if backed else None, **options).create()
     model = bytearray((base if backed else b"").ljust(SIZE, b"\0"))
 
     async def go() -> None:
         graph = Graph()
         node = await graph.open({
             "driver": "qcow2", "l2-cache-size": 4 * cluster_size, "refcount-cache-size": 4 * cluster_size,
-            "file": {"driver": "test-waiting", "seed": seed, "file": {"driver": "file", "filename": str(path)}}})
+            "file": {"driver": "test-waiting", "seed": seed, "file": {"driver": "file", "filename": str(path)}},
+            **({"data-file": {"driver": "test-waiting", "seed": -seed, "file": {
+                "driver": "file", "filename": str(tmp_path / "data")}}} if "data_file" in options else {})})
         user = graph.attach_backend(node, "test", READ | WRITE)
         await asyncio.gather(*(worker(user, model, random.Random(seed + each), each, 12) for each in range(12)),
                              whole_clusters(user, rnd, SIZE))
