@@ -410,16 +410,15 @@ def test_an_encrypted_image_is_refused_by_name(tmp_path: Path) -> None:
     refuses(path, "LUKS")
 
 
-@pytest.mark.parametrize(("bits", "said"), [(1, "dirty bit"), (2, "corrupt")])
-def test_an_image_that_needs_repair_is_for_reading(bits: int, said: str, tmp_path: Path) -> None:
+def test_an_image_that_is_corrupt_is_for_reading(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     made(path, "compat=1.1")
     with path.open("r+b") as file:
         file.seek(79)
-        file.write(bytes([bits]))
+        file.write(bytes([2]))
 
     async def go() -> None:
-        with pytest.raises(OptionError, match=said):
+        with pytest.raises(OptionError, match="corrupt"):
             await Graph().open(image_options(path))
         async with disk(image_options(path, **{"read-only": True})) as user:
             assert bytes(await user.pread(0, 10)) == bytes(10)

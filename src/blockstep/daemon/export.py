@@ -13,6 +13,7 @@ from blockstep.block.permissions import NONE, READ, WRITE
 from blockstep.daemon.disks import serve, uris
 from blockstep.daemon.service import Service
 from blockstep.images.opened import ImageName
+from blockstep.inventory.notices import tell
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server
 from blockstep.nbd.tls import server_context
@@ -45,6 +46,7 @@ async def main(config: ExportConfig, ready: Callable[[list[str]], None]) -> None
     tls = server_context(config.tls_certificates or "", config.tls_verify_peer) if config.tls != "off" else None
     service = Service(None)
     graph = Graph()
+    graph.listeners.append(tell)
     image = ImageName(os.path.abspath(config.path), config.format, cache="none" if config.direct else "writeback",
                       option="--format")
     options = await image.node_options(writable=not config.read_only)

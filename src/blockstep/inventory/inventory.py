@@ -15,6 +15,7 @@ from blockstep.block.node import Node
 from blockstep.drivers.nbd import Nbd
 from blockstep.inventory.colo import Colo
 from blockstep.inventory.exports import CLOSE_DEADLINE, ExportTable
+from blockstep.inventory.notices import tell
 from blockstep.inventory.objects import Objects
 from blockstep.jobs.registry import JobRegistry
 from blockstep.replication.registry import ReplicationRegistry
@@ -32,7 +33,7 @@ class Inventory:
         self.exports = ExportTable(self.graph, self.report, lambda id: self.objects.tls(id, "server").context())
         #: Gets QEMU's name of each event and its data: what nodes, jobs and exports report.
         self.on_event: Callable[[str, Mapping[str, Any]], None] = lambda name, data: None
-        self.graph.listeners.append(self.report)
+        self.graph.listeners += [self.report, tell]
 
     def report(self, name: str, data: Mapping[str, Any]) -> None:
         """Tell of an event."""

@@ -40,6 +40,7 @@ from blockstep.drivers.qcow2.format import (
     parse_header,
 )
 from blockstep.drivers.qcow2.refcounts import Refcounts, read_file
+from blockstep.drivers.qcow2.repairing import repair_file
 from blockstep.drivers.qcow2.tables import Tables
 from blockstep.errors import ImageError, OptionError
 
@@ -101,6 +102,8 @@ class Qcow2(Emptier, Copier):
         check_data_file(self.header, self.file, self.data_file, self.backing)
         if not self.read_only:
             self._check_writable(self.header)
+            if self.header.incompatible & DIRTY:
+                self.header = await self._repaired()
         for name, size in (("l2-cache-size", self.options.l2_cache_size),
                            ("refcount-cache-size", self.options.refcount_cache_size)):
             if size is not None and size <= 0:
@@ -143,12 +146,26 @@ class Qcow2(Emptier, Copier):
 
     def _check_writable(self, header: Header) -> None:
         """Raises OptionError for ``read-only``, so that with auto-read-only the image is opened for reading."""
-        for is_so, what in (
-                (header.incompatible & DIRTY, "its refcounts were not written when it was closed (the dirty bit); "
-                                              "repair it first: blockstep img check --repair all"),
-                (header.incompatible & CORRUPT, "it is marked as corrupt; repair it first")):
-            if is_so:
-                raise OptionError("read-only", False, f"on, for the image '{self.file.node.name}': {what}")
+        if header.incompatible & CORRUPT:
+            raise OptionError("read-only", False, f"on, for the image '{self.file.node.name}': it is marked as corrupt; "
+                                                  "repair it first: blockstep img check --repair all")
+
+    async def _repaired(self) -> Header:
+        """Repair an image that is dirty. Raises OptionError for ``read-only``; OSError."""
+        try:
+            result = await repair_file(self.file)
+            header = await self._load_header()
+            if header.incompatible & DIRTY:
+                raise ImageError("image", f"{result.corruptions} corruptions", "one that can be repaired")
+        except ImageError as error:
+            raise OptionError("read-only", False, f"on, for the image '{self.file.node.name}': it was not closed in "
+                                                  f"order (the dirty bit), and cannot be repaired: {error}") from error
+        data: dict[str, Any] = {"node-name": self.name, "corruptions-fixed": result.corruptions_fixed,
+                                "leaks-fixed": result.leaks_fixed}
+        if isinstance(name := getattr(self.file.node.options, "filename", None), str):
+            data["filename"] = name
+        self.report("BLOCK_IMAGE_REPAIRED", data)
+        return header
 
     async def _clear_autoclear(self) -> None:
         known = self.header.autoclear & (BITMAPS | RAW_EXTERNAL)
@@ -211,6 +228,8 @@ class Qcow2(Emptier, Copier):
                                                   "that only opening it anew takes account of")
         header = await self._load_header()
         self._check_writable(header)
+        if header.incompatible & DIRTY:
+            raise changed
         fresh = await self._load_tables(header)
         unknown = header.autoclear & ~(BITMAPS | RAW_EXTERNAL)
         if header.size != self.length or unknown or await fresh[0].uses_beyond_end():

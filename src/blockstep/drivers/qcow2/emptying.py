@@ -39,9 +39,7 @@ class Emptier(Keeper, Resizer):
         """See `Driver`."""
         if self.header.snapshot_count:
             raise not_supported("make_empty at once of an image with internal snapshots")
-        if self._raw_data:
-            raise not_supported("make_empty of an image with a raw external data file, which would have to be zeroed")
-        self._check_not_read_only()
+        self._check_possible()
         entries = max(1, entries_for(self.length, self._bits, self.header.l2_bits))
         await self._keeping.acquire()
 
@@ -56,7 +54,7 @@ class Emptier(Keeper, Resizer):
         if not self.header.snapshot_count:
             await super().make_empty()
             return
-        self._check_not_read_only()
+        self._check_possible()
         token = self._lock.try_take(0, EVERYTHING) or await self._lock.take(0, EVERYTHING)
         try:
             for index in range(len(self._tables.l1)):
@@ -67,7 +65,9 @@ class Emptier(Keeper, Resizer):
         finally:
             self._lock.give_back(token)
 
-    def _check_not_read_only(self) -> None:
+    def _check_possible(self) -> None:
+        if self._raw_data:
+            raise not_supported("make_empty of an image with a raw external data file, which would have to be zeroed")
         if self.read_only:
             raise OSError(errno.EPERM, f"{os.strerror(errno.EPERM)}: the image is read-only")
 

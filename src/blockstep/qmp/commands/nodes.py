@@ -103,6 +103,16 @@ class QuorumFailure(Event):
     sectors_count: int
 
 
+@commands.event("BLOCK_IMAGE_REPAIRED")
+class BlockImageRepaired(Event, kw_only=True):
+    """An image with lazy refcounts was not closed in order, and was repaired when it was opened for writing."""
+
+    node_name: str
+    filename: str | UnsetType = UNSET
+    corruptions_fixed: int
+    leaks_fixed: int
+
+
 @commands.event("NBD_CONNECTION")
 class NbdConnection(Event):
     """The connection of an nbd node to its server has come, or was lost (``error`` says why)."""

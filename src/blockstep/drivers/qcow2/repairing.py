@@ -1,0 +1,60 @@
+"""Repair of an image that is dirty when it is opened for writing: its last writer postponed refcounts, and was killed.
+
+QEMU does so where an image has lazy refcounts; its dirty bit says that refcounts may be too low, so that a cluster in
+use could be given out again. They are counted anew, by `repair`, in a thread that has the event loop read and write
+for it. Killed in the middle, the image is still dirty: the next one who opens it goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from blockstep.aio.pool import in_thread
+from blockstep.block.node import Child
+from blockstep.drivers.qcow2.check_tables import CheckResult
+from blockstep.drivers.qcow2.repair import repair
+
+T = TypeVar("T")
+
+
+async def repair_file(file: Child) -> CheckResult:
+    """Make the image in ``file`` consistent, as ``img check --repair all`` does. Durable at return.
+
+    Memory is bounded as that of a check is. Raises ImageError and OSError as `repair.repair` does; then, and when it is
+    cancelled, the image is still dirty.
+    """
+    loop = asyncio.get_running_loop()
+    given_up = False
+
+    def ask(request: Coroutine[Any, Any, T]) -> T:
+        if given_up:
+            request.close()
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+        return asyncio.run_coroutine_threadsafe(request, loop).result()
+
+    async def pread(offset: int, length: int) -> bytes:
+        return bytes(await file.pread(offset, length))
+
+    async def pwrite(offset: int, data: bytes) -> None:
+        if offset + len(data) > file.node.length:
+            await file.truncate(offset + len(data))
+        await file.pwrite(offset, data)
+
+    async def flush() -> None:
+        await file.flush()
+
+    work = asyncio.ensure_future(in_thread(
+        repair, lambda offset, length: ask(pread(offset, length)), file.node.length,
+        lambda offset, data: ask(pwrite(offset, data)), lambda: ask(flush()), "all"))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        given_up = True
+        await asyncio.wait([work])
+        if not work.cancelled():
+            work.exception()
+        raise
