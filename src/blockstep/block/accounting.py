@@ -96,7 +96,7 @@ class CountedBackend(Backend):
                 account.highest = offset + len(data)
         return writing
 
-    async def _end_write(self, writing: Coroutine[Any, Any, None], offset: int, length: int) -> None:
+    async def _end_write(self, writing: Awaitable[None], offset: int, length: int) -> None:
         account = self.account
         await self._count("write", account.write, super()._end_write(writing, offset, length), length, SAMPLE)
         account.highest = max(account.highest, offset + length)

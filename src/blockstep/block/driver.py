@@ -126,16 +126,13 @@ class Driver(Node):
         """`pread` for those who count: the data if it is at hand, else a coroutine that has not begun.
 
         Coroutines that end at once cost 0.2 us each, in every layer. Who gets one begins it before anything else
-        happens, or closes it. A driver that overrides this may make its `pread` of it, calling it by the name of its
-        class: in a subclass with a `pread` of its own ``self.begin_read`` is that.
+        happens. A driver that overrides this may make its `pread` of it, calling it by the name of its class: in a
+        subclass with a `pread` of its own ``self.begin_read`` is that.
         """
         return self.pread(offset, length)
 
-    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
-        """`pwrite` without flags in the same way: None if it is done, or else a coroutine.
-
-        A coroutine that is closed before it began leaves the range old, new or a mixture, as a write that failed.
-        """
+    def begin_write(self, offset: int, data: Buffer) -> Awaitable[None] | None:
+        """`pwrite` without flags in the same way: None if it is done, or else what to await, at once."""
         return self.pwrite(offset, data)
 
     def submit_write(

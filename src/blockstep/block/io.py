@@ -108,7 +108,7 @@ class Backend:
         writing = edge.begin_write(offset, data)
         return None if writing is None else self._end_write(writing, offset, len(data))
 
-    async def _end_write(self, writing: Coroutine[Any, Any, None], offset: int, length: int) -> None:
+    async def _end_write(self, writing: Awaitable[None], offset: int, length: int) -> None:
         self.in_flight += 1
         try:
             await writing

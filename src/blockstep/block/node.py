@@ -11,7 +11,7 @@ Only `blockstep.block.graph` changes edges.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol
 
 import msgspec
@@ -78,7 +78,7 @@ class Child:
         "node", "parent", "pread", "pwrite", "role", "shared", "submit_write", "truncate", "write_zeroes",
     )
 
-    begin_write: Callable[[int, Any], Coroutine[Any, Any, None] | None]
+    begin_write: Callable[[int, Any], Awaitable[None] | None]
 
     def __init__(self, parent: Parent, name: str, role: Role, node: Driver,
                  taken: Permission = NONE, shared: Permission = ALL) -> None:

@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from types import CoroutineType
-from typing import Any, ClassVar, Final, Literal
+from typing import ClassVar, Final, Literal
 
 from blockstep.aio.rangelock import RangeLock
 from blockstep.block.bitmap import Bitmap
@@ -85,29 +85,47 @@ class CopyBeforeWrite(Filter):
         """Save the clusters that the range touches, unless they are. Raises OSError, whatever ``on-cbw-error`` says."""
         await self._locked(offset, length, None)
 
-    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
+    def begin_write(self, offset: int, data: Buffer) -> Awaitable[None] | None:
         done = self.done
         shift, bits = done.shift, done.bits
         first, end = offset >> shift, (offset + len(data) - 1 >> shift) + 1
         if (bits[first] if end - first == 1 else bits.find(0, first, end) < 0) or self.broken:
             return self.file.begin_write(offset, data)
-        if end - first > 1 or end << shift > done.length or not self.lock.idle:
+        start, size = first << shift, (end - first) << shift
+        if (size > _PIECE or start + size > done.length or not self.lock.idle
+                or (end - first > 1 and bits.find(1, first, end) >= 0)):
             return self.pwrite(offset, data)
-        # One whole cluster, the path of every small write after a checkpoint: nothing comes in between.
-        old = self.file.begin_read(first << shift, 1 << shift)
+        # Clusters none of which is saved, as in most small writes after a checkpoint: mostly nothing comes in between.
+        old = self.file.begin_read(start, size)
         if old.__class__ is CoroutineType:
-            old.close()
-            return self.pwrite(offset, data)
+            return self._save_and_write(first, end, old, None, offset, data)
         try:
-            saving = self.target.begin_write(first << shift, old)
+            saving = self.target.begin_write(start, old)
         except OSError as error:
             self._not_saved(error)
         else:
             if saving is not None:
-                saving.close()
-                return self.pwrite(offset, data)
-        bits[first] = 1
+                return self._save_and_write(first, end, None, saving, offset, data)
+        bits[first:end] = True
         return self.file.begin_write(offset, data)
+
+    async def _save_and_write(self, first: int, end: int, reading: Awaitable[Buffer] | None,
+                              saving: Awaitable[None] | None, offset: int, data: Buffer) -> None:
+        """The same where something has to be waited for: the rest of it. Nobody holds the lock."""
+        shift = self.done.shift
+        token = self.lock.try_take(first << shift, end << shift)
+        try:
+            try:
+                if reading is not None:
+                    saving = self.target.pwrite(first << shift, await reading)
+                assert saving is not None
+                await saving
+            except OSError as error:
+                self._not_saved(error)
+            self.done.bits[first:end] = True
+            await self.file.pwrite(offset, data)
+        finally:
+            self.lock.give_back(token)
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         if self.broken or self._is_saved(offset, len(data)):

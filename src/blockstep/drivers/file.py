@@ -32,7 +32,7 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from types import CoroutineType
 from typing import Any, ClassVar, Final, Literal
 
@@ -146,7 +146,7 @@ class File(Driver):
             return await in_thread(read_whole, self.fd, length, offset)
         return await self._cold.read(self.fd, length, offset)
 
-    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
+    def begin_write(self, offset: int, data: Buffer) -> Awaitable[None] | None:
         if len(data) <= INLINE and self._write(self.fd, data, offset) == len(data):
             return None
         return self._write_waiting(offset, data, 0)

@@ -29,7 +29,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any, ClassVar, Final
 
 from blockstep.aio.pool import in_background, in_thread
@@ -249,7 +249,7 @@ class Overlay(Driver):
         if flags & FUA:
             await self.flush()
 
-    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
+    def begin_write(self, offset: int, data: Buffer) -> Awaitable[None] | None:
         length = len(data)
         end = offset + length
         shift, bits = self._shift, self._bits

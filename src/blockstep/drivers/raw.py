@@ -8,7 +8,7 @@ with a window it is not the same disk as its child.
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from typing import Any, ClassVar
 
 from blockstep.block.driver import Buffer, Driver, Extent, not_supported
@@ -57,7 +57,7 @@ class Raw(Driver):
     def begin_read(self, offset: int, length: int) -> Buffer | Coroutine[Any, Any, Buffer]:
         return self.file.begin_read(offset + self._offset, length)
 
-    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
+    def begin_write(self, offset: int, data: Buffer) -> Awaitable[None] | None:
         return self.file.begin_write(offset + self._offset, data)
 
     def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> Coroutine[Any, Any, None]:

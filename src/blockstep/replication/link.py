@@ -8,10 +8,11 @@ its copy waits in a bounded queue; when the queue is full, guests wait for room.
 standby as well. Whatever goes wrong beyond the link, a guest's write never fails for it and never waits for longer than
 the deadline of the target's requests: at the first error the link *lets go* (`fail`), and all who wait go on.
 
-The order of overlapping writes is the same on both sides: on this side a range lock is held until a write is both
-queued and on the disk, and on the way to the standby a write waits while an overlapping one is out. A flush that
-does not go to the standby is a barrier on the way: what the guest writes after it is sent when what it wrote before
-has been acknowledged. So what the standby has is at any moment a state that a crash of the primary could have left.
+The order of overlapping writes is the same on both sides: on this side a write is queued and on the disk before
+anything else happens, or holds a range lock until it is; on the way to the standby it waits while an overlapping one
+is out. A flush that does not go to the standby is a barrier on the way: what the guest writes after it is sent when
+what it wrote before has been acknowledged. So what the standby has is at any moment a state that a crash of the
+primary could have left.
 
 **What the standby may lack.** Two bitmaps, from the first byte on: `since` is what was written since the last mark,
 `closing` what was written before it and is not yet known to be durable on the standby. After a loss their union
@@ -33,7 +34,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, ClassVar, Final, Literal
 
 from blockstep.aio.inline import Completion, start, submit
@@ -191,8 +192,8 @@ class Link(Filter):
 
     # --- requests of the guest ---
 
-    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
-        if self.queued > self.queue or not self._lock.idle or (self.on and self.options.ack == "both"):
+    def begin_write(self, offset: int, data: Buffer) -> Awaitable[None] | None:
+        if self.queued > self.queue or not self._lock.idle:
             return self.pwrite(offset, data)
         length = len(data)
         try:
@@ -202,20 +203,29 @@ class Link(Filter):
             self._tore(offset, length)
             raise
         if writing is not None:
-            writing.close()
-            return self.pwrite(offset, data)
+            return self._write(offset, data, 0, writing)
+        # This disk has it, and nothing can have come in between: only the standby is left, in the queue's order.
         self.since.set(offset, length)
         self.written += length
+        done: Completion[None] | None = None
         if self.on:
-            self._put(_Request(self, "pwrite", offset, offset + length, bytes(data), 0, None))
+            if self.options.ack == "both":
+                done = Completion()
+            else:
+                data = bytes(data)
+            self._put(_Request(self, "pwrite", offset, offset + length, data, 0, done))
         if self.alarm and self.written > self.alarm:
             self.on_written()
-        return None
+        return done
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
-        length = len(data)
         if self.queued > self.queue:
             await self._room()
+        await self._write(offset, data, flags, None)
+
+    async def _write(self, offset: int, data: Buffer, flags: int, writing: Awaitable[None] | None) -> None:
+        """To both disks. ``writing``: to this one, if that has been begun; nobody holds the lock then."""
+        length = len(data)
         end = offset + length
         token = self._lock.try_take(offset, end) or await self._lock.take(offset, end)
         marks = self._marks
@@ -225,15 +235,15 @@ class Link(Filter):
             if self.alarm and self.written > self.alarm:
                 self.on_written()
             if not self.on:
-                await self.file.pwrite(offset, data, flags)
+                await (writing or self.file.pwrite(offset, data, flags))
             elif self.options.ack == "local":
                 self._put(_Request(self, "pwrite", offset, end, bytes(data), 0, None))
-                await self.file.pwrite(offset, data, flags)
+                await (writing or self.file.pwrite(offset, data, flags))
             else:
                 done: Completion[None] = Completion()
                 self._put(_Request(self, "pwrite", offset, end, data, flags, done))
                 try:
-                    await self.file.pwrite(offset, data, flags)
+                    await (writing or self.file.pwrite(offset, data, flags))
                 finally:
                     await done
         except OSError:

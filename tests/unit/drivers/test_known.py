@@ -17,7 +17,7 @@ def test_each_name_is_that_of_a_driver_in_its_module() -> None:
 
 def test_no_driver_is_left_out() -> None:
     blockstep.drivers.load()
-    ours = [name for name in driver_names() if find_driver(name).__module__.startswith("blockstep.")]
+    ours = [name for name in driver_names() if find_driver(name).__module__.startswith("blockstep.drivers.")]
     assert ours == sorted(MODULES)
 
 

@@ -7,9 +7,9 @@ way through `Tables.runs`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Coroutine
 from types import CoroutineType
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Final, TypeVar
 
 from blockstep.aio.pool import in_thread
 from blockstep.aio.rangelock import RangeLock
@@ -20,7 +20,6 @@ from blockstep.drivers.qcow2.format import COPIED, OFFSET, RAW_EXTERNAL, ZERO, H
 from blockstep.drivers.qcow2.refcounts import Refcounts, broken, read_file
 from blockstep.drivers.qcow2.tables import PARTIAL, Kind, Run, Tables
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Beyond any disk's end.
@@ -79,29 +78,23 @@ class Reader(Driver):
                 host = (entry & OFFSET) + within
                 if host + length <= self._refcounts.data_length:
                     found = self._data.begin_read(host, length)
-                    if found.__class__ is not CoroutineType:
-                        return found
-                    found.close()
-                    return self._running(self._data.pread, host, length)
+                    return self._running(found) if found.__class__ is CoroutineType else found
         if self._tables.extended and (host := self._place(offset, length, own=False)) >= 0:
             found = self._data.begin_read(host, length)
-            if found.__class__ is not CoroutineType:
-                return found
-            found.close()
-            return self._running(self._data.pread, host, length)
-        return self._running(self._read, offset, length)
+            return self._running(found) if found.__class__ is CoroutineType else found
+        return self._running(self._read(offset, length))
 
     async def pread(self, offset: int, length: int) -> Buffer:
         found = Reader.begin_read(self, offset, length)
         return await found if found.__class__ is CoroutineType else found  # type: ignore[return-value]
 
-    async def _running(self, request: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def _running(self, request: Awaitable[T]) -> T:
         """Do a request that may wait: what it uses is not given to others meanwhile."""
         refcounts = self._refcounts
         turn = refcounts.turn
         refcounts.running[turn] += 1
         try:
-            return await request(*args, **kwargs)
+            return await request
         finally:
             refcounts.running[turn] -= 1
 

@@ -14,8 +14,8 @@ that the data is there; where another program has left some that do not, they co
 from __future__ import annotations
 
 from array import array
-from collections.abc import Coroutine
-from typing import Any, Final
+from collections.abc import Awaitable
+from typing import Final
 
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, ZEROES, Buffer, not_supported
 from blockstep.drivers.qcow2.format import COPIED, OFFSET, ZERO
@@ -31,7 +31,7 @@ _PIECE: Final = 2 << 20
 class Writer(SubclusterWriter):
     """The part of the driver that writes."""
 
-    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
+    def begin_write(self, offset: int, data: Buffer) -> Awaitable[None] | None:
         length = len(data)
         within = offset & self._within
         table = self._l2.get(offset >> self._l2_shift)
@@ -41,17 +41,11 @@ class Writer(SubclusterWriter):
                 host = (entry & OFFSET) + within
                 if host + length <= self._refcounts.data_length:
                     writing = self._data.begin_write(host, data)
-                    if writing is None:
-                        return None
-                    writing.close()
-                    return self._running(self._data.pwrite, host, data)
+                    return None if writing is None else self._running(writing)
         if self._tables.extended and (host := self._place(offset, length, own=True)) >= 0:
             writing = self._data.begin_write(host, data)
-            if writing is None:
-                return None
-            writing.close()
-            return self._running(self._data.pwrite, host, data)
-        return self._running(self._write, offset, data)
+            return None if writing is None else self._running(writing)
+        return self._running(self._write(offset, data))
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         writing = Writer.begin_write(self, offset, data)
