@@ -169,6 +169,13 @@ class Driver(Node):
         """
         return None
 
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """Write clusters so that they take less room. Whole ones, at cluster boundaries; the disk may end in the last.
+
+        Raises OSError: EINVAL for other ranges, ENOTSUP where nothing is compressed.
+        """
+        raise not_supported("compressed writes")
+
     async def copy_in(self, of: tuple[int, int], offset: int, length: int,
                       piece: int) -> list[tuple[int, bool]] | None:
         """Write to a range what lies in a file, ``of`` (descriptor, offset), read and written in one go in a thread.

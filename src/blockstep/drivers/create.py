@@ -105,6 +105,7 @@ class CreateQcow2(_Create, tag="qcow2"):
         description="metadata: all clusters have their places; falloc: and room; full: zeroes are written.")] = "off"
     lazy_refcounts: Annotated[bool, Meta(description="Let others postpone the update of refcounts.")] = False
     refcount_bits: Annotated[int, Meta(description="Width of refcounts, a power of two up to 64.")] = 16
+    compression_type: Annotated[Literal["zlib", "zstd"], Meta(description="Of clusters that are compressed.")] = "zlib"
     extended_l2: Annotated[bool, Meta(
         description="32 subclusters in each cluster, allocated one by one; of clusters of 16 KiB or more.")] = False
     data_file: Annotated[str | None, Meta(
@@ -127,7 +128,8 @@ class CreateQcow2(_Create, tag="qcow2"):
         return new_header(self.size, version=int(self.version[1]), cluster_size=self.cluster_size,
                           refcount_bits=self.refcount_bits, lazy_refcounts=self.lazy_refcounts,
                           backing_file=self.backing_file, backing_fmt=self.backing_fmt,
-                          extended_l2=self.extended_l2, data_file=self.data_file, data_file_raw=self.data_file_raw)
+                          extended_l2=self.extended_l2, data_file=self.data_file, data_file_raw=self.data_file_raw,
+                          compression_type=self.compression_type)
 
     def create(self) -> None:
         header = self._header()

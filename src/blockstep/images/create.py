@@ -99,7 +99,7 @@ async def create(wanted: Any) -> None:
 def formatting(format: str, wanted: Any) -> str:
     """The line that qemu-img prints: what is made. Of qcow2 images it has the defaults as well."""
     default = type(wanted)(filename="", size=0)
-    found: dict[str, Any] = {"extended_l2": False, "compression_type": "zlib"} if format == "qcow2" else {}
+    found: dict[str, Any] = {"extended_l2": False} if format == "qcow2" else {}
     for one in msgspec.structs.fields(wanted):
         value, word = getattr(wanted, one.name), _word(one.encode_name)
         always = word == "size" or (format == "qcow2" and word in _ALWAYS)
@@ -115,7 +115,7 @@ def formatting(format: str, wanted: Any) -> str:
 #: The order in which qemu-img tells them of a qcow2 image.
 _ORDER: Final = ("cluster_size", "extended_l2", "preallocation", "compression_type", "size", "backing_file",
                  "backing_fmt", "compat", "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits")
-_ALWAYS: Final = {"cluster_size", "lazy_refcounts", "refcount_bits"}
+_ALWAYS: Final = {"cluster_size", "compression_type", "lazy_refcounts", "refcount_bits"}
 
 
 def option_help(format: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import Final, Literal
 
 from blockstep.aio.posix import OpenFile, is_block_device, length_of, write_whole, zero_range
 from blockstep.drivers.qcow2.format import (
+    COMPRESSION_TYPE,
     COPIED,
     EXT_BACKING_FORMAT,
     EXT_DATA_FILE,
@@ -24,6 +25,7 @@ from blockstep.drivers.qcow2.format import (
     LAZY_REFCOUNTS,
     RAW_EXTERNAL,
     V2_LENGTH,
+    ZSTD,
     Header,
     build_header,
     check_header,
@@ -42,7 +44,8 @@ _PIECE: Final = 1 << 20
 
 def new_header(size: int, *, version: int = 3, cluster_size: int = 65536, refcount_bits: int = 16,
                lazy_refcounts: bool = False, backing_file: str | None = None, backing_fmt: str | None = None,
-               extended_l2: bool = False, data_file: str | None = None, data_file_raw: bool = False) -> Header:
+               extended_l2: bool = False, data_file: str | None = None, data_file_raw: bool = False,
+               compression_type: Literal["zlib", "zstd"] = "zlib") -> Header:
     """The header of a new image; its tables have no places yet. Raises OptionError that names the option."""
     if cluster_size & (cluster_size - 1) or not 512 <= cluster_size <= 2 << 20:
         raise OptionError("cluster-size", cluster_size, "a power of two from 512 to 2 MiB")
@@ -52,6 +55,8 @@ def new_header(size: int, *, version: int = 3, cluster_size: int = 65536, refcou
         raise OptionError("lazy-refcounts", True, "off in images of version 2")
     if (backing_file is None) != (backing_fmt is None):
         raise OptionError("backing-fmt", backing_fmt, "given if, and only if, there is a backing file")
+    if compression_type != "zlib" and version < 3:
+        raise OptionError("compression-type", compression_type, "zlib in images of version 2")
     _check_features(version, cluster_size, extended_l2, data_file, data_file_raw, backing_file)
     bits = cluster_size.bit_length() - 1
     incompatible = (EXTENDED_L2 if extended_l2 else 0) | (EXTERNAL_DATA if data_file else 0)
@@ -61,6 +66,8 @@ def new_header(size: int, *, version: int = 3, cluster_size: int = 65536, refcou
                     refcount_order=refcount_bits.bit_length() - 1, backing_file=backing_file)
     if version < 3:
         header = replace(header, header_length=V2_LENGTH)
+    if compression_type == "zstd":
+        header = replace(header, incompatible=incompatible | COMPRESSION_TYPE, compression_type=ZSTD)
     if backing_fmt is not None:
         header = header.with_extension(EXT_BACKING_FORMAT, backing_fmt.encode())
     if data_file is not None:

@@ -6,8 +6,8 @@ Data is written where it belongs at once, metadata is kept in memory (`tables`, 
 much of it has changed. The driver is one class in storeys, each in a file with its theory at the head:
 
     Reader ◄── Saver ◄── Writer ◄── Resizer ◄──┐
-                 ▲         ▲                   ├── Emptier ◄──┐
-                 │         └─────── Copier ◄───│──────────────┼── Qcow2: opened, closed, reopened
+                 ▲         ▲                   ├── Emptier ◄───────────┐
+                 │         └─────── Copier ◄───│────────── Packer ◄────┼── Qcow2: opened, closed, reopened
                  └────── Keeper, of bitmaps ◄──┘
 """
 
@@ -26,7 +26,6 @@ from blockstep.block.node import LIVE_OPTIONS, NodeOptions, NodeRef
 from blockstep.block.permissions import Role
 from blockstep.block.registry import register
 from blockstep.drivers.qcow2.backing import backing_options
-from blockstep.drivers.qcow2.copying import Copier
 from blockstep.drivers.qcow2.data_file import check_data_file, check_header, data_file_options
 from blockstep.drivers.qcow2.emptying import Emptier
 from blockstep.drivers.qcow2.format import (
@@ -39,6 +38,7 @@ from blockstep.drivers.qcow2.format import (
     header_span,
     parse_header,
 )
+from blockstep.drivers.qcow2.packing import Packer
 from blockstep.drivers.qcow2.refcounts import Refcounts, read_file
 from blockstep.drivers.qcow2.repairing import repair_file
 from blockstep.drivers.qcow2.tables import Tables
@@ -62,7 +62,7 @@ class Qcow2Options(NodeOptions, tag="qcow2"):
 
 
 @register
-class Qcow2(Emptier, Copier):
+class Qcow2(Emptier, Packer):
     """See the module."""
 
     driver: ClassVar[str] = "qcow2"

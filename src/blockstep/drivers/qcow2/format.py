@@ -404,6 +404,14 @@ def compressed_place(entry: int, cluster_bits: int) -> tuple[int, int]:
     return offset, sectors * 512 - (offset & 511)
 
 
+def compressed_entry(offset: int, length: int, cluster_bits: int) -> int | None:
+    """The L2 entry of compressed data of ``length`` bytes; None: the place is beyond what such an entry can say."""
+    split = 62 - (cluster_bits - 8)
+    if offset + length > 1 << min(split, 56):
+        return None
+    return COMPRESSED | (offset + length - 1 >> 9) - (offset >> 9) << split | offset
+
+
 class Subclusters(NamedTuple):
     """The bitmap of an extended L2 entry: bit x of each is subcluster x, 32 in a cluster."""
 

@@ -19,7 +19,7 @@ import asyncio
 import errno
 import os
 from array import array
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
 from blockstep.block.node import Child
@@ -68,6 +68,8 @@ class Refcounts:
         self._lock = asyncio.Lock()
         self._growing = asyncio.Lock()
         self._cursor = 1
+        #: Where the next compressed data goes (bytes), in a cluster that has some already; 0: in no such.
+        self._packing = 0
         self.file_length = file.node.length
         #: Up to where data can be read and written as it is: there, or anywhere in an external data file.
         self.data_length = self.file_length if not header.incompatible & EXTERNAL_DATA else MOST_OFFSET
@@ -115,8 +117,7 @@ class Refcounts:
     async def of(self, cluster: int) -> int:
         """The refcount of a cluster."""
         async with self._lock:
-            block = await self.block(cluster >> self._per)
-            return 0 if block is None else block[cluster & ((1 << self._per) - 1)]
+            return await self._count(cluster)
 
     async def uses_beyond_end(self) -> bool:
         """Whether clusters behind the file's end, as far as the file's node knows it, are in use."""
@@ -147,6 +148,48 @@ class Refcounts:
             if not exactly:
                 self._cursor = cluster + count
             return cluster << self._bits, count, virgin
+
+    async def allocate_bytes(self, sizes: Sequence[int]) -> list[int]:
+        """Take places for compressed data, each piece at most a cluster: at any byte, each behind the last if possible.
+
+        A cluster counts the pieces that it has a part of. Returns the offsets in bytes. Raises as `allocate` does.
+        """
+        places: list[int] = []
+        async with self._lock:
+            await self._reclaim()
+            try:
+                for size in sizes:
+                    place = await self._place_bytes(size)
+                    places.append(place)
+            except BaseException:
+                await self._lower_bytes(places, sizes)
+                raise
+        return places
+
+    async def _place_bytes(self, size: int) -> int:
+        at = self._packing
+        first, room = at >> self._bits, -at & ((1 << self._bits) - 1)
+        if room and not 0 < await self._count(first) < self._header.most_refcount:
+            room = 0
+        if room < size:
+            cluster, _ = await self._find(1, exactly=True)
+            await self.grow((cluster + 1) << self._bits)
+            await self._change(cluster, 1)
+            self._cursor = cluster + 1
+            if not room or cluster != first + 1:
+                at, room = cluster << self._bits, 0
+        if room:
+            block = await self.block(first >> self._per)
+            assert block is not None
+            index = first & ((1 << self._per) - 1)
+            block[index] += 1
+            self.touched(first >> self._per, index, index + 1)
+        self._packing = at + size if (at + size) & ((1 << self._bits) - 1) else 0
+        return at
+
+    async def _count(self, cluster: int) -> int:
+        block = await self.block(cluster >> self._per)
+        return 0 if block is None else block[cluster & ((1 << self._per) - 1)]
 
     async def _find(self, wanted: int, exactly: bool) -> tuple[int, int]:
         per, mask = self._per, (1 << self._per) - 1
@@ -325,6 +368,15 @@ class Refcounts:
         async with self._lock:
             await self._lower(range(offset >> self._bits, (offset >> self._bits) + count))
 
+    async def release_bytes(self, places: Sequence[int], sizes: Sequence[int]) -> None:
+        """As `release`, of what `allocate_bytes` gave."""
+        async with self._lock:
+            await self._lower_bytes(places, sizes)
+
+    async def _lower_bytes(self, places: Sequence[int], sizes: Sequence[int]) -> None:
+        for place, size in zip(places, sizes, strict=False):
+            await self._lower(range(place >> self._bits, ((place + size - 1) >> self._bits) + 1))
+
     def made_durable(self, clusters: list[int]) -> None:
         """The references to clusters that were retired are gone from the disk as well."""
         self._durable += clusters
@@ -354,6 +406,8 @@ class Refcounts:
                 self.touched(cluster >> self._per, cluster & mask, (cluster & mask) + 1)
                 if count == 1:
                     free.append(cluster)
+                    if cluster == self._packing >> self._bits:
+                        self._packing = 0
         if self.on_free is not None:
             for first, count in rows(free):
                 await self.on_free(first << self._bits, count << self._bits)
@@ -385,7 +439,7 @@ class Refcounts:
         self.table_dirty.clear()
         self.retired, self._durable, self._waiting = [], [], []
         self.reserved = reserved
-        self._cursor = 1
+        self._cursor, self._packing = 1, 0
 
     def dropped(self) -> list[tuple[int, int]]:
         """The clusters that were in use before `start_again` and are not now, as rows; of the blocks in memory."""

@@ -45,6 +45,8 @@ PARTIAL: Final = 2
 #: What the second word of an extended entry says: all subclusters are allocated, or read as zeroes.
 ALLOCATED: Final = (1 << 32) - 1
 ZEROED: Final = ALLOCATED << 32
+#: Two pieces of compressed data may begin in one sector.
+_ALL: Final = (1 << 64) - 1
 
 
 class Kind(Enum):
@@ -189,7 +191,7 @@ class Tables:
         table = self.l2[index]
         for at, entry in enumerate(entries, first):
             old = table[at]
-            if old and (old ^ entry) & (OFFSET | COMPRESSED):
+            if old and (old ^ entry) & (OFFSET | COMPRESSED if not old & COMPRESSED else _ALL):
                 self._retire(old)
             table[at] = entry
         if self.extended:
