@@ -246,6 +246,12 @@ def convert_command(
     no_create: Annotated[bool, Option("-n", "--no-create", help="Write into a target that exists.")] = False,
     target_is_zero: Annotated[bool, Option("--target-is-zero", help="With -n: the target reads as zeroes.")]
         = False,
+    compressed: Annotated[bool, Option("-c", "--compress", help="Compress what is written: qcow2.")] = False,
+    backing: Annotated[str | None, Option("-B", "-b", "--backing", metavar="FILE", help="The image that shows through "
+                       "in the target, with the content of the source's own one: only what the source holds above it "
+                       "is written.")] = None,
+    backing_format: Annotated[str | None, Option("-F", "--backing-format", metavar="FMT", help="Its format.")] = None,
+    salvage: Annotated[bool, Option("--salvage", help="What cannot be read becomes zeroes, with a warning.")] = False,
     bitmaps: Annotated[bool, Option("--bitmaps", help="Copy persistent bitmaps as well: qcow2 to qcow2.")]
         = False,
     offload: Annotated[bool, Option("-C", "--copy-range-offloading", help="Let the kernel copy between raw "
@@ -269,6 +275,10 @@ def convert_command(
     from blockstep.images.convert import Conversion, convert
     from blockstep.images.opened import ImageName
 
+    def unreadable(offset: int, error: OSError) -> None:
+        if not quiet:
+            print(f"blockstep: warning: error while reading offset {offset}: {error.strerror}", file=sys.stderr)
+
     async def work() -> None:
         if _help_on_options(target_format, options):
             return
@@ -281,7 +291,8 @@ def convert_command(
         conversion = Conversion(
             sources, target, create=not no_create, options=_words(options), zeroed=target_is_zero,
             sparse=parse_size(sparse, "-S"), offload=offload, workers=workers,
-            rate=0 if rate is None else parse_size(rate, "-r"), bitmaps=bitmaps)
+            rate=0 if rate is None else parse_size(rate, "-r"), bitmaps=bitmaps, compressed=compressed,
+            backing=backing, backing_format=backing_format, salvage=unreadable if salvage else None)
         with shown("Converting", bar, quiet) as progress:
             await convert(conversion, progress)
 

@@ -21,19 +21,20 @@ import msgspec
 
 from blockstep.aio.pool import in_thread
 from blockstep.block.bitmap import Bitmap
-from blockstep.block.driver import ZEROES
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE
+from blockstep.block.status import backing_of
 from blockstep.drivers.file import File
 from blockstep.errors import OptionError
 from blockstep.images.bitmap import copy_bitmaps
 from blockstep.images.compare import Progress, no_progress
+from blockstep.images.copying import ImageCopy, Salvage
 from blockstep.images.create import Creation
 from blockstep.images.files import made_anew
 from blockstep.images.opened import ImageName, opened
 from blockstep.images.whole import whole_qcow2
-from blockstep.jobs.block_copy import BlockCopy, Control, Pass
+from blockstep.jobs.block_copy import Control, Pass
 from blockstep.jobs.pace import SpeedLimit
 from blockstep.units import KiB, MiB
 
@@ -52,6 +53,9 @@ class Conversion:
 
     ``zeroed``: the target that exists reads as zeroes. ``offload``: let the kernel copy from file to file, where
     zeroes are not looked for. ``rate``: bytes a second; 0: no limit. ``bitmaps``: copy the persistent ones as well.
+    ``compressed``: pack what is written. ``backing``, ``backing_format``: the image that shows through in the target,
+    with the content of the source's own; only what the source itself holds is written. ``salvage``: is told of what
+    cannot be read, and zeroes are there then; None: that is an error.
     """
 
     sources: Sequence[ImageName]
@@ -64,6 +68,15 @@ class Conversion:
     workers: int = 8
     rate: int = 0
     bitmaps: bool = False
+    compressed: bool = False
+    backing: str | None = None
+    backing_format: str | None = None
+    salvage: Salvage | None = None
+
+    @property
+    def backed(self) -> bool:
+        """Whether the target has a backing image."""
+        return self.backing is not None or "backing_file" in self.options
 
     def check(self) -> None:
         """Raises OptionError for what makes no sense together."""
@@ -77,11 +90,26 @@ class Conversion:
             raise OptionError("--target-is-zero", True, "given with -n: a new image is zero anyway")
         if not 1 <= self.workers <= 16:
             raise OptionError("-m", self.workers, "from 1 to 16")
-        for option in ("backing_file", "backing_fmt"):
-            if option in self.options:
-                raise OptionError("-o", option, "left out: the target holds everything, and has no backing image")
+        if self.backed and len(self.sources) != 1:
+            raise OptionError("-B", self.backing, "left out with several images: which one should it be the base of?")
+        if self.backed and self.zeroed:
+            raise OptionError("--target-is-zero", True, "left out where the target has a backing image")
+        if self.salvage is not None and self.offload:
+            raise OptionError("--salvage", True, "left out with -C: the kernel stops where nothing can be read")
+        if self.compressed:
+            self._check_compressed()
         if self.options and not self.create:
             raise OptionError("-o", dict(self.options), "left out with -n: no image is made")
+
+    def _check_compressed(self) -> None:
+        if self.target.format not in ("qcow2", None):
+            raise OptionError("-c", True, f"left out: {self.target.format} images cannot be compressed")
+        if len(self.sources) != 1:
+            raise OptionError("-c", True, "left out with several images: clusters may lie across their borders")
+        if self.offload:
+            raise OptionError("-C", True, "left out with -c: the kernel does not compress")
+        if self.options.get("preallocation", "off") != "off":
+            raise OptionError("-o preallocation", self.options["preallocation"], "off with -c")
 
 
 async def convert(conversion: Conversion, progress: Progress = no_progress) -> None:
@@ -114,7 +142,8 @@ async def _made(conversion: Conversion, size: int) -> AsyncIterator[ImageName]:
         raise OptionError("-n", False, f"given: '{target.name}' cannot be made here, only written to")
     if os.path.exists(target.name) and not os.path.isfile(target.name):
         raise OptionError("-n", False, f"given: '{target.name}' is no regular file, and is written in its place")
-    wanted = await Creation(target.format, target.name, size, conversion.options).checked()
+    wanted = await Creation(target.format, target.name, size, conversion.options, conversion.backing,
+                            conversion.backing_format).checked()
     async with made_anew(target.name, durable=target.cache != "unsafe") as path:
         await in_thread(msgspec.structs.replace(wanted, filename=path).create)
         yield replace(target, name=path)
@@ -139,14 +168,6 @@ class _Progress(Control):
         self._progress(self._done, self._total)
 
 
-class _FullCopy(BlockCopy):
-    """Writes all zeroes as data."""
-
-    async def _zero(self, offset: int, length: int) -> None:
-        for at in range(offset, offset + length, len(ZEROES)):
-            await self._write(at, ZEROES[:min(len(ZEROES), offset + length - at)])
-
-
 async def _copy(conversion: Conversion, graph: Graph, source: Backend, into: Backend, start: int,
                 control: Control) -> None:
     length = source.length
@@ -158,18 +179,20 @@ async def _copy(conversion: Conversion, graph: Graph, source: Backend, into: Bac
             stack.push_async_callback(graph.close, window)
             into = graph.attach_backend(window, "img", READ | WRITE)
             stack.push_async_callback(graph.detach_backend, into)
-        todo = Bitmap(length, _GRANULARITY)
+        granularity = max(_GRANULARITY, into.node.cluster_size) if conversion.compressed else _GRANULARITY
+        todo = Bitmap(length, granularity)
         todo.set(0, length)
         piece = _piece(conversion, into)
-        zero = (conversion.create or conversion.zeroed) and conversion.sparse
+        backed = conversion.backed
+        zero = (conversion.create or conversion.zeroed) and conversion.sparse and not backed
         written = Bitmap(length, 1 << (piece.bit_length() - 1)) if zero else None
-        kind = BlockCopy if conversion.sparse else _FullCopy
-        in_threads = isinstance(source.node, File) and not conversion.rate
+        in_threads = isinstance(source.node, File) and not conversion.rate and not conversion.compressed
         chunk = max(MiB, min(_THREAD_CHUNK, length // _PIECES // MiB * MiB)) if in_threads else MiB
-        engine = kind(source.edge, into.edge, (source, into), control, granularity=_GRANULARITY,
-                      workers=conversion.workers, detect_zeroes=bool(conversion.sparse),
-                      written=written, offload=conversion.offload, piece=piece or _GRANULARITY,
-                      chunk=chunk, in_threads=in_threads)
+        engine = ImageCopy(source.edge, into.edge, (source, into), control, granularity=granularity,
+                           workers=conversion.workers, detect_zeroes=bool(conversion.sparse), written=written,
+                           offload=conversion.offload, piece=piece or granularity, chunk=chunk, in_threads=in_threads,
+                           base=backing_of(source.node) if backed else None, allocated_only=backed,
+                           full=not conversion.sparse, compressed=conversion.compressed, salvage=conversion.salvage)
         await engine.copy(Pass(todo))
 
 
@@ -177,4 +200,6 @@ def _piece(conversion: Conversion, into: Backend) -> int:
     """Zeroes within a cluster save nothing in formats that have clusters."""
     if conversion.target.format == "raw" or not conversion.sparse:
         return conversion.sparse
+    if conversion.compressed:
+        return into.node.cluster_size
     return max(conversion.sparse, into.node.cluster_size)

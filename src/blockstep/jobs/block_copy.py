@@ -264,7 +264,7 @@ class BlockCopy:
                         self.finished(start, count)
                 finally:
                     self.lock.give_back(token)
-        except _Failed as failure:
+        except Failure as failure:
             await self.control.failed(failure.side, failure.error)
             return False
         self.control.copied(length)
@@ -285,10 +285,7 @@ class BlockCopy:
         if hint.depth == _FRAGMENTED or (hint.data and hint.depth == 1 and hint.allocated and self._is_flat):
             await self._data(offset, length, hint.depth)
             return
-        try:
-            extents = await status_through(self.source.node, offset, length, self.base)
-        except OSError as error:
-            raise _Failed("read", error) from error
+        extents = await self._status(offset, length)
         if len(extents) > _FRAGMENTS:
             extents = [Extent(length, depth=0)]
         for extent in extents:
@@ -298,6 +295,12 @@ class BlockCopy:
                 await self._data(offset, extent.length, extent.depth)
             offset += extent.length
 
+    async def _status(self, offset: int, length: int) -> list[Extent]:
+        try:
+            return await status_through(self.source.node, offset, length, self.base)
+        except OSError as error:
+            raise Failure("read", error) from error
+
     async def _zero(self, offset: int, length: int) -> None:
         if self.written is not None:
             if not self.written.any(offset, length):
@@ -306,7 +309,7 @@ class BlockCopy:
         try:
             await self.target.write_zeroes(offset, length, MAY_UNMAP)
         except OSError as error:
-            raise _Failed("write", error) from error
+            raise Failure("write", error) from error
 
     async def _data(self, offset: int, length: int, depth: int) -> None:
         if self._offload and await self._kernel_copy(offset, length, depth):
@@ -319,11 +322,14 @@ class BlockCopy:
         else:
             await self._read_and_write(offset, length)
 
-    async def _read_and_write(self, offset: int, length: int) -> None:
+    async def _read(self, offset: int, length: int) -> Buffer:
         try:
-            data = await self.source.pread(offset, length)
+            return await self.source.pread(offset, length)
         except OSError as error:
-            raise _Failed("read", error) from error
+            raise Failure("read", error) from error
+
+    async def _read_and_write(self, offset: int, length: int) -> None:
+        data = await self._read(offset, length)
         if self.detect_zeroes:
             view = memoryview(data)
             start = 0
@@ -342,7 +348,7 @@ class BlockCopy:
         try:
             await self.target.pwrite(offset, data)
         except OSError as error:
-            raise _Failed("write", error) from error
+            raise Failure("write", error) from error
 
     async def _thread_copy(self, offset: int, length: int, depth: int) -> bool:
         """Whether a thread has copied the range. Trouble is met as in `_kernel_copy`."""
@@ -385,7 +391,7 @@ class BlockCopy:
         return True
 
 
-class _Failed(Exception):
+class Failure(Exception):
     """An I/O error, and on which side."""
 
     def __init__(self, side: Side, error: OSError) -> None:
