@@ -34,7 +34,8 @@ need("qemu-img")
 
 OPTIONS = ("compat=1.1", "compat=0.10", "compat=1.1,cluster_size=512", "compat=1.1,cluster_size=4k,refcount_bits=1",
            "compat=1.1,cluster_size=4k,refcount_bits=2", "compat=1.1,cluster_size=2M",
-           "compat=1.1,cluster_size=16k,compression_type=zstd", "compat=1.1,compression_type=zstd")
+           "compat=1.1,cluster_size=16k,compression_type=zstd", "compat=1.1,compression_type=zstd",
+           "compat=1.1,extended_l2=on", "compat=1.1,extended_l2=on,cluster_size=16k,compression_type=zstd")
 
 
 def compressible(rnd: random.Random, length: int) -> bytes:
