@@ -30,7 +30,8 @@ pytestmark = pytest.mark.interop
 need("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo")
 
 SIZE: Final = 1 * MiB + 12 * KiB
-IMAGES: Final = ("compat=1.1", "compat=1.1,cluster_size=512", "compat=1.1,cluster_size=4k,refcount_bits=1")
+IMAGES: Final = ("compat=1.1", "compat=1.1,cluster_size=512", "compat=1.1,cluster_size=4k,refcount_bits=1",
+                 "compat=1.1,extended_l2=on,cluster_size=16k", "compat=1.1,data_file=DATA")
 
 
 @dataclass

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.interop
 need("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo")
 
 
-@pytest.mark.parametrize("options", ["compat=1.1", "compat=0.10,cluster_size=4k", "compat=1.1,cluster_size=512"])
+@pytest.mark.parametrize("options", ["compat=1.1", "compat=0.10,cluster_size=4k", "compat=1.1,cluster_size=512",
+                                     "compat=1.1,extended_l2=on,cluster_size=16k"])
 def test_a_commit_empties_an_image_with_snapshots_and_the_snapshots_stay(options: str, tmp_path: Path) -> None:
     path, rnd = tmp_path / "disk.qcow2", random.Random(options)
     model = made(path, options, base=rnd.randbytes(SIZE))

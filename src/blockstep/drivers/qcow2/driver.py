@@ -147,8 +147,8 @@ class Qcow2(Emptier, Packer):
     def _check_writable(self, header: Header) -> None:
         """Raises OptionError for ``read-only``, so that with auto-read-only the image is opened for reading."""
         if header.incompatible & CORRUPT:
-            raise OptionError("read-only", False, f"on, for the image '{self.file.node.name}': it is marked as corrupt; "
-                                                  "repair it first: blockstep img check --repair all")
+            raise OptionError("read-only", False, f"on, for the image '{self.file.node.name}': it is marked as "
+                                                  "corrupt; repair it first: blockstep img check --repair all")
 
     async def _repaired(self) -> Header:
         """Repair an image that is dirty. Raises OptionError for ``read-only``; OSError."""
