@@ -306,7 +306,7 @@ def test_a_full_file_system_is_an_error_of_the_guest_and_harms_nothing(options: 
 
         async def fill(client: Client) -> int:
             refused = 0
-            for number in range(60):
+            for number in range(100):
                 offset, length = rnd.randrange(4 * MiB - 70_000), rnd.choice((512, 4096, 65536))
                 data = rnd.randbytes(length)
                 if await no_room(client.pwrite(offset, data)):
