@@ -108,6 +108,28 @@ def test_over_a_backing_image_only_what_the_source_holds_is_written(both: Both, 
         assert ours[field] == theirs[field]
 
 
+@pytest.mark.parametrize("named", ["first", "2", "snapshot.name=first", "snapshot.id=2",
+                                   "snapshot.id=1,snapshot.name=first"])
+@pytest.mark.parametrize("compat", ["compat=1.1", "compat=0.10"])
+def test_a_snapshot_is_copied(both: Both, named: str, compat: str) -> None:
+    disk("a", 6 << 20)
+    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", compat, "a", "b")
+    for value, name in enumerate(("first", "second")):
+        run("qemu-img", "snapshot", "-c", name, "b")
+        run("qemu-io", "-f", "qcow2", "-c", f"write -P {value + 1} {value}M 100k", "b")
+    if compat == "compat=1.1":
+        run("qemu-img", "resize", "-q", "-f", "qcow2", "b", "8M")
+    before = Path("b").read_bytes()
+    for program, target in ((both.ours, "ours"), (both.theirs, "theirs")):
+        assert program("convert", "-l", named, "-f", "qcow2", "-O", "raw", "b", target) == (0, "", "")
+    assert Path("ours").stat().st_size == 6 << 20  # theirs has the length that the disk has now
+    assert Path("ours").read_bytes() == Path("theirs").read_bytes()[:6 << 20]
+    assert Path("b").read_bytes() == before
+    for wrong in ("third", "snapshot.id=7", "snapshot.id=2,snapshot.name=first", "snapshot.bla=1"):
+        for program in (both.ours, both.theirs):
+            assert program("convert", "-l", wrong, "-f", "qcow2", "-O", "raw", "b", "no")[0] == 1
+
+
 def test_what_cannot_be_read_is_salvaged(both: Both) -> None:
     data = disk("a", 1 << 20)
     options = "driver=raw,file.driver=blkdebug,file.image.driver=file,file.image.filename=a"

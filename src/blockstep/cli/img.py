@@ -251,6 +251,8 @@ def convert_command(
                        "in the target, with the content of the source's own one: only what the source holds above it "
                        "is written.")] = None,
     backing_format: Annotated[str | None, Option("-F", "--backing-format", metavar="FMT", help="Its format.")] = None,
+    snapshot: Annotated[str | None, Option("-l", "--snapshot", metavar="SNAPSHOT", help="Copy this internal snapshot, "
+                        "by id or name, or as snapshot.id=ID or snapshot.name=NAME.")] = None,
     salvage: Annotated[bool, Option("--salvage", help="What cannot be read becomes zeroes, with a warning.")] = False,
     bitmaps: Annotated[bool, Option("--bitmaps", help="Copy persistent bitmaps as well: qcow2 to qcow2.")]
         = False,
@@ -292,7 +294,8 @@ def convert_command(
             sources, target, create=not no_create, options=_words(options), zeroed=target_is_zero,
             sparse=parse_size(sparse, "-S"), offload=offload, workers=workers,
             rate=0 if rate is None else parse_size(rate, "-r"), bitmaps=bitmaps, compressed=compressed,
-            backing=backing, backing_format=backing_format, salvage=unreadable if salvage else None)
+            backing=backing, backing_format=backing_format, salvage=unreadable if salvage else None,
+            snapshot=snapshot)
         with shown("Converting", bar, quiet) as progress:
             await convert(conversion, progress)
 

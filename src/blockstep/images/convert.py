@@ -15,7 +15,7 @@ import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -33,6 +33,7 @@ from blockstep.images.copying import ImageCopy, Salvage
 from blockstep.images.create import Creation
 from blockstep.images.files import made_anew
 from blockstep.images.opened import ImageName, opened
+from blockstep.images.snapshot import snapshot_id
 from blockstep.images.whole import whole_qcow2
 from blockstep.jobs.block_copy import Control, Pass
 from blockstep.jobs.pace import SpeedLimit
@@ -55,7 +56,8 @@ class Conversion:
     zeroes are not looked for. ``rate``: bytes a second; 0: no limit. ``bitmaps``: copy the persistent ones as well.
     ``compressed``: pack what is written. ``backing``, ``backing_format``: the image that shows through in the target,
     with the content of the source's own; only what the source itself holds is written. ``salvage``: is told of what
-    cannot be read, and zeroes are there then; None: that is an error.
+    cannot be read, and zeroes are there then; None: that is an error. ``snapshot``: of the source, an internal one
+    instead of the disk: its id or its name, or ``snapshot.id=...`` and ``snapshot.name=...``.
     """
 
     sources: Sequence[ImageName]
@@ -72,6 +74,7 @@ class Conversion:
     backing: str | None = None
     backing_format: str | None = None
     salvage: Salvage | None = None
+    snapshot: str | None = None
 
     @property
     def backed(self) -> bool:
@@ -94,6 +97,8 @@ class Conversion:
             raise OptionError("-B", self.backing, "left out with several images: which one should it be the base of?")
         if self.backed and self.zeroed:
             raise OptionError("--target-is-zero", True, "left out where the target has a backing image")
+        if self.snapshot is not None and len(self.sources) != 1:
+            raise OptionError("-l", self.snapshot, "left out with several images: of which one should it be?")
         if self.salvage is not None and self.offload:
             raise OptionError("--salvage", True, "left out with -C: the kernel stops where nothing can be read")
         if self.compressed:
@@ -117,7 +122,11 @@ async def convert(conversion: Conversion, progress: Progress = no_progress) -> N
     conversion.check()
     graph = Graph()
     async with AsyncExitStack() as stack:
-        sources = [await stack.enter_async_context(opened(source, graph=graph)) for source in conversion.sources]
+        shown: dict[str, Any] = {}
+        if conversion.snapshot is not None:
+            shown["snapshot"] = await snapshot_id(conversion.sources[0], conversion.snapshot)
+        sources = [await stack.enter_async_context(opened(source, graph=graph, **shown))
+                   for source in conversion.sources]
         total = sum(source.length for source in sources)
         target = conversion.target
         if conversion.create:

@@ -14,7 +14,6 @@ from blockstep.drivers.qcow2.format import (
     DIRTY,
     IN_USE,
     LAZY_REFCOUNTS,
-    MOST_SNAPSHOT_TABLE,
     RAW_EXTERNAL,
     Header,
     Snapshot,
@@ -22,11 +21,9 @@ from blockstep.drivers.qcow2.format import (
     parse_bitmaps,
     parse_bitmaps_extension,
     parse_header,
-    parse_snapshots,
 )
-from blockstep.errors import ImageError
+from blockstep.drivers.qcow2.shown import read_snapshots
 from blockstep.inventory.filenames import actual_size
-from blockstep.units import MiB
 
 
 async def qcow2_fields(file: Child, filename: str) -> tuple[dict[str, Any], Header]:
@@ -35,7 +32,7 @@ async def qcow2_fields(file: Child, filename: str) -> tuple[dict[str, Any], Head
     header = parse_header(await _read(file, 0, header_span(start)))
     found: dict[str, Any] = {}
     if header.snapshot_count:
-        found["snapshots"] = [snapshot_fields(one) for one in await _snapshots(file, header)]
+        found["snapshots"] = [snapshot_fields(one) for one in await read_snapshots(file, header)]
     if header.backing_format is not None:
         found["backing-filename-format"] = header.backing_format
     found |= {"virtual-size": header.size, "filename": filename, "cluster-size": header.cluster_size,
@@ -88,18 +85,6 @@ async def _bitmaps(file: Child, header: Header) -> list[dict[str, Any]]:
     entries = parse_bitmaps(header, where, await _read(file, where.directory_offset, where.directory_size))
     return [{"flags": [name for flag, name in ((IN_USE, "in-use"), (AUTO, "auto")) if one.flags & flag],
              "name": one.name, "granularity": 1 << one.granularity_bits} for one in entries]
-
-
-async def _snapshots(file: Child, header: Header) -> list[Snapshot]:
-    size = MiB
-    while True:
-        data = await _read(file, header.snapshots_offset, size)
-        try:
-            return parse_snapshots(header, data)[0]
-        except ImageError:
-            if len(data) < size or size >= MOST_SNAPSHOT_TABLE:
-                raise
-            size *= 8
 
 
 async def _read(file: Child, offset: int, length: int) -> bytes:

@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from blockstep.aio.pool import in_thread
 from blockstep.drivers.qcow2.snapshots import apply_snapshot, create_snapshot, delete_snapshot, list_snapshots
+from blockstep.errors import OptionError
 from blockstep.images.opened import ImageName
 from blockstep.images.qcow2 import snapshot_fields
 from blockstep.images.whole import whole_file, whole_qcow2
+from blockstep.keyval import parse
 
 Action = Literal["create", "apply", "delete"]
 
@@ -24,6 +26,24 @@ async def snapshots_of(image: ImageName) -> list[dict[str, Any]]:
             return [snapshot_fields(one) for one in list_snapshots(file.read, file.length)]
 
     return await in_thread(work)
+
+
+async def snapshot_id(image: ImageName, wanted: str) -> str:
+    """The id of the snapshot that ``wanted`` means: an id or a name, or ``snapshot.id=...,snapshot.name=...``.
+
+    Raises as `snapshots_of` does, and OptionError if there is none.
+    """
+    found = await snapshots_of(image)
+    if wanted.startswith(("snapshot.id=", "snapshot.name=")):
+        given: dict[str, Any] = parse(wanted, "-l").get("snapshot", {})
+        if not given.keys() <= {"id", "name"}:
+            raise OptionError("-l", wanted, "snapshot.id=ID, snapshot.name=NAME, or both")
+        matching = [one for one in found if all(one[key] == value for key, value in given.items())]
+    else:
+        matching = [one for key in ("id", "name") for one in found if one[key] == wanted]
+    if not matching:
+        raise OptionError("-l", wanted, "a snapshot of the image")
+    return str(matching[0]["id"])
 
 
 async def change_snapshots(image: ImageName, action: Action, name: str,

@@ -41,6 +41,7 @@ from blockstep.drivers.qcow2.format import (
 from blockstep.drivers.qcow2.packing import Packer
 from blockstep.drivers.qcow2.refcounts import Refcounts, read_file
 from blockstep.drivers.qcow2.repairing import repair_file
+from blockstep.drivers.qcow2.shown import check_read_only, show
 from blockstep.drivers.qcow2.tables import Tables
 from blockstep.errors import ImageError, OptionError
 
@@ -57,6 +58,7 @@ class Qcow2Options(NodeOptions, tag="qcow2"):
     file: NodeRef
     backing: NodeRef | None = msgspec.field(default_factory=dict)
     data_file: NodeRef = msgspec.field(default_factory=dict)
+    snapshot: str | None = None
     l2_cache_size: int | None = None
     refcount_cache_size: int | None = None
 
@@ -76,7 +78,8 @@ class Qcow2(Emptier, Packer):
     async def _load_header(self) -> Header:
         start = await read_file(self.file, 0, 512)
         span = header_span(start)
-        return parse_header(start if span <= len(start) else await read_file(self.file, 0, span))
+        header = parse_header(start if span <= len(start) else await read_file(self.file, 0, span))
+        return await show(self.file, header, self.options.snapshot)
 
     async def implied_children(self) -> list[tuple[str, Role, NodeRef]]:
         """The backing node and the external data file that the header names, where the options do not say."""
@@ -146,6 +149,7 @@ class Qcow2(Emptier, Packer):
 
     def _check_writable(self, header: Header) -> None:
         """Raises OptionError for ``read-only``, so that with auto-read-only the image is opened for reading."""
+        check_read_only(self.options.snapshot)
         if header.incompatible & CORRUPT:
             raise OptionError("read-only", False, f"on, for the image '{self.file.node.name}': it is marked as "
                                                   "corrupt; repair it first: blockstep img check --repair all")

@@ -50,7 +50,7 @@ from blockstep.errors import ImageError, OptionError
 #: Bytes of bits that are written at a time.
 _PIECE: Final = 1 << 20
 _SECTOR: Final = 512
-_WRITES: Final = ("pwrite", "begin_write", "copy_in", "write_zeroes", "discard")
+_WRITES: Final = ("pwrite", "begin_write", "write_compressed", "copy_in", "write_zeroes", "discard")
 
 
 class Keeper(Saver):
