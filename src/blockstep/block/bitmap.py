@@ -210,7 +210,8 @@ class DirtyBitmap(Bitmap):
 
         An inconsistent bitmap has the length 0 and records nothing.
         """
-        if not 0 < len(name.encode()) <= LONGEST_NAME:
+        # A name in an image need not be UTF-8; such bytes are surrogates here, as in file names.
+        if not 0 < len(name.encode("utf-8", "surrogateescape")) <= LONGEST_NAME:
             raise OptionError("name", name, f"1 to {LONGEST_NAME} bytes long")
         if name in node.bitmaps:
             raise OptionError("name", name, f"one that no other bitmap of node '{node.name}' has")

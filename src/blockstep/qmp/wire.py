@@ -235,9 +235,13 @@ _encode = msgspec.json.Encoder().encode
 def encode(value: Any) -> bytes:
     """``value`` as JSON in ASCII, without a line's end. Structs, dicts, lists, enums and scalars.
 
-    Raises TypeError or ValueError if it holds what JSON cannot say.
+    Raises TypeError or ValueError if it holds what JSON cannot say. Bytes of names that are no UTF-8 (of files, or of
+    bitmaps in an image) are lone surrogates, escaped.
     """
-    text = _encode(value)
+    try:
+        text = _encode(value)
+    except UnicodeEncodeError:
+        return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode("ascii")
     if text.isascii():
         return text
     return json.dumps(json.loads(text), separators=(",", ":")).encode("ascii")

@@ -192,3 +192,9 @@ def test_an_event_says_when_to_the_microsecond() -> None:
     assert json.loads(wire.encode_event("STOP", None, 1_700_000_000_123_456_789)) == {
         "event": "STOP", "timestamp": {"seconds": 1_700_000_000, "microseconds": 123_456}}
     assert json.loads(wire.encode_event("X", {"a": "é"}, 0))["data"] == {"a": "é"}
+
+
+def test_bytes_that_are_no_utf8_come_through_as_escaped_surrogates() -> None:
+    line = wire.encode_return({"name": "\udce2b", "é": [1]}, 7)
+    assert line.isascii()
+    assert json.loads(line) == {"return": {"name": "\udce2b", "é": [1]}, "id": 7}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 from dataclasses import replace
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 
 from blockstep.block.bitmap import Bitmap
+from blockstep.block.graph import Graph
+from blockstep.block.permissions import READ, WRITE
 from blockstep.drivers.qcow2.bitmaps import StoredBitmap, load, mark_in_use, store
+from blockstep.drivers.qcow2.format import EXT_BITMAPS, parse_header
 from blockstep.errors import ImageError, OptionError
 from tests.peers import need, run
 from tests.unit.drivers.qcow2.images import make, our_check, qemu_check, write
@@ -128,3 +132,31 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageError):
         stored(old, good)
     assert image.read_bytes() == before
+
+
+def test_a_bitmap_whose_name_is_no_utf8_keeps_it_and_the_image_can_be_used(tmp_path: Path) -> None:
+    image = make(tmp_path / "image", "default")
+    data = image.read_bytes()
+    place = data.index(b"b0", directory_of(data))
+    image.write_bytes(data[:place] + b"\xe20" + data[place + 2:])
+    assert [one.name for one in loaded(image)] == ["\udce20", "b1"]
+
+    async def go() -> None:
+        graph = Graph()
+        node = await graph.open({"driver": "qcow2", "file": {"driver": "file", "filename": str(image)}})
+        assert set(node.bitmaps) == {"\udce20", "b1"}
+        user = graph.attach_backend(node, "guest", READ | WRITE)
+        await user.pwrite(0, b"x" * 4096)
+        await graph.detach_backend(user)
+        await graph.close(node)
+
+    asyncio.run(go())
+    assert [one.name for one in loaded(image)] == ["\udce20", "b1"]
+    assert clean(image)
+
+
+def directory_of(data: bytes) -> int:
+    """Where the directory of bitmaps is."""
+    extension = parse_header(data[:65536]).extension(EXT_BITMAPS)
+    assert extension is not None
+    return int.from_bytes(extension[16:24], "big")
