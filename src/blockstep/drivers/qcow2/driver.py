@@ -26,10 +26,12 @@ from blockstep.block.node import LIVE_OPTIONS, NodeOptions, NodeRef
 from blockstep.block.permissions import Role
 from blockstep.block.registry import register
 from blockstep.drivers.qcow2.backing import backing_options
+from blockstep.drivers.qcow2.bitmap_loading import Found
 from blockstep.drivers.qcow2.data_file import check_data_file, check_header, data_file_options
 from blockstep.drivers.qcow2.emptying import Emptier
 from blockstep.drivers.qcow2.format import (
     AT_AUTOCLEAR,
+    AT_INCOMPATIBLE,
     BITMAPS,
     CORRUPT,
     DIRTY,
@@ -38,6 +40,7 @@ from blockstep.drivers.qcow2.format import (
     header_span,
     parse_header,
 )
+from blockstep.drivers.qcow2.guard import guard_of
 from blockstep.drivers.qcow2.packing import Packer
 from blockstep.drivers.qcow2.refcounts import Refcounts, read_file
 from blockstep.drivers.qcow2.repairing import repair_file
@@ -111,7 +114,7 @@ class Qcow2(Emptier, Packer):
                            ("refcount-cache-size", self.options.refcount_cache_size)):
             if size is not None and size <= 0:
                 raise OptionError(name, size, "more than 0 bytes")
-        self._use(self.header, *await self._load_tables(self.header))
+        self._use(self.header, *await self._load_tables(self.header, guarded=not self.read_only))
         self._lock = RangeLock()
         self._saving = asyncio.Lock()
         self._keeping = asyncio.Lock()
@@ -122,6 +125,7 @@ class Qcow2(Emptier, Packer):
         try:
             found = await self._load_bitmaps(self.header, not self.read_only)
             self._check_places(found, self._refcounts, self._tables)
+            self._guard_bitmaps(found, self._refcounts)
         except ImageError as error:
             raise OptionError("file", self.file.node.name, f"a qcow2 image that can be used: {error}; its bitmaps can "
                                                            "be given up: blockstep img check --repair all") from error
@@ -131,7 +135,7 @@ class Qcow2(Emptier, Packer):
             await self._mark_bitmaps()
         self._take(found)
 
-    async def _load_tables(self, header: Header) -> tuple[Refcounts, Tables]:
+    async def _load_tables(self, header: Header, guarded: bool) -> tuple[Refcounts, Tables]:
         l2_cache = (self.options.l2_cache_size or _DEFAULT_L2_CACHE) >> header.cluster_bits
         refcount_cache = (self.options.refcount_cache_size or _DEFAULT_REFCOUNT_CACHE) >> header.cluster_bits
         refcounts = Refcounts(self.file, header, refcount_cache, self._save)
@@ -139,7 +143,27 @@ class Qcow2(Emptier, Packer):
         await tables.open()
         await refcounts.open()
         refcounts.on_free = self._pass_discard
+        if guarded:
+            try:
+                refcounts.guard = await guard_of(self.file, header, tables.l1, refcounts.table)
+            except ImageError as error:
+                raise OptionError("read-only", False, f"on, for the image '{self.file.node.name}': its metadata "
+                                                      f"overlaps: {error}") from error
+            refcounts.on_damage = self._mark_corrupt
         return refcounts, tables
+
+    @staticmethod
+    def _guard_bitmaps(found: Found, refcounts: Refcounts) -> None:
+        if refcounts.guard is not None:
+            for cluster in found.clusters():
+                refcounts.guard.claim(cluster, 1, "bitmaps")
+
+    async def _mark_corrupt(self) -> None:
+        """Let everybody repair the image before it is written to again. What is in order can be used meanwhile."""
+        if self.header.version >= 3 and not self.header.incompatible & CORRUPT:
+            self.header = replace(self.header, incompatible=self.header.incompatible | CORRUPT)
+            await self.file.pwrite(AT_INCOMPATIBLE, self.header.incompatible.to_bytes(8, "big"))
+            await self.file.flush()
 
     def _check_readable(self, header: Header) -> None:
         if header.crypt_method:
@@ -234,13 +258,14 @@ class Qcow2(Emptier, Packer):
         self._check_writable(header)
         if header.incompatible & DIRTY:
             raise changed
-        fresh = await self._load_tables(header)
+        fresh = await self._load_tables(header, guarded=True)
         unknown = header.autoclear & ~(BITMAPS | RAW_EXTERNAL)
         if header.size != self.length or unknown or await fresh[0].uses_beyond_end():
             raise changed
         try:
             found = await self._load_bitmaps(header, True)
             self._check_places(found, *fresh)
+            self._guard_bitmaps(found, fresh[0])
         except ImageError as error:
             raise OptionError("read-only", False, f"on: {error}") from error
         if self._clash(found):

@@ -20,7 +20,7 @@ import errno
 import os
 from array import array
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from blockstep.block.node import Child
 from blockstep.drivers.qcow2.format import (
@@ -34,6 +34,9 @@ from blockstep.drivers.qcow2.format import (
     empty_block,
     encode_block,
 )
+
+if TYPE_CHECKING:
+    from blockstep.drivers.qcow2.guard import Guard
 
 #: The file grows in steps; `Refcounts.trim` takes back what was not needed.
 _STEP: Final = 16 << 20
@@ -77,9 +80,15 @@ class Refcounts:
         #: From here on (bytes) the file was never written to: it reads as zeroes.
         self.virgin = -(-self.file_length >> self._bits) << self._bits
         self._high = 0
+        #: While the image is open for writing.
+        self.guard: Guard | None = None
+        #: Called before a request fails that met a cluster with two users.
+        self.on_damage: Callable[[], Awaitable[None]] | None = None
         self.running = [0, 0]
         self.turn = 0
         self.retired: list[int] = []
+        self.retiring: list[int] = []  #: those of the save that is at work
+        self._lowering: list[int] = []
         self._durable: list[int] = []
         self._waiting: list[int] = []  # durable, and the turns have changed since
         #: Called with (offset, length) of clusters that are about to be free.
@@ -140,11 +149,14 @@ class Refcounts:
         async with self._lock:
             await self._reclaim()
             cluster, count = await self._find(wanted, exactly)
+            await self._check_free(cluster, count)
             end = (cluster + count) << self._bits
             if end > self.file_length:
                 await self.grow(end)
             virgin = cluster << self._bits >= self.virgin
             await self._change(cluster, count)
+            if self.guard is not None:
+                self.guard.claimed.add(cluster, count)
             if not exactly:
                 self._cursor = cluster + count
             return cluster << self._bits, count, virgin
@@ -173,6 +185,7 @@ class Refcounts:
             room = 0
         if room < size:
             cluster, _ = await self._find(1, exactly=True)
+            await self._check_free(cluster, 1)
             await self.grow((cluster + 1) << self._bits)
             await self._change(cluster, 1)
             self._cursor = cluster + 1
@@ -190,6 +203,17 @@ class Refcounts:
     async def _count(self, cluster: int) -> int:
         block = await self.block(cluster >> self._per)
         return 0 if block is None else block[cluster & ((1 << self._per) - 1)]
+
+    async def _check_free(self, cluster: int, count: int) -> None:
+        if self.guard is not None and self.guard.taken(cluster, count):
+            await self.damaged(f"of the {count} clusters from {cluster << self._bits:#x} on, which count as free, "
+                               "some are in use")
+
+    async def damaged(self, what: str) -> NoReturn:
+        """Note that the image has clusters with two users. Raises OSError (EIO)."""
+        if self.on_damage is not None:
+            await self.on_damage()
+        raise broken(f"{what}; repair it: blockstep img check --repair all")
 
     async def _find(self, wanted: int, exactly: bool) -> tuple[int, int]:
         per, mask = self._per, (1 << self._per) - 1
@@ -299,7 +323,8 @@ class Refcounts:
             return True
         await self._know_before(index)
         cluster = max(index << self._per, 1)
-        while self._used_before(cluster) or self.reserved[0] <= cluster < self.reserved[1]:
+        while self._used_before(cluster) or self.reserved[0] <= cluster < self.reserved[1] or (
+                self.guard is not None and self.guard.taken(cluster)):
             cluster += 1
         if cluster >> self._per != index:
             return False
@@ -317,6 +342,8 @@ class Refcounts:
         self.table_dirty.add(index)
         self.touched(index, 0, 1 << self._per)
         self._passed(cluster + 1)
+        if self.guard is not None:
+            self.guard.claimed.add(cluster)
 
     def _passed(self, end: int) -> None:
         self._high = max(self._high, end << self._bits)
@@ -341,6 +368,10 @@ class Refcounts:
                 break
         if clusters << self._bits > MOST_REFCOUNT_TABLE:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: the refcount table has its greatest length")
+        if self.guard is not None:
+            if self.guard.taken(place, blocks + clusters):
+                await self.damaged(f"clusters from {place << self._bits:#x} on, which no refcount tells of, are in use")
+            self.guard.claimed.add(place, blocks + clusters)
         await self.grow((place + blocks + clusters) << self._bits)
         table = old[:]
         table.extend([0] * (clusters * entries - len(old)))
@@ -387,6 +418,10 @@ class Refcounts:
             async with self._lock:
                 await self._reclaim()
 
+    def going(self) -> set[int]:
+        """The clusters that are on their way to be free."""
+        return {*self.retired, *self.retiring, *self._durable, *self._waiting, *self._lowering}
+
     async def _reclaim(self) -> None:
         for _ in range(2):
             if not (self._durable or self._waiting) or self.running[1 - self.turn]:
@@ -394,7 +429,9 @@ class Refcounts:
             free, self._waiting, self._durable = self._waiting, self._durable, []
             self.turn = 1 - self.turn
             if free:
+                self._lowering = free
                 await self._lower(free)
+                self._lowering = []
 
     async def _lower(self, clusters: list[int] | range) -> None:
         free: list[int] = []
@@ -402,6 +439,10 @@ class Refcounts:
         for cluster in clusters:
             block = await self.block(cluster >> self._per)
             if block is not None and (count := block[cluster & mask]):
+                if self.guard is not None and count == 1:
+                    if self.guard.kept.any(cluster):  # a snapshot's, with a refcount that is wrong
+                        continue
+                    self.guard.claimed.remove(cluster)
                 block[cluster & mask] = count - 1
                 self.touched(cluster >> self._per, cluster & mask, (cluster & mask) + 1)
                 if count == 1:
@@ -436,6 +477,8 @@ class Refcounts:
         for cluster in used:
             self.blocks[cluster >> self._per][cluster & ((1 << self._per) - 1)] = 1
             self._passed(cluster + 1)
+        if self.guard is not None:
+            self.guard.start_again(used)
         self.table_dirty.clear()
         self.retired, self._durable, self._waiting = [], [], []
         self.reserved = reserved

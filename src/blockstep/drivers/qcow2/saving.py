@@ -64,6 +64,7 @@ class Saver(Reader):
         tables.saving, refcounts.saving = tables.dirty, refcounts.dirty
         tables.dirty, tables.l1_dirty = {}, set()
         refcounts.dirty, refcounts.table_dirty, refcounts.retired = {}, set(), []
+        refcounts.retiring = kept[4]
         try:
             await self._write_all(blocks)
             if moving:
@@ -88,6 +89,7 @@ class Saver(Reader):
                     await self.file.flush()
         except BaseException:
             self._put_back(*kept)
+            refcounts.retiring = []
             raise
         finally:
             tables.saving, refcounts.saving = {}, {}
@@ -96,6 +98,7 @@ class Saver(Reader):
         if moving:
             await self._moved()
         refcounts.made_durable(kept[4])
+        refcounts.retiring = []
         self._good_save = number
 
     async def _flush_all(self) -> None:

@@ -88,6 +88,7 @@ class Tables:
         self.maps: dict[int, array[int]] = {}  #: with extended entries: the subclusters, for each table of `l2`
         self.dirty: dict[int, tuple[int, int]] = {}  #: of L2 tables: the items that changed, [first, end)
         self.saving: dict[int, tuple[int, int]] = {}  #: those that a save is writing, perhaps not yet to the file
+        self._known = bytearray()  #: of each L2 table: whether the guard has seen its entries
         self._loading = asyncio.Lock()
         self._owning = asyncio.Lock()
         #: Bits that the entry of a cluster with plain data does not have: see the hot paths.
@@ -115,7 +116,18 @@ class Tables:
                 await self._make_room()
                 loaded = decode_table(await read_file(self._file, offset, 1 << self.bits))
                 if self.l1[index] == entry and index not in self.l2:
+                    guard = self._refcounts.guard
+                    if guard is not None and not self._is_known(index):
+                        wrong = guard.claim_entries(loaded[::2] if self.extended else loaded, self.external,
+                                                    self._refcounts.going())
+                        if wrong:
+                            await self._refcounts.damaged(f"L2 table {index}: {wrong}")
+                        self._known[index] = 1
                     self._take_in(index, loaded)
+
+    def _is_known(self, index: int) -> bool:
+        self._known.extend(bytes(max(0, len(self.l1) - len(self._known))))
+        return bool(self._known[index])
 
     def _take_in(self, index: int, table: array[int]) -> None:
         if self.extended:
@@ -177,6 +189,8 @@ class Tables:
                 self.l2.setdefault(index, table)
                 if maps is not None:
                     self.maps.setdefault(index, maps)
+                self._is_known(index)
+                self._known[index] = 1
                 self.l1[index] = offset | COPIED
                 self.l1_dirty.add(index)
                 self.dirty[index] = (0, len(table))
@@ -220,8 +234,11 @@ class Tables:
         return True
 
     def _retire(self, entry: int) -> None:
-        if not self.external:  # there nothing is counted
-            self._refcounts.retired.extend(clusters_of(entry, self.bits))
+        if self.external:  # there nothing is counted
+            return
+        clusters, guard = clusters_of(entry, self.bits), self._refcounts.guard
+        if entry & COPIED or guard is None or not guard.taken(clusters.start, len(clusters)):
+            self._refcounts.retired.extend(clusters)  # else it is another's, and stays
 
     def dirty_bytes(self, index: int) -> tuple[int, bytes]:
         """Where in the file, and what, is to be written of an L2 table that changed."""

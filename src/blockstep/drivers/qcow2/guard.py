@@ -1,0 +1,227 @@
+"""Which clusters have their one user: so that nothing that a disk's user writes meets metadata, whatever tables say.
+
+A write goes in place where an L2 entry has the mark of exclusive use (COPIED). An image that was made for the purpose,
+or is damaged, has such entries for clusters of tables. So while an image is open for writing, each cluster that is
+known to have one user is *claimed*, and can be claimed only once:
+
+    when                                      claimed are
+    the image is opened                       header, L1, refcount table and blocks, snapshot table, L1 of snapshots,
+                                              bitmaps, and the L2 tables that L1 says are exclusive
+    an L2 table is loaded, the first time     the clusters that its entries say are exclusive
+    a cluster is given out                    that one; it must not be claimed, whatever its refcount says
+    a cluster is free (its refcount falls)    it no longer is
+
+A table with an entry for a claimed cluster is refused, entries without the mark too: a write would take one from the
+refcount of what is not its own. So is one that claims what is about to become free. L2 tables that are shared, or
+belong to snapshots, may be met more than once, but not as data (`Guard.shared`), and those of snapshots never become
+free (`Guard.kept`). So no table is ever written to as data, overwritten by another, or given out as free. A cluster of
+data that two L2 entries claim is found as well.
+
+Bits are kept in chunks that come into being with the first claim, at most `MOST_CHUNKS`. A table is looked at once
+while the image is open, however often it leaves the cache: nobody else writes to the image.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from bitarray import bitarray
+
+from blockstep.block.node import Child
+from blockstep.drivers.qcow2.format import (
+    COMPRESSED,
+    COPIED,
+    MOST_SNAPSHOT_TABLE,
+    OFFSET,
+    Header,
+    Snapshot,
+    compressed_place,
+    decode_table,
+    parse_snapshots,
+)
+from blockstep.drivers.qcow2.refcounts import read_file
+from blockstep.errors import ImageError
+from blockstep.units import GiB, MiB
+
+_CHUNK_BITS: Final = 15
+#: Of 4 KiB each: 256 MiB, enough for 128 TiB with clusters of 64 KiB.
+MOST_CHUNKS: Final = 65536
+#: Bytes of the L1 tables of all snapshots together.
+_MOST_SNAPSHOT_L1: Final = GiB
+_PLACE: Final = COPIED | COMPRESSED | OFFSET
+
+
+class Clusters:
+    """A set of clusters, a bit each. Raises OSError (EFBIG) when it would become too large."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[int, bitarray] = {}
+
+    def any(self, first: int, count: int = 1) -> bool:
+        """Whether one of them is in it."""
+        for number, begin, end in _pieces(first, count):
+            chunk = self._chunks.get(number)
+            if chunk is not None and chunk.find(1, begin, end) >= 0:
+                return True
+        return False
+
+    def add(self, first: int, count: int = 1) -> None:
+        for number, begin, end in _pieces(first, count):
+            chunk = self._chunks.get(number)
+            if chunk is None:
+                if len(self._chunks) >= MOST_CHUNKS:
+                    raise OSError(errno.EFBIG, f"{os.strerror(errno.EFBIG)}: clusters in use are spread over more than "
+                                               f"{MOST_CHUNKS << _CHUNK_BITS} clusters")
+                chunk = self._chunks[number] = bitarray(1 << _CHUNK_BITS)
+            chunk[begin:end] = 1
+
+    def remove(self, first: int, count: int = 1) -> None:
+        for number, begin, end in _pieces(first, count):
+            chunk = self._chunks.get(number)
+            if chunk is not None:
+                chunk[begin:end] = 0
+
+    def clear(self) -> None:
+        self._chunks.clear()
+
+
+def _pieces(first: int, count: int) -> Iterator[tuple[int, int, int]]:
+    while count > 0:
+        begin = first & ((1 << _CHUNK_BITS) - 1)
+        part = min(count, (1 << _CHUNK_BITS) - begin)
+        yield first >> _CHUNK_BITS, begin, begin + part
+        first, count = first + part, count - part
+
+
+class Guard:
+    """See the module."""
+
+    def __init__(self, header: Header) -> None:
+        self._bits = header.cluster_bits
+        self.claimed = Clusters()
+        #: L2 tables that more than one L1 entry may lead to; of them those of snapshots.
+        self.shared = Clusters()
+        self.kept = Clusters()
+
+    def taken(self, first: int, count: int = 1) -> bool:
+        """Whether one of these clusters is claimed, or a shared L2 table."""
+        return self.claimed.any(first, count) or self.shared.any(first, count)
+
+    def claim(self, first: int, count: int, what: str) -> None:
+        """Claim clusters when the image is opened. Raises ImageError."""
+        if self.taken(first, count):
+            raise ImageError(what, hex(first << self._bits), "where nothing else is: repair it first")
+        self.claimed.add(first, count)
+
+    def claim_entries(self, table: Iterable[int], external: bool, going: set[int]) -> str:
+        """Claim what the entries of an L2 table that was loaded say is exclusive.
+
+        ``going``: clusters that become free soon, as nothing refers to them any more, and this table should not either.
+        Returns what is wrong, "" for nothing; if something is then nothing is claimed.
+        """
+        if external:  # their data is elsewhere
+            return ""
+        claimed: list[tuple[int, int]] = []
+        wrong, first, count, expected, step = "", 0, 0, 0, 1 << self._bits
+        try:
+            for entry in self._with_end(table):
+                place = entry & _PLACE
+                if count and place == expected:
+                    count, expected = count + 1, expected + step
+                    continue
+                if count:
+                    if self.taken(first, count) or (
+                            going and not going.isdisjoint(range(first, first + count))):
+                        wrong = f"its data at {first << self._bits:#x} has another user"
+                        break
+                    self.claimed.add(first, count)
+                    claimed.append((first, count))
+                    count = 0
+                if place & COMPRESSED:
+                    start, length = compressed_place(entry, self._bits)
+                    at = start >> self._bits
+                    if self.taken(at, ((start + length - 1) >> self._bits) - at + 1):
+                        wrong = f"its compressed data at {start:#x} has another user"
+                        break
+                elif place & COPIED and place & OFFSET:
+                    first, count, expected = (place & OFFSET) >> self._bits, 1, place + step
+                elif place and self.taken(place >> self._bits):
+                    wrong = f"its data at {place:#x} has another user"
+                    break
+        except OSError as error:
+            wrong = str(error)
+        if wrong:
+            for each in claimed:
+                self.claimed.remove(*each)
+        return wrong
+
+    @staticmethod
+    def _with_end(table: Iterable[int]) -> Iterator[int]:
+        yield from filter(None, table)
+        yield 0
+
+    def start_again(self, used: Iterable[int]) -> None:
+        """The image was emptied: only these clusters are in use."""
+        self.claimed.clear()
+        self.shared.clear()
+        for cluster in used:
+            self.claimed.add(cluster)
+
+
+async def guard_of(file: Child, header: Header, l1: array[int], refcount_table: array[int]) -> Guard:
+    """The guard of an image that is opened for writing. Raises ImageError if metadata overlaps, or OSError."""
+    guard, bits = Guard(header), header.cluster_bits
+    guard.claim(0, 1, "header")
+    guard.claim(header.l1_table_offset >> bits, _clusters(header, header.l1_size * 8), "l1_table_offset")
+    guard.claim(header.refcount_table_offset >> bits, header.refcount_table_clusters, "refcount_table_offset")
+    for entry in filter(None, refcount_table):
+        guard.claim((entry & OFFSET) >> bits, 1, "refcount block")
+    if header.snapshot_count:
+        snapshots, size = await _snapshots(file, header)
+        guard.claim(header.snapshots_offset >> bits, _clusters(header, size), "snapshots_offset")
+        for snapshot in snapshots:
+            guard.claim(snapshot.l1_table_offset >> bits, _clusters(header, snapshot.l1_size * 8),
+                        "snapshot l1_table_offset")
+        for snapshot in snapshots:
+            table = decode_table(await read_file(file, snapshot.l1_table_offset, snapshot.l1_size * 8))
+            for cluster in {(entry & OFFSET) >> bits for entry in table if entry & OFFSET}:
+                _share(guard, cluster)
+                guard.kept.add(cluster)
+    exclusive = [(entry & OFFSET) >> bits for entry in l1 if entry & COPIED and entry & OFFSET]
+    for cluster in exclusive:
+        guard.claim(cluster, 1, "L2 table")
+    for entry in l1:
+        if entry & OFFSET and not entry & COPIED:
+            _share(guard, (entry & OFFSET) >> bits)
+    return guard
+
+
+def _clusters(header: Header, size: int) -> int:
+    return -(-size >> header.cluster_bits)
+
+
+def _share(guard: Guard, cluster: int) -> None:
+    if guard.claimed.any(cluster):
+        raise ImageError("L2 table", hex(cluster), "in a cluster that is not other metadata: repair it first")
+    guard.shared.add(cluster)
+
+
+async def _snapshots(file: Child, header: Header) -> tuple[list[Snapshot], int]:
+    """The snapshots, and the bytes that their table has."""
+    size = MiB
+    while True:
+        try:
+            found, used = parse_snapshots(header, await read_file(file, header.snapshots_offset, size))
+            break
+        except ImageError:
+            if size >= MOST_SNAPSHOT_TABLE:
+                raise
+            size *= 8
+    if sum(each.l1_size for each in found) * 8 > _MOST_SNAPSHOT_L1:
+        raise ImageError("snapshot l1_size", sum(each.l1_size for each in found),
+                         f"at most {_MOST_SNAPSHOT_L1 // 8} in all snapshots together")
+    return found, used
