@@ -18,7 +18,14 @@ from blockstep.aio.posix import OpenFile, length_of, read_whole, write_whole
 from blockstep.block.driver import Buffer
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
-from blockstep.drivers.qcow2.format import EXT_BACKING_FORMAT, Header, build_header, header_span, parse_header
+from blockstep.drivers.qcow2.format import (
+    EXT_BACKING_FORMAT,
+    RAW_EXTERNAL,
+    Header,
+    build_header,
+    header_span,
+    parse_header,
+)
 from blockstep.errors import OptionError
 from blockstep.images import FORMATS
 from blockstep.images.compare import Progress, no_progress
@@ -40,6 +47,8 @@ async def rebase(image: ImageName, backing: str, backing_format: str | None, uns
         raise OptionError("-f", image.format, "qcow2, and the image a file: others do not name a backing image")
     if backing and backing_format not in FORMATS:
         raise OptionError("-F", backing_format, f"given, as the format of the backing image: {', '.join(FORMATS)}")
+    if await in_thread(_is_raw_external, image.name) and backing:
+        raise OptionError("-b", backing, "'': with a raw external data file there is no backing image")
     if not unsafe:
         await _write_differences(image, backing, backing_format, progress)
     await in_thread(_change_header, image.name, backing, backing_format)
@@ -110,6 +119,14 @@ def _change_header(filename: str, backing: str, backing_format: str | None) -> N
         span = max(len(data), len(build_header(header)))
         write_whole(file.fd, data.ljust(min(span, header.cluster_size), b"\0"), 0)
         os.fdatasync(file.fd)
+    finally:
+        file.close()
+
+
+def _is_raw_external(filename: str) -> bool:
+    file = OpenFile(filename, writable=False)
+    try:
+        return bool(_header(file).autoclear & RAW_EXTERNAL)
     finally:
         file.close()
 

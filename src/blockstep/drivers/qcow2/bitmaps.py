@@ -30,6 +30,7 @@ from blockstep.drivers.qcow2.format import (
     EXTRA_COMPATIBLE,
     IN_USE,
     OFFSET,
+    RAW_EXTERNAL,
     BitmapEntry,
     BitmapsExtension,
     Header,
@@ -147,14 +148,15 @@ def store(read: Read, length: int, write: Write, sync: Sync, bitmaps: Sequence[S
     if entries:
         editor.write(place, directory)
     editor.sync()
-    editor.write(AT_AUTOCLEAR, bytes(8))
+    others = header.autoclear & RAW_EXTERNAL
+    editor.write(AT_AUTOCLEAR, others.to_bytes(8, "big"))
     editor.sync()
     extension = BitmapsExtension(len(entries), len(directory), place)
-    editor.set_header(replace(editor.header, autoclear=0).with_extension(
+    editor.set_header(replace(editor.header, autoclear=others).with_extension(
         EXT_BITMAPS, build_bitmaps_extension(extension) if entries else None))
     editor.sync()
     if entries:
-        editor.write(AT_AUTOCLEAR, BITMAPS.to_bytes(8, "big"))
+        editor.write(AT_AUTOCLEAR, (BITMAPS | others).to_bytes(8, "big"))
         editor.sync()
     if where is not None:
         editor.free_run(where.directory_offset, where.directory_size)

@@ -24,7 +24,6 @@ from blockstep.drivers.qcow2.format import (
     BITMAPS,
     CORRUPT,
     DIRTY,
-    EXTERNAL_DATA,
     RAW_EXTERNAL,
     Header,
     build_header,
@@ -42,14 +41,12 @@ class Editor:
     def __init__(self, read: Read, length: int, write: Write, sync: Sync) -> None:
         """Check the image in a file of ``length`` bytes.
 
-        Raises ImageError: what `check.check` refuses; corruptions; external data; the dirty bit.
+        Raises ImageError: what `check.check` refuses; corruptions; the dirty bit.
         """
         self._read, self._length, self._write, self.sync = read, length, write, sync
         checker = self.checker = Checker(read, length, lambda text: None)
         if checker.run().corruptions or checker.header.incompatible & (DIRTY | CORRUPT):
             raise ImageError("image", f"{checker.result.corruptions} corruptions", "consistent: repair it first")
-        if checker.header.incompatible & EXTERNAL_DATA:
-            raise ImageError("incompatible_features", "external data file", "without it, for changes of this kind")
         self.header: Header = checker.header
         self.refcounts: Final[Counts] = checker.stored
         self._blocks = dict(checker.blocks)

@@ -26,6 +26,7 @@ from blockstep.drivers.qcow2.format import (
     AT_L1,
     AUTO,
     COPIED,
+    EXTERNAL_DATA,
     MOST_SNAPSHOT_TABLE,
     MOST_SNAPSHOTS,
     TABLES,
@@ -68,7 +69,7 @@ def create_snapshot(read: Read, length: int, write: Write, sync: Sync, name: str
     Raises OptionError (no name, or one that is in use), and ImageError: what `edit.Editor` refuses, too many
     snapshots, refcounts of too few bits.
     """
-    editor = Editor(read, length, write, sync)
+    editor = _editor(read, length, write, sync)
     header, snapshots = editor.header, editor.checker.read_snapshots()
     if not name or len(name.encode("utf-8", "surrogateescape")) > 65535:
         raise OptionError("snapshot", name, "a name of 1 to 65535 bytes")
@@ -94,7 +95,7 @@ def create_snapshot(read: Read, length: int, write: Write, sync: Sync, name: str
 
 def delete_snapshot(read: Read, length: int, write: Write, sync: Sync, wanted: str) -> Snapshot:
     """Delete the snapshot with that id or name. Durable at return. Raises OptionError, and what `edit.Editor` does."""
-    editor = Editor(read, length, write, sync)
+    editor = _editor(read, length, write, sync)
     snapshots = editor.checker.read_snapshots()
     snapshot = find_snapshot(snapshots, wanted)
     rest = [each for each in snapshots if each is not snapshot]
@@ -115,7 +116,7 @@ def apply_snapshot(read: Read, length: int, write: Write, sync: Sync, wanted: st
     Raises OptionError, and ImageError: what `edit.Editor` refuses, bitmaps that would have to follow, refcounts of too
     few bits.
     """
-    editor = Editor(read, length, write, sync)
+    editor = _editor(read, length, write, sync)
     snapshot = find_snapshot(editor.checker.read_snapshots(), wanted)
     header = editor.header
     if any(each.flags & AUTO for each in entries_of(read, length)):
@@ -148,6 +149,13 @@ def apply_snapshot(read: Read, length: int, write: Write, sync: Sync, wanted: st
 
 
 assert _AT_SIZE + _SIZE.size == AT_L1
+
+
+def _editor(read: Read, length: int, write: Write, sync: Sync) -> Editor:
+    editor = Editor(read, length, write, sync)
+    if editor.header.incompatible & EXTERNAL_DATA:
+        raise ImageError("incompatible_features", "external data file", "without it: such images have no snapshots")
+    return editor
 
 
 def _place_table(editor: Editor, snapshots: list[Snapshot]) -> int:
