@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from blockstep.block.driver import FUA, MAY_UNMAP
+from blockstep.block.bitmap import DirtyBitmap
+from blockstep.block.driver import FUA, MAY_UNMAP, Driver
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, RESIZE, WRITE
@@ -150,14 +151,16 @@ class Case:
 
     async def _request(self, user: Backend, content: bytearray | None) -> None:
         rnd = self.rnd
-        what = rnd.choice(("write", "write", "write", "zero", "discard", "flush", "empty", "truncate"))
+        what = rnd.choice(("write", "write", "write", "zero", "discard", "flush", "empty", "truncate", "bitmap"))
         end = min(user.length, LOOKED_AT)
         if what == "flush" or not end:
             await user.flush()
             return
         offset = rnd.randrange(end) & rnd.choice((-1, -4096, -65536))
         length = min(rnd.choice((1, 512, 4096, 65536, 200_000, 2 * MiB)), end - offset)
-        if what == "write":
+        if what == "bitmap":
+            await self._bitmap(user.node)
+        elif what == "write":
             data = rnd.randbytes(min(length, 4096)) * -(-length // 4096)
             await user.pwrite(offset, data[:length], rnd.choice((0, FUA)))
             self._expect(content, offset, data[:length])
@@ -179,6 +182,13 @@ class Case:
                 grown = min(user.length, LOOKED_AT) - len(content)
                 content.extend(bytes(max(0, grown)))
                 del content[user.length:]
+
+    async def _bitmap(self, node: Driver) -> None:
+        if node.bitmaps and self.rnd.random() < 0.5:
+            node.bitmaps[self.rnd.choice(list(node.bitmaps))].prepare_remove().commit()
+        else:
+            DirtyBitmap.prepare_add(node, f"new{self.rnd.randrange(9)}", persistent=True).commit()
+        await node.keep_bitmaps()
 
     @staticmethod
     def _expect(content: bytearray | None, offset: int, data: bytes) -> None:

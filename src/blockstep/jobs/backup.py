@@ -106,7 +106,7 @@ class BackupJob(Job):
             raise OptionError("target", self.target.name, f"at least {self.source.length} bytes long")
         async with AsyncExitStack() as undo:
             if bitmap is not None:
-                undo.callback(bitmap.claim(f"job '{self.id}'"))
+                undo.callback(bitmap.claim(f"job '{self.id}'", restores=self.bitmap_mode == "never"))
                 bitmap.fit()
             node = await self.graph.open(self._filter_options, owned=False)
             assert isinstance(node, CopyBeforeWrite)

@@ -152,6 +152,19 @@ async def test_a_persistent_bitmap_is_there_again_when_its_node_is(tmp_path: Pat
         await bitmap(d, "add", "copy", "img")
         await d.qmp("block-dirty-bitmap-merge", {"node": "img", "target": "copy", "bitmaps": ["map"]})
         assert dirty(d, "copy", "img") == [(CLUSTER, CLUSTER)]
+        # A backup that gives the bits back may use it as it is; made writable, the node lets it be changed.
+        await d.qmp("blockdev-add", {"driver": "memory", "node-name": "target", "size": 8 * MiB})
+        backup = {"device": "img", "target": "target", "sync": "bitmap", "bitmap": "map"}
+        with refused(match="read-only"):
+            await d.qmp("blockdev-backup", {**backup, "job-id": "one", "bitmap-mode": "on-success"})
+        await d.qmp("blockdev-backup", {**backup, "job-id": "two", "bitmap-mode": "never"})
+        await d.event("JOB_STATUS_CHANGE", id="two", status="null")
+        assert dirty(d, "map", "img") == [(CLUSTER, CLUSTER)]
+        options = {"driver": "qcow2", "node-name": "img", "file": {"driver": "file", "filename": str(path)}}
+        await d.qmp("blockdev-reopen", options=[options])
+        await bitmap(d, "clear", "map", "img")
+        await d.qmp("blockdev-reopen", options=[{**options, "read-only": True}])
+        assert [(each["name"], each["count"]) for each in await shown(d)] == [("map", 0), ("off", 0), ("copy", CLUSTER)]
 
 
 @scenario

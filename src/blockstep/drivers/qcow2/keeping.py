@@ -111,9 +111,7 @@ class Keeper(Saver):
             bitmap = self.bitmaps.get(name) or DirtyBitmap(
                 self, name, granularity=1 << kept.entry.granularity_bits, persistent=True, inconsistent=bits is None)
             if bits is not None:
-                bitmap.clear()
-                bitmap.fit()
-                bitmap.merge(bits)
+                bitmap.take_over(bits)
                 bitmap.enabled = bool(kept.entry.flags & AUTO)
         found.bits.clear()
         self._found = found
@@ -206,8 +204,11 @@ class Keeper(Saver):
         refcounts, size = self._refcounts, self.cluster_size
         count = -(-bitmap_bytes(self.length, bitmap.granularity) >> self._bits)
         table = array("Q", bytes(8 * count))
-        bits, each = bitmap.bits, size * 8
-        wanted = [index for index in range(count) if bits.find(1, index * each, (index + 1) * each) >= 0]
+        bits, wanted = bitmap.bits, []
+        found = bits.find(1)
+        while found >= 0:
+            wanted.append(found // (size * 8))
+            found = bits.find(1, (wanted[-1] + 1) * size * 8)
         at = 0
         while at < len(wanted):
             offset, part, _ = await refcounts.allocate(min(len(wanted) - at, max(1, _PIECE >> self._bits)))
@@ -233,8 +234,8 @@ class Keeper(Saver):
         fresh.append((offset, clusters))
         await self.file.pwrite(offset, encode_table(table).ljust(clusters << self._bits, b"\0"))
         extra = old.entry.extra if old is not None else b""
-        entry = BitmapEntry(offset, len(table), flags | (EXTRA_COMPATIBLE if extra else 0), bitmap.shift, bitmap.name,
-                            extra=extra)
+        entry = BitmapEntry(offset, len(table), flags | (EXTRA_COMPATIBLE if extra else 0), bitmap.shift,
+                            bitmap.name, extra=extra)
         first = offset >> self._bits
         used = array("Q", range(first, first + clusters))
         used.extend(place >> self._bits for place in table if place)
