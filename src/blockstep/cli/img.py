@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from blockstep.cli.img_inside import bitmap_command, snapshot_command
+from blockstep.cli.img_more import amend_command, dd_command, measure_command
 from blockstep.cli.img_options import (
     Bar,
     Cache,
@@ -18,10 +19,12 @@ from blockstep.cli.img_options import (
     Format,
     Image,
     ImageOpts,
+    Options,
     OutputFormat,
     Quiet,
     Share,
     SourceCache,
+    option_words,
     run,
     shown,
 )
@@ -36,23 +39,6 @@ if TYPE_CHECKING:
     from blockstep.drivers.qcow2.check import CheckResult
 
 HELP: Final = "Make, look at, compare, copy and change image files, with qemu-img's options and exit codes."
-
-Options = Annotated[list[str] | None, Option("-o", "--options", metavar="NAME=VALUE,...",
-                    help="Options of the new image's format; help lists them.")]
-
-
-def _words(texts: list[str] | None) -> dict[str, str]:
-    """All of ``-o`` together."""
-    from blockstep.keyval import parse
-
-    found: dict[str, str] = {}
-    for text in texts or []:
-        for name, value in parse(text, "-o").items():
-            if not isinstance(value, str):
-                raise OptionError("-o", name, "an option without parts")
-            found[name] = value
-    return found
-
 
 def _help_on_options(format: str, options: list[str] | None) -> bool:
     """Whether ``-o help`` was given; then it is printed."""
@@ -88,8 +74,8 @@ def create_command(
             return
         if not filename:
             raise OptionError("FILENAME", None, "given: the image to make")
-        wanted = await Creation(format, filename, None if size is None else parse_size(size), _words(options), backing,
-                                backing_format, unsafe).checked()
+        wanted = await Creation(format, filename, None if size is None else parse_size(size), option_words(options),
+                                backing, backing_format, unsafe).checked()
         if not quiet:
             print(formatting(format, wanted), flush=True)
         await create(wanted)
@@ -291,7 +277,7 @@ def convert_command(
         sources = tuple(ImageName(name, format, image_opts, source_cache) for name in filenames[:-1])
         target = ImageName(filenames[-1], target_format, target_image_opts, cache, option="-O")
         conversion = Conversion(
-            sources, target, create=not no_create, options=_words(options), zeroed=target_is_zero,
+            sources, target, create=not no_create, options=option_words(options), zeroed=target_is_zero,
             sparse=parse_size(sparse, "-S"), offload=offload, workers=workers,
             rate=0 if rate is None else parse_size(rate, "-r"), bitmaps=bitmaps, compressed=compressed,
             backing=backing, backing_format=backing_format, salvage=unreadable if salvage else None,
@@ -390,6 +376,9 @@ COMMANDS: Final[dict[str, Command]] = {
     "rebase": rebase_command,
     "snapshot": snapshot_command,
     "bitmap": bitmap_command,
+    "measure": measure_command,
+    "amend": amend_command,
+    "dd": dd_command,
 }
 #: Of these a word that begins with a dash may be an argument: a length, to make an image so much smaller.
 _DASHED: Final = ("resize",)

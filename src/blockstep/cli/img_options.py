@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
 from blockstep.cli.words import Argument, Option
-from blockstep.errors import BlockstepError
+from blockstep.errors import BlockstepError, OptionError
 from blockstep.images import CacheMode
 
 T = TypeVar("T")
@@ -31,6 +31,9 @@ Cache = Annotated[CacheMode, Option("-t", "--cache", help="How the image that is
                                           "nothing is made durable.")]
 SourceCache = Annotated[CacheMode, Option("-T", "--source-cache", help="How images that are read are cached.")]
 OutputFormat = Annotated[Output, Option("--output", help="For people, or for programs.")]
+
+Options = Annotated[list[str] | None, Option("-o", "--options", metavar="NAME=VALUE,...",
+                    help="Options of the new image's format; help lists them.")]
 
 
 class Failed(Exception):
@@ -109,3 +112,16 @@ class _Percent:
         if percent >= self._next:
             print(f"    ({percent:.2f}/100%)\r", end="", flush=True)
             self._next = percent + 1.0 if percent < 99.0 else max(100.0, percent + 0.01)
+
+
+def option_words(texts: list[str] | None) -> dict[str, str]:
+    """All of ``-o`` together."""
+    from blockstep.keyval import parse
+
+    found: dict[str, str] = {}
+    for text in texts or []:
+        for name, value in parse(text, "-o").items():
+            if not isinstance(value, str):
+                raise OptionError("-o", name, "an option without parts")
+            found[name] = value
+    return found

@@ -115,7 +115,7 @@ class CreateQcow2(_Create, tag="qcow2"):
 
     def check(self) -> None:
         super().check()
-        self._header()
+        self.header()
         if self.preallocation != "off" and self.backing_file is not None:
             raise OptionError("preallocation", self.preallocation, "off with a backing file: it would be hidden")
         if self.data_file is not None and self._data_path() == os.path.realpath(self.filename):
@@ -124,7 +124,8 @@ class CreateQcow2(_Create, tag="qcow2"):
     def _data_path(self) -> str:
         return os.path.realpath(os.path.join(os.path.dirname(self.filename), self.data_file or ""))
 
-    def _header(self) -> Header:
+    def header(self) -> Header:
+        """The header that the image gets; its tables have no places yet. Raises OptionError."""
         return new_header(self.size, version=int(self.version[1]), cluster_size=self.cluster_size,
                           refcount_bits=self.refcount_bits, lazy_refcounts=self.lazy_refcounts,
                           backing_file=self.backing_file, backing_fmt=self.backing_fmt,
@@ -132,7 +133,7 @@ class CreateQcow2(_Create, tag="qcow2"):
                           compression_type=self.compression_type)
 
     def create(self) -> None:
-        header = self._header()
+        header = self.header()
         if self.data_file is not None:
             write_data_file(self._data_path(), self.size, self.preallocation, self.data_file_raw)
         file = OpenFile(self.filename, writable=True, create=True)

@@ -8,29 +8,22 @@ interrupts it has an image that reads as before. *Unsafe* changes the header alo
 
 from __future__ import annotations
 
-import os
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Final
 
 from blockstep.aio.pool import in_thread
-from blockstep.aio.posix import OpenFile, length_of, read_whole, write_whole
 from blockstep.block.driver import Buffer
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
-from blockstep.drivers.qcow2.format import (
-    EXT_BACKING_FORMAT,
-    RAW_EXTERNAL,
-    Header,
-    build_header,
-    header_span,
-    parse_header,
-)
+from blockstep.drivers.qcow2.format import EXT_BACKING_FORMAT, RAW_EXTERNAL
 from blockstep.errors import OptionError
 from blockstep.images import FORMATS
+from blockstep.images.amend import read_header, write_header
 from blockstep.images.compare import Progress, no_progress
 from blockstep.images.opened import ImageName, opened
 from blockstep.images.qcow2 import full_name
+from blockstep.images.whole import whole_file
 from blockstep.units import MiB
 
 _CHUNK: Final = MiB
@@ -51,7 +44,7 @@ async def rebase(image: ImageName, backing: str, backing_format: str | None, uns
         raise OptionError("-b", backing, "'': with a raw external data file there is no backing image")
     if not unsafe:
         await _write_differences(image, backing, backing_format, progress)
-    await in_thread(_change_header, image.name, backing, backing_format)
+    await in_thread(_change_backing, image.name, backing, backing_format)
     progress(1, 1)
 
 
@@ -108,30 +101,13 @@ async def _read(image: Backend, offset: int, length: int) -> bytes:
     return data.ljust(length, b"\0")
 
 
-def _change_header(filename: str, backing: str, backing_format: str | None) -> None:
-    file = OpenFile(filename, writable=True)
-    try:
-        header = _header(file)
-        kind = backing_format.encode() if backing and backing_format else None
-        changed = replace(header.with_extension(EXT_BACKING_FORMAT, kind), backing_file=backing or None)
-        data = build_header(changed)
-        # All that the old header and its name may have left behind it.
-        span = max(len(data), len(build_header(header)))
-        write_whole(file.fd, data.ljust(min(span, header.cluster_size), b"\0"), 0)
-        os.fdatasync(file.fd)
-    finally:
-        file.close()
+def _change_backing(filename: str, backing: str, backing_format: str | None) -> None:
+    kind = backing_format.encode() if backing and backing_format else None
+    with whole_file(filename, writable=True) as file:
+        header = read_header(file)
+        write_header(file, replace(header.with_extension(EXT_BACKING_FORMAT, kind), backing_file=backing or None))
 
 
 def _is_raw_external(filename: str) -> bool:
-    file = OpenFile(filename, writable=False)
-    try:
-        return bool(_header(file).autoclear & RAW_EXTERNAL)
-    finally:
-        file.close()
-
-
-def _header(file: OpenFile) -> Header:
-    length = length_of(file.fd)
-    span = header_span(bytes(read_whole(file.fd, min(24, length), 0)))
-    return parse_header(bytes(read_whole(file.fd, min(span, length), 0)))
+    with whole_file(filename, writable=False) as file:
+        return bool(read_header(file).autoclear & RAW_EXTERNAL)

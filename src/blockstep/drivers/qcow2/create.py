@@ -111,14 +111,8 @@ def write_image(fd: int, header: Header, preallocation: Preallocation) -> None:
         preallocation = "metadata"
     data = -(-header.size >> bits) if preallocation != "off" else 0
     l2 = header.l1_size if preallocation != "off" else 0
-    rest = 1 + l1_clusters + l2 + (0 if external else data)
-    blocks = table = 1
-    while True:  # until table and blocks cover themselves as well
-        total = rest + blocks + table
-        wanted = -(-total >> header.block_bits)
-        if (blocks, table) == (wanted, -(-wanted * 8 >> bits)):
-            break
-        blocks, table = wanted, -(-wanted * 8 >> bits)
+    blocks, table = _refcount_clusters(header, rest := 1 + l1_clusters + l2 + (0 if external else data))
+    total = rest + blocks + table
     header = replace(header, refcount_table_offset=size, refcount_table_clusters=table,
                      l1_table_offset=(1 + table + blocks) << bits)
     check_header(header)
@@ -152,6 +146,23 @@ def write_image(fd: int, header: Header, preallocation: Preallocation) -> None:
         for offset in range((first_l2 + l2) << bits, end, _PIECE):
             write_whole(fd, bytes(min(_PIECE, end - offset)), offset)
     write_whole(fd, build_header(header), 0)
+
+
+def whole_length(header: Header) -> int:
+    """The bytes of the file of such an image when all of the disk is allocated."""
+    bits = header.cluster_bits
+    rest = 1 + -(-header.l1_size * 8 >> bits) + header.l1_size + -(-header.size >> bits)
+    return rest + sum(_refcount_clusters(header, rest)) << bits
+
+
+def _refcount_clusters(header: Header, rest: int) -> tuple[int, int]:
+    """The refcount blocks that ``rest`` clusters need, and the clusters of their table."""
+    blocks = table = 1
+    while True:  # until table and blocks cover themselves as well
+        wanted = -(-(rest + blocks + table) >> header.block_bits)
+        if (blocks, table) == (wanted, -(-wanted * 8 >> header.cluster_bits)):
+            return blocks, table
+        blocks, table = wanted, -(-wanted * 8 >> header.cluster_bits)
 
 
 def write_data_file(path: str, size: int, preallocation: Preallocation, raw: bool) -> None:

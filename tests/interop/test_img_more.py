@@ -1,0 +1,163 @@
+"""``blockstep img measure``, ``amend`` and ``dd`` beside qemu-img."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.interop import test_img
+from tests.interop.test_img import Both, written
+from tests.peers import run
+
+pytestmark = pytest.mark.interop
+both = test_img.both
+
+
+# --- measure ---
+
+
+@pytest.mark.parametrize("size", ["0", "512", "10000", "1M", "1G", "10G", "1T"])
+@pytest.mark.parametrize("options", [
+    "compat=1.1", "compat=0.10", "cluster_size=2M", "cluster_size=4k", "cluster_size=4k,refcount_bits=64",
+    "refcount_bits=1", "extended_l2=on", "preallocation=metadata", "preallocation=full", "preallocation=falloc",
+    "compression_type=zstd", "backing_file=none,backing_fmt=raw"])
+def test_measure_of_a_size(both: Both, size: str, options: str) -> None:
+    both.same("measure", "-O", "qcow2", "-o", options, "--size", size)
+    ours, theirs = both.json("measure", "-O", "qcow2", "-o", options, "--size", size)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("size", ["0", "512", "10000", "1M"])
+def test_measure_for_a_raw_file(both: Both, size: str) -> None:
+    both.same("measure", "-O", "raw", "--size", size)
+    both.same("measure", "--size", size)
+
+
+def images() -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", "a", "20M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 100k 300k", "-c", "write -z 5M 1M", "-c", "write -P 3 9000k 1k",
+        "-c", "write -P 7 20479k 1k", "a")
+    run("qemu-img", "snapshot", "-c", "early", "a")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 12M 300k", "a")
+    run("qemu-img", "bitmap", "--add", "-g", "512", "a", "fine")
+    run("qemu-img", "bitmap", "--add", "a", "with a longer name")
+    run("qemu-img", "convert", "-c", "-f", "qcow2", "-O", "qcow2", "a", "packed")
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", "-o", "compat=0.10", "a", "old")
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", "a", "raw")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "a", "-F", "qcow2", "over", "30M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 25M 300k", "-c", "write -z 100k 64k", "over")
+
+
+@pytest.mark.parametrize("options", ["compat=1.1", "compat=0.10", "cluster_size=2M", "cluster_size=512",
+                                     "preallocation=metadata", "preallocation=full",
+                                     "backing_file=a,backing_fmt=qcow2"])
+def test_measure_of_images(both: Both, options: str) -> None:
+    images()
+    for name in ("a", "packed", "old", "over", "raw"):
+        kind = "raw" if name == "raw" else "qcow2"
+        both.same("measure", "-O", "qcow2", "-o", options, "-f", kind, name)
+        ours, theirs = both.json("measure", "-O", "qcow2", "-o", options, "-f", kind, name)
+        assert ours == theirs
+        both.same("measure", "-O", "raw", "-f", kind, name)
+    both.same("measure", "-O", "qcow2", "-o", options, "-f", "qcow2", "-l", "early", "a")
+
+
+def test_what_is_measured_is_what_a_conversion_takes(both: Both) -> None:
+    images()
+    required = json.loads(both.ours("measure", "--output=json", "-O", "qcow2", "-f", "raw", "raw")[1])["required"]
+    assert both.ours("convert", "-f", "raw", "-O", "qcow2", "raw", "b")[0] == 0
+    assert 0 <= required - Path("b").stat().st_size <= 64 << 10  # all of an L2 table is reckoned with
+
+
+@pytest.mark.parametrize("arguments", [
+    (), ("-O", "qcow2"), ("-O", "qcow2", "--size", "1M", "raw"), ("-O", "bla", "--size", "1M"),
+    ("-O", "qcow2", "-o", "bla=1", "--size", "1M"), ("-O", "qcow2", "-f", "raw", "none"), ("--size", "-1"),
+])
+def test_what_cannot_be_measured(both: Both, arguments: tuple[str, ...]) -> None:
+    written("raw", 1 << 20)
+    assert both.ours("measure", *arguments)[0] == both.theirs("measure", *arguments)[0] == 1
+
+
+# --- amend ---
+
+
+@pytest.mark.parametrize(("made", "changes"), [
+    ("compat=0.10", "compat=1.1"), ("compat=0.10", "compat=v3,lazy_refcounts=on"), ("compat=1.1", "lazy_refcounts=on"),
+    ("compat=1.1,lazy_refcounts=on", "lazy_refcounts=off"), ("compat=1.1", "compat=1.1,refcount_bits=16"),
+    ("compat=1.1", "size=8M"), ("compat=0.10", "compat=1.1,size=7M"),
+    ("compat=1.1,data_file=one,data_file_raw=on", "data_file_raw=off"),
+])
+def test_amend(both: Both, made: str, changes: str) -> None:
+    found = []
+    for program in (both.ours, both.theirs):
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", made, "a", "6M")
+        run("qemu-io", "-f", "qcow2", "-c", "write -P 1 100k 300k", "a")
+        if "data_file" not in made:
+            run("qemu-img", "snapshot", "-c", "early", "a")
+        result = program("amend", "-f", "qcow2", "-o", changes, "a")
+        run("qemu-img", "check", "-f", "qcow2", "a")
+        run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", "a", "plain")
+        info = json.loads(run("qemu-img", "info", "--output=json", "a").stdout)
+        found.append((result, info["virtual-size"], info["format-specific"], Path("plain").read_bytes()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("made", "arguments"), [
+    ("compat=1.1", ()), ("compat=1.1", ("-o", "cluster_size=4k")), ("compat=0.10", ("-o", "lazy_refcounts=on")),
+    ("compat=1.1", ("-o", "backing_file=b,backing_fmt=raw")), ("compat=1.1", ("-o", "bla=1")),
+    ("compat=1.1", ("-o", "compat=3")), ("compat=1.1,data_file=one", ("-o", "data_file_raw=on")),
+])
+def test_what_cannot_be_amended(both: Both, made: str, arguments: tuple[str, ...]) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", made, "a", "6M")
+    before = Path("a").read_bytes()
+    assert both.ours("amend", "-f", "qcow2", *arguments, "a")[0] == 1
+    assert Path("a").read_bytes() == before
+    assert both.theirs("amend", "-f", "qcow2", *arguments, "a")[0] == 1
+
+
+@pytest.mark.parametrize("changes", ["compat=0.10", "refcount_bits=64", "size=1M"])
+def test_what_only_qemu_amends_is_refused(both: Both, changes: str) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", "a", "6M")
+    before = Path("a").read_bytes()
+    code, _, said = both.ours("amend", "-f", "qcow2", "-o", changes, "a")
+    assert (code, said.count("\n")) == (1, 1)
+    assert Path("a").read_bytes() == before
+
+
+def test_amend_shows_its_progress_and_its_options(both: Both) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", "a", "6M")
+    both.same("amend", "-p", "-f", "qcow2", "-o", "lazy_refcounts=on", "a")
+    assert "lazy_refcounts" in both.ours("amend", "-f", "qcow2", "-o", "help")[1]
+
+
+# --- dd ---
+
+
+@pytest.mark.parametrize("words", [
+    (), ("bs=1k",), ("bs=1k", "count=10"), ("bs=64k", "skip=3"), ("bs=1000", "count=128", "skip=64"),
+    ("bs=1M", "count=1"), ("count=3",), ("skip=1k",), ("bs=2M", "count=10", "skip=0"),
+    ("skip=100000",), ("bs=1k", "count=3", "skip=5"), ("bs=1k", "count=0"), ("bs=1k", "count=5", "skip=5"),
+])
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_dd(both: Both, words: tuple[str, ...], kind: str) -> None:
+    written("raw", 1 << 20, (0, os.urandom(100_000)), (500_000, os.urandom(70_000)))
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "raw", "qcow2")
+    ours = both.ours("dd", "-f", kind, "-O", "raw", *words, f"if={kind}", "of=b")
+    theirs = both.theirs("dd", "-f", kind, "-O", "raw", *words, f"if={kind}", "of=c")
+    assert ours == (theirs[0], theirs[1], theirs[2].replace("qemu-img", "blockstep"))
+    assert Path("b").read_bytes() == Path("c").read_bytes()
+    if Path("b").stat().st_size:
+        assert both.ours("dd", "-f", kind, "-O", "qcow2", *words, f"if={kind}", "of=d")[0] == 0
+        run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", "b", "d")
+
+
+@pytest.mark.parametrize("words", [("if=raw",), ("of=b",), ("bs=0", "if=raw", "of=b"), ("seek=1", "if=raw", "of=b"),
+                                   ("bs=x", "if=raw", "of=b"), ("if=none", "of=b"), ("raw", "b"),
+                                   ("bs=2147483648", "if=raw", "of=b")])
+def test_what_dd_does_not_take(both: Both, words: tuple[str, ...]) -> None:
+    written("raw", 1 << 20)
+    assert both.ours("dd", "-f", "raw", *words)[0] == both.theirs("dd", "-f", "raw", *words)[0] == 1
+    assert not Path("b").exists()
