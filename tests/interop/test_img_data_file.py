@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,22 @@ def test_convert_from_and_to(image: Path, both: Both) -> None:  # noqa: F811
     run("qemu-img", "check", "other.qcow2")
     assert both.ours("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "data_file=o", "plain", "packed.qcow2")[0] == 1
     assert not Path("packed.qcow2").exists()
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ('json:{"driver": "null"}     ', "the name of a file"),
+    ("./" * 12 + "pipe", "neither a regular file nor a block device"),
+    ("//dev/" + "./" * 9 + "zero", "neither a regular file nor a block device"),
+])
+def test_an_image_from_elsewhere_names_no_other_nodes_and_no_pipe(
+        name: str, text: str, both: Both) -> None:  # noqa: F811
+    placeholder = b"a-name-of-twenty-eight-bytes"
+    assert both.ours("create", "-f", "qcow2", "-o", f"data_file={placeholder.decode()}", "disk.qcow2", "1M")[0] == 0
+    content = Path("disk.qcow2").read_bytes()
+    assert (content.count(placeholder), len(name)) == (1, len(placeholder))
+    Path("disk.qcow2").write_bytes(content.replace(placeholder, name.encode()))
+    os.mkfifo("pipe")
+    code, _, error = both.ours("map", "-f", "qcow2", "disk.qcow2")
+    assert code == 1
+    assert text in error
+    assert both.ours("info", "disk.qcow2")[0] == 0  # which looks at no other file

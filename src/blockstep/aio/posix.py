@@ -246,12 +246,9 @@ class OpenFile:
         self.locking = locking
         self.writable = writable
         self.direct = direct
-        self.fd = os.open(filename, _flags(writable, direct) | (os.O_CREAT if create else 0), 0o666)
+        self.fd = _open_storage(filename, _flags(writable, direct) | (os.O_CREAT if create else 0))
         try:
             self._lock = self._take_lock() if writable else -1
-            mode = os.fstat(self.fd).st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-                raise OSError(errno.EINVAL, "neither a regular file nor a block device", filename)
         except BaseException:
             os.close(self.fd)
             raise
@@ -265,7 +262,7 @@ class OpenFile:
     def prepare_reopen(self, writable: bool, direct: bool) -> tuple[Callable[[], None], Callable[[], None]]:
         """Open it in another way; returns (commit, abort). Nothing may be in flight at the commit."""
         lock = self._lock
-        fd = os.open(self.filename, _flags(writable, direct))
+        fd = _open_storage(self.filename, _flags(writable, direct))
         try:
             if not os.path.sameopenfile(fd, self.fd):
                 raise OSError(errno.ESTALE, "there is another file under this name now", self.filename)
@@ -294,7 +291,7 @@ class OpenFile:
         """A descriptor of its own, so that the lock outlives reopening; -1 without locking."""
         if self.locking == "off":
             return -1
-        fd = os.open(self.filename, os.O_RDWR | os.O_CLOEXEC)
+        fd = _open_storage(self.filename, os.O_RDWR | os.O_CLOEXEC)
         try:
             # struct flock: l_type, l_whence, l_start, l_len, l_pid, with the C compiler's padding.
             request = struct.pack("@hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, _LOCK_BYTE, 1, 0)
@@ -308,6 +305,20 @@ class OpenFile:
                 raise OSError(error.errno, "the filesystem cannot lock this file", self.filename) from None
             return -1
         return fd
+
+
+def _open_storage(filename: str, flags: int) -> int:
+    """Open a regular file or a block device. An image may name a pipe: nobody waits for its other end."""
+    fd = os.open(filename, flags | os.O_NONBLOCK, 0o666)
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise OSError(errno.EINVAL, "neither a regular file nor a block device", filename)
+        os.set_blocking(fd, True)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _flags(writable: bool, direct: bool) -> int:

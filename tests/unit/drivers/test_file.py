@@ -374,6 +374,13 @@ def test_a_character_device_is_no_disk() -> None:
         asyncio.run(opened(Graph(), Path("/dev/null")))
 
 
+@pytest.mark.parametrize("read_only", [True, False])
+def test_nobody_waits_for_the_other_end_of_a_pipe(tmp_path: Path, read_only: bool) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="neither a regular file nor a block device"):
+        asyncio.run(Graph().open({"driver": "file", "filename": str(tmp_path / "pipe"), "read-only": read_only}))
+
+
 def test_resize_adds_zeroes(image: Path) -> None:
     async def scenario() -> None:
         graph = Graph()

@@ -11,7 +11,7 @@ from typing import Any
 
 from blockstep.block.driver import Driver
 from blockstep.block.node import Child
-from blockstep.drivers.qcow2.backing import image_path, options_of_json, place_of
+from blockstep.drivers.qcow2.backing import image_path, place_of
 from blockstep.drivers.qcow2.format import EXTERNAL_DATA, RAW_EXTERNAL, Header
 from blockstep.errors import ImageError, OptionError
 
@@ -26,8 +26,8 @@ def data_file_options(header: Header, file: Driver) -> dict[str, Any] | None:
     name = header.data_file
     if not name:
         raise ImageError("external data file name", name, "there, as the option 'data-file' is not given")
-    if name.startswith("json:"):
-        return options_of_json(name, None)
+    if name.startswith("json:"):  # an image from elsewhere could name any node, on any host
+        raise ImageError("external data file name", name, "the name of a file; other nodes are the option 'data-file'")
     path = image_path(name, file)
     if path == os.path.realpath(place_of(file) or ""):
         raise ImageError("external data file name", name, "another file than the image itself")
