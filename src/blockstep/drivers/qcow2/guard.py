@@ -39,11 +39,11 @@ from blockstep.drivers.qcow2.format import (
     OFFSET,
     Header,
     Snapshot,
-    compressed_place,
     decode_table,
     parse_snapshots,
 )
 from blockstep.drivers.qcow2.refcounts import read_file
+from blockstep.drivers.qcow2.tables import clusters_of
 from blockstep.errors import ImageError
 from blockstep.units import GiB, MiB
 
@@ -52,7 +52,6 @@ _CHUNK_BITS: Final = 15
 MOST_CHUNKS: Final = 65536
 #: Bytes of the L1 tables of all snapshots together.
 _MOST_SNAPSHOT_L1: Final = GiB
-_PLACE: Final = COPIED | COMPRESSED | OFFSET
 
 
 class Clusters:
@@ -89,12 +88,34 @@ class Clusters:
         self._chunks.clear()
 
 
-def _pieces(first: int, count: int) -> Iterator[tuple[int, int, int]]:
+def _pieces(first: int, count: int) -> Iterable[tuple[int, int, int]]:
+    """The chunks of a run of clusters, with the begin and the end in each."""
+    begin = first & ((1 << _CHUNK_BITS) - 1)
+    if begin + count <= 1 << _CHUNK_BITS:
+        return ((first >> _CHUNK_BITS, begin, begin + count),)
+    return _many_pieces(first, count)
+
+
+def _many_pieces(first: int, count: int) -> Iterator[tuple[int, int, int]]:
     while count > 0:
         begin = first & ((1 << _CHUNK_BITS) - 1)
         part = min(count, (1 << _CHUNK_BITS) - begin)
         yield first >> _CHUNK_BITS, begin, begin + part
         first, count = first + part, count - part
+
+
+def _rows(clusters: list[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours in a sorted list together: (first, count)."""
+    if not clusters:
+        return
+    first = clusters[0]
+    expected = first + 1
+    for cluster in clusters[1:]:
+        if cluster != expected:
+            yield first, expected - first
+            first = cluster
+        expected = cluster + 1
+    yield first, expected - first
 
 
 class Guard:
@@ -117,7 +138,7 @@ class Guard:
             raise ImageError(what, hex(first << self._bits), "where nothing else is: repair it first")
         self.claimed.add(first, count)
 
-    def claim_entries(self, table: Iterable[int], external: bool, going: set[int]) -> str:
+    def claim_entries(self, table: array[int], external: bool, going: set[int]) -> str:
         """Claim what the entries of an L2 table that was loaded say is exclusive.
 
         ``going``: clusters that become free soon, as nothing refers to them any more, and this table should not either.
@@ -125,33 +146,20 @@ class Guard:
         """
         if external:  # their data is elsewhere
             return ""
-        claimed: list[tuple[int, int]] = []
-        wrong, first, count, expected, step = "", 0, 0, 0, 1 << self._bits
+        bits, claimed = self._bits, []
+        exclusive = sorted([(entry & OFFSET) >> bits for entry in table
+                            if entry > COPIED and entry & OFFSET and not entry & COMPRESSED])
         try:
-            for entry in self._with_end(table):
-                place = entry & _PLACE
-                if count and place == expected:
-                    count, expected = count + 1, expected + step
-                    continue
-                if count:
-                    if self.taken(first, count) or (
-                            going and not going.isdisjoint(range(first, first + count))):
-                        wrong = f"its data at {first << self._bits:#x} has another user"
-                        break
-                    self.claimed.add(first, count)
-                    claimed.append((first, count))
-                    count = 0
-                if place & COMPRESSED:
-                    start, length = compressed_place(entry, self._bits)
-                    at = start >> self._bits
-                    if self.taken(at, ((start + length - 1) >> self._bits) - at + 1):
-                        wrong = f"its compressed data at {start:#x} has another user"
-                        break
-                elif place & COPIED and place & OFFSET:
-                    first, count, expected = (place & OFFSET) >> self._bits, 1, place + step
-                elif place and self.taken(place >> self._bits):
-                    wrong = f"its data at {place:#x} has another user"
+            if going and not going.isdisjoint(exclusive):
+                return "it refers to clusters that nothing else refers to any more"
+            for first, count in _rows(exclusive):
+                if self.taken(first, count):
+                    wrong = f"its data at {first << bits:#x} ({count << bits} bytes) has another user"
                     break
+                self.claimed.add(first, count)
+                claimed.append((first, count))
+            else:
+                wrong = self._foreign([entry for entry in table if entry and (entry < COPIED or entry & COMPRESSED)])
         except OSError as error:
             wrong = str(error)
         if wrong:
@@ -159,10 +167,13 @@ class Guard:
                 self.claimed.remove(*each)
         return wrong
 
-    @staticmethod
-    def _with_end(table: Iterable[int]) -> Iterator[int]:
-        yield from filter(None, table)
-        yield 0
+    def _foreign(self, entries: list[int]) -> str:
+        """What is wrong with entries that are shared or compressed, "" for nothing."""
+        for entry in entries:
+            clusters = clusters_of(entry, self._bits)
+            if clusters and self.taken(clusters.start, len(clusters)):
+                return f"its data at {clusters.start << self._bits:#x} has another user"
+        return ""
 
     def start_again(self, used: Iterable[int]) -> None:
         """The image was emptied: only these clusters are in use."""
