@@ -14,7 +14,7 @@ from blockstep.testing.proxy import Proxy
 from blockstep.units import KiB, MiB
 from tests.scenarios import scenario
 
-pytestmark = pytest.mark.usefixtures("four_disks")
+of_any_kind = pytest.mark.usefixtures("four_disks")
 
 
 def proxy_to(pair: Pair) -> Proxy:
@@ -53,6 +53,7 @@ Phase = Callable[[Pair, Proxy], Coroutine[Any, Any, None]]
 PHASES = [attaching, first_sync, replicating, checkpointing]
 
 
+@of_any_kind
 @pytest.mark.parametrize("phase", PHASES)
 @scenario
 async def test_the_standby_is_killed_and_the_guest_does_not_notice(tmp_path: Path, phase: Phase) -> None:
@@ -75,6 +76,7 @@ async def test_the_standby_is_killed_and_the_guest_does_not_notice(tmp_path: Pat
                 assert writes.slowest < 2.0 + 0.5
 
 
+@of_any_kind
 @pytest.mark.parametrize("phase", PHASES)
 @scenario
 async def test_the_primary_is_killed_and_the_standby_knows_what_it_has(tmp_path: Path, phase: Phase) -> None:
@@ -128,6 +130,7 @@ async def test_the_old_primary_is_killed_during_the_merge(tmp_path: Path) -> Non
         assert await pair.proven(standby) == 0
 
 
+@of_any_kind
 @scenario
 async def test_a_standby_that_is_killed_during_the_merge_starts_again_and_can_be_a_standby(tmp_path: Path) -> None:
     """What its disk holds is not promised (that takes a durable buffer); that it can be synced again is."""

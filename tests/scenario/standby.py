@@ -7,7 +7,7 @@
     NAME             quorum, fifo                        used by `Disk.view`
 
 Everything is done as its users do it: through Backends and the registry of replication. What the disks are, all of
-them, is `Rig.kind`; the fixture ``four_disks`` of these tests sets it.
+them, is `Rig.kind`, which the fixture ``four_disks`` of these tests sets, or random traces draw it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ LENGTH = 5 * 4096 + 777
 SECONDARY_CLUSTER = 4096
 
 Kind = Literal["overlay", "qcow2"]
+#: For random traces: a third of them has images.
+KINDS: tuple[Kind, ...] = ("overlay", "overlay", "qcow2")
 
 
 class GatedOverlay(GatedImage, Overlay):
@@ -86,6 +88,7 @@ class Shape:
     hidden_cluster: int = 4096
     directory: Path | None = None  #: overlays in files there, rather than in memory
     owned: bool = True  #: overlays that stay when replication lets go of them
+    kind: Kind | None = None  #: what the disks are; None: as `Rig.kind` says
 
 
 class Rig:
@@ -114,7 +117,8 @@ class Rig:
 
     async def add(self, name: str, content: bytes, shape: Shape = Shape()) -> Disk:
         secondary: GatedDisk | GatedQcow2
-        if self.kind == "qcow2":
+        kind = shape.kind or self.kind
+        if kind == "qcow2":
             secondary = await self._qcow2(f"{name}-secondary", None, len(content), shape, SECONDARY_CLUSTER)
             await Qcow2.pwrite(secondary, 0, content)
         else:
@@ -122,7 +126,7 @@ class Rig:
         backing = secondary.name
         for part, cluster in (("hidden", shape.hidden_cluster), ("active", shape.active_cluster)):
             file: dict[str, Any] = {}
-            if self.kind == "qcow2":
+            if kind == "qcow2":
                 await self._qcow2(f"{name}-{part}", backing, len(content), shape, cluster)
             else:
                 if shape.directory:

@@ -15,7 +15,8 @@ from blockstep.replication.hidden_disk import HiddenDiskBuffer
 from blockstep.replication.resize import check_growth
 from tests.scenario.standby import LENGTH, Disk, Request, Rig, Shape, run
 
-pytestmark = pytest.mark.usefixtures("four_disks")
+#: What follows runs over both kinds of disks.
+over_four_disks = pytest.mark.usefixtures("four_disks")
 
 STEPS = ("primary", "view", "grow", "checkpoint")
 #: A step, where (counted back from the end), and how many bytes.
@@ -56,6 +57,7 @@ async def play(rig: Rig, disk: Disk, model: Model, trace: list[Step]) -> None:
         assert disk.secondary.data == model.latest
 
 
+@over_four_disks
 @given(steps, st.booleans())
 @example([("view", 0, 1), ("grow", 0, 1), ("primary", 0, 4000), ("grow", 0, 9000), ("primary", 9000, 9000)], True)
 @example([("primary", 0, 1), ("grow", 0, 5000), ("primary", 5000, 5001), ("checkpoint", 0, 1)], False)
@@ -74,6 +76,7 @@ def test_the_view_is_the_checkpoint_through_growths(trace: list[Step], failover:
     asyncio.run(main())
 
 
+@over_four_disks
 def test_a_growth_before_the_start_and_overlays_in_files(tmp_path: Path) -> None:
     async def main() -> None:
         rig = await Rig.open(shape=Shape(directory=tmp_path))
@@ -88,6 +91,7 @@ def test_a_growth_before_the_start_and_overlays_in_files(tmp_path: Path) -> None
     run(main)
 
 
+@over_four_disks
 def test_requests_that_are_in_flight_end_before_the_growth_and_later_ones_come_after_it() -> None:
     async def main() -> None:
         rig = await Rig.open()
@@ -110,6 +114,7 @@ def test_requests_that_are_in_flight_end_before_the_growth_and_later_ones_come_a
     run(main)
 
 
+@over_four_disks
 @pytest.mark.parametrize("failing", ["a-active", "a-hidden", "a-secondary"])
 @pytest.mark.parametrize("length", [LENGTH + 5000, LENGTH + 1])
 def test_a_disk_that_cannot_grow_leaves_all_as_they_were(failing: str, length: int) -> None:
@@ -133,6 +138,7 @@ def test_a_disk_that_cannot_grow_leaves_all_as_they_were(failing: str, length: i
     run(main)
 
 
+@over_four_disks
 def test_a_growth_can_be_taken_back() -> None:
     async def main() -> None:
         rig = await Rig.open()
@@ -148,6 +154,7 @@ def test_a_growth_can_be_taken_back() -> None:
     run(main)
 
 
+@over_four_disks
 def test_others_cannot_resize_what_is_replicated() -> None:
     async def main() -> None:
         rig = await Rig.open()
@@ -164,6 +171,7 @@ def test_others_cannot_resize_what_is_replicated() -> None:
     run(main)
 
 
+@over_four_disks
 def test_shrinking_is_refused_with_the_reason() -> None:
     check_growth(5, 5)
     with pytest.raises(OptionError, match="at least 5 bytes, as the disk has now: it can only grow, because"):

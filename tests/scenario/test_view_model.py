@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,9 +20,7 @@ from blockstep.block.driver import FUA, MAY_UNMAP
 from blockstep.drivers.replication import Stage
 from blockstep.errors import ReplicationError
 from blockstep.testing.model import Content
-from tests.scenario.standby import LENGTH, Disk, Rig, Shape, error_of
-
-pytestmark = pytest.mark.usefixtures("four_disks")
+from tests.scenario.standby import KINDS, LENGTH, Disk, Kind, Rig, Shape, error_of
 
 REQUESTS = ("write", "write_zeroes", "discard", "flush")
 
@@ -163,15 +160,16 @@ def step(what: str, who: str = "registry", offset: int = 0, length: int = 1, dis
 
 
 @given(steps=_traces, active=_clusters, hidden=_clusters, names=st.sampled_from(("a", "ab", "abc")),
-       owned=st.booleans())
+       owned=st.booleans(), kind=st.sampled_from(KINDS))
 def test_any_trace_over_buffers_in_memory(steps: list[Step], active: int, hidden: int, names: str,
-                                          owned: bool) -> None:
-    run(names, Shape(active, hidden, owned=owned), steps)
+                                          owned: bool, kind: Kind) -> None:
+    run(names, Shape(active, hidden, owned=owned, kind=kind), steps)
 
 
-@given(steps=_traces, active=_clusters, hidden=_clusters, names=st.sampled_from(("a", "ab")), owned=st.booleans())
+@given(steps=_traces, active=_clusters, hidden=_clusters, names=st.sampled_from(("a", "ab")), owned=st.booleans(),
+       kind=st.sampled_from(KINDS))
 @settings(max_examples=max(20, settings.default.max_examples // 5))
 def test_any_trace_over_buffers_in_files(steps: list[Step], active: int, hidden: int, names: str,
-                                         owned: bool) -> None:
+                                         owned: bool, kind: Kind) -> None:
     with TemporaryDirectory() as directory:
-        run(names, Shape(active, hidden, Path(directory), owned), steps)
+        run(names, Shape(active, hidden, Path(directory), owned, kind), steps)

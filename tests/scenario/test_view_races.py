@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from blockstep.drivers.replication import Stage
 from blockstep.errors import ReplicationError
 from blockstep.testing.model import Content
-from tests.scenario.standby import LENGTH, Disk, Request, Rig, Shape
+from tests.scenario.standby import KINDS, LENGTH, Disk, Request, Rig, Shape
 
-pytestmark = pytest.mark.usefixtures("four_disks")
+#: What follows runs over both kinds of disks; random traces draw the kind.
+over_four_disks = pytest.mark.usefixtures("four_disks")
 
 #: What a trace consists of: (what, disk, offset, length), or what and a number.
 Step = tuple[str, int, int, int]
@@ -229,7 +230,8 @@ def run(steps: list[Step], *closed: str, names: str = "a", shape: Shape) -> None
     asyncio.run(main())
 
 
-_shapes = st.builds(Shape, st.sampled_from((512, 4096, 65536)), st.sampled_from((512, 4096, 65536)))
+_shapes = st.builds(Shape, st.sampled_from((512, 4096, 65536)), st.sampled_from((512, 4096, 65536)),
+                    kind=st.sampled_from(KINDS))
 _closed = st.sampled_from(((), ("a-secondary",), ("a-secondary", "b-secondary"), ("a-hidden", "a-secondary"),
                            ("a-active", "a-secondary")))
 
@@ -300,6 +302,7 @@ def scene(play: Callable[[Scene], None], active: int = 4096, hidden: int = 4096)
     asyncio.run(main())
 
 
+@over_four_disks
 def test_an_overwrite_waits_for_a_reader_that_found_nothing_in_the_hidden_disk() -> None:
     """The reader is about to read the secondary disk when the primary overwrites the same cluster."""
 
@@ -316,6 +319,7 @@ def test_an_overwrite_waits_for_a_reader_that_found_nothing_in_the_hidden_disk()
     scene(play)
 
 
+@over_four_disks
 def test_a_reader_waits_for_a_cluster_that_is_being_saved() -> None:
     def play(s: Scene) -> None:
         s.gates.close("a-hidden", "a-secondary")
@@ -330,6 +334,7 @@ def test_a_reader_waits_for_a_cluster_that_is_being_saved() -> None:
     scene(play)
 
 
+@over_four_disks
 def test_a_second_overwrite_waits_until_the_first_has_saved_the_cluster() -> None:
     def play(s: Scene) -> None:
         s.gates.close("a-hidden")
@@ -345,6 +350,7 @@ def test_a_second_overwrite_waits_until_the_first_has_saved_the_cluster() -> Non
     scene(play)
 
 
+@over_four_disks
 @pytest.mark.parametrize(("active", "primary_at"), [(4096, 4900), (65536, 12288)])
 def test_a_part_of_a_cluster_is_completed_from_the_checkpoint(active: int, primary_at: int) -> None:
     """The guest writes a part of a cluster; the rest is about to be read from below when the primary overwrites it."""
@@ -367,6 +373,7 @@ def test_a_part_of_a_cluster_is_completed_from_the_checkpoint(active: int, prima
     scene(play, active=active)
 
 
+@over_four_disks
 def test_a_checkpoint_waits_for_what_is_in_flight_and_holds_back_what_comes() -> None:
     def play(s: Scene) -> None:
         s.gates.close("a-secondary")
@@ -385,6 +392,7 @@ def test_a_checkpoint_waits_for_what_is_in_flight_and_holds_back_what_comes() ->
     scene(play)
 
 
+@over_four_disks
 def test_a_write_of_the_old_primary_that_is_in_flight_ends_before_the_failover_and_the_next_is_refused() -> None:
     async def main() -> None:
         rig = await Rig.open()
@@ -406,6 +414,7 @@ def test_a_write_of_the_old_primary_that_is_in_flight_ends_before_the_failover_a
     asyncio.run(main())
 
 
+@over_four_disks
 @pytest.mark.parametrize("second", ["checkpoint", "failover", "stop"])
 @pytest.mark.parametrize("first", ["checkpoint", "failover", "stop"])
 def test_operations_of_the_registry_take_turns(first: str, second: str) -> None:
@@ -441,6 +450,7 @@ def test_operations_of_the_registry_take_turns(first: str, second: str) -> None:
     asyncio.run(main())
 
 
+@over_four_disks
 def test_a_checkpoint_and_giving_it_up_take_turns() -> None:
     """The checkpoint has prepared one disk of two ► the buffer is to be given up ► the checkpoint goes on."""
 
@@ -461,6 +471,7 @@ def test_a_checkpoint_and_giving_it_up_take_turns() -> None:
     asyncio.run(main())
 
 
+@over_four_disks
 def test_a_start_waits_until_the_old_checkpoint_is_given_up() -> None:
     """The first disk's buffer is being emptied ► a new start ► what it saves must not be emptied under it."""
 
@@ -485,6 +496,7 @@ def test_a_start_waits_until_the_old_checkpoint_is_given_up() -> None:
     asyncio.run(main())
 
 
+@over_four_disks
 @pytest.mark.parametrize("operation", ["checkpoint", "failover"])
 def test_an_operation_that_comes_while_a_checkpoint_is_given_up_finds_none(operation: str) -> None:
     """Not one disk with a checkpoint and one without."""
@@ -508,6 +520,7 @@ def test_an_operation_that_comes_while_a_checkpoint_is_given_up_finds_none(opera
     asyncio.run(main())
 
 
+@over_four_disks
 def test_writes_of_the_view_after_a_failed_merge_do_not_get_lost_in_each_others_copy_up() -> None:
     """A write into the active disk copies the rest of its cluster up, while another writes there, past it."""
 

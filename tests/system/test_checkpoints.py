@@ -11,9 +11,10 @@ from blockstep.testing.numbered import BLOCK
 from blockstep.testing.pair import Pair
 from tests.scenarios import scenario
 
-pytestmark = pytest.mark.usefixtures("four_disks")
+of_any_kind = pytest.mark.usefixtures("four_disks")
 
 
+@of_any_kind
 @pytest.mark.parametrize("ack", ["local", "both"])
 @scenario
 async def test_several_disks_share_one_point_in_time_at_every_checkpoint(tmp_path: Path, ack: str) -> None:
@@ -26,6 +27,7 @@ async def test_several_disks_share_one_point_in_time_at_every_checkpoint(tmp_pat
                 await pair.checkpoint_shows()
 
 
+@of_any_kind
 @scenario
 async def test_nothing_that_is_written_after_a_checkpoint_shows_on_the_standby(tmp_path: Path) -> None:
     async with Pair(tmp_path, disks=2) as pair:
@@ -51,6 +53,7 @@ async def test_a_checkpoint_is_taken_by_time(tmp_path: Path) -> None:
         await pair.primary.heard("REPLICATION_CHECKPOINT", epoch=first["checkpoint"]["epoch"] + 2)
 
 
+@of_any_kind
 @pytest.mark.parametrize("written", [1, 4])
 @scenario
 async def test_a_checkpoint_is_taken_by_bytes_over_all_disks(tmp_path: Path, written: int) -> None:
@@ -91,6 +94,7 @@ async def test_without_a_standby_no_checkpoint_is_promised(tmp_path: Path) -> No
             await pair.primary.execute("replication-checkpoint")
 
 
+@of_any_kind
 @scenario
 async def test_the_standbys_own_writes_are_dropped_by_a_checkpoint(tmp_path: Path) -> None:
     async with Pair(tmp_path) as pair:
@@ -106,6 +110,7 @@ async def test_the_standbys_own_writes_are_dropped_by_a_checkpoint(tmp_path: Pat
         assert await pair.proven(pair.standby) == 0
 
 
+@of_any_kind
 @scenario
 async def test_discards_and_zeroes_of_the_guest_reach_the_standby(tmp_path: Path) -> None:
     """D10: what QEMU's replication does not forward."""

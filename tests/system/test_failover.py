@@ -14,9 +14,10 @@ from blockstep.testing.numbered import BLOCK
 from blockstep.testing.pair import Pair, Status
 from tests.scenarios import scenario
 
-pytestmark = pytest.mark.usefixtures("four_disks")
+of_any_kind = pytest.mark.usefixtures("four_disks")
 
 
+@of_any_kind
 @scenario
 async def test_failover_to_the_checkpoint(tmp_path: Path) -> None:
     async with Pair(tmp_path, disks=2) as pair:
@@ -38,6 +39,7 @@ async def test_failover_to_the_checkpoint(tmp_path: Path) -> None:
         await pair.standby.heard("REPLICATION_FAILOVER", stage="done")
 
 
+@of_any_kind
 @scenario
 async def test_failover_to_the_latest(tmp_path: Path) -> None:
     async with Pair(tmp_path, disks=2) as pair:
@@ -55,6 +57,7 @@ async def test_failover_to_the_latest(tmp_path: Path) -> None:
         await pair.standby.heard("REPLICATION_FAILOVER", stage="done", to="latest")
 
 
+@of_any_kind
 @pytest.mark.parametrize("to", ["checkpoint", "latest"])
 @scenario
 async def test_after_a_failover_writes_go_on_and_are_on_the_disk_in_the_end(tmp_path: Path, to: str) -> None:
@@ -76,6 +79,7 @@ async def test_after_a_failover_writes_go_on_and_are_on_the_disk_in_the_end(tmp_
         assert await pair.file("standby") == content
 
 
+@of_any_kind
 @scenario
 async def test_the_standbys_own_writes_are_kept_by_a_failover(tmp_path: Path) -> None:
     async with Pair(tmp_path) as pair:
@@ -89,6 +93,7 @@ async def test_the_standbys_own_writes_are_kept_by_a_failover(tmp_path: Path) ->
             assert bytes(await client.pread(BLOCK + 1, 4)) == b"mine"
 
 
+@of_any_kind
 @scenario
 async def test_a_promoted_standby_refuses_the_old_primarys_writes_which_goes_on_alone(tmp_path: Path) -> None:
     """D6. The old primary is told, says so, and serves its guest on."""
@@ -180,6 +185,7 @@ async def test_stop_on_the_primary_ends_replication_and_the_guest_goes_on(tmp_pa
         await pair.standby.until(state="lost")
 
 
+@of_any_kind
 @scenario
 async def test_stop_on_the_standby_shows_what_the_primary_wrote_last(tmp_path: Path) -> None:
     """D1: one point in time, and no error."""
@@ -199,6 +205,7 @@ async def test_stop_on_the_standby_shows_what_the_primary_wrote_last(tmp_path: P
         assert "stopped" in primary["reason"]
 
 
+@of_any_kind
 @scenario
 async def test_status_is_true_at_every_moment_of_a_failover(tmp_path: Path) -> None:
     """D5: a healthy failover is no error; it is work with progress, and it ends with an event."""

@@ -13,7 +13,7 @@ from blockstep.testing.proxy import Proxy
 from blockstep.units import KiB, MiB
 from tests.scenarios import scenario
 
-pytestmark = pytest.mark.usefixtures("four_disks")
+of_any_kind = pytest.mark.usefixtures("four_disks")
 
 
 def proxy_to(pair: Pair) -> Proxy:
@@ -21,6 +21,7 @@ def proxy_to(pair: Pair) -> Proxy:
     return Proxy(host, int(port))
 
 
+@of_any_kind
 @scenario
 async def test_the_first_sync_copies_a_disk_that_is_being_written(tmp_path: Path) -> None:
     async with Pair(tmp_path, disks=2, size=4 * MiB) as pair:
@@ -38,6 +39,7 @@ async def test_the_first_sync_copies_a_disk_that_is_being_written(tmp_path: Path
                 await pair.checkpoint_shows()
 
 
+@of_any_kind
 @scenario
 async def test_the_first_sync_leaves_holes_where_the_primary_has_holes(tmp_path: Path) -> None:
     async with Pair(tmp_path, size=32 * MiB) as pair:
@@ -50,6 +52,7 @@ async def test_the_first_sync_leaves_holes_where_the_primary_has_holes(tmp_path:
         assert os.stat(tmp_path / "disk0.standby").st_blocks * 512 < 9 * MiB
 
 
+@of_any_kind
 @scenario
 async def test_a_sync_replaces_whatever_the_standbys_disk_held(tmp_path: Path) -> None:
     async with Pair(tmp_path, size=6 * MiB) as pair:
@@ -60,6 +63,7 @@ async def test_a_sync_replaces_whatever_the_standbys_disk_held(tmp_path: Path) -
         assert await pair.proven(pair.standby) == 0
 
 
+@of_any_kind
 @scenario
 async def test_disks_of_any_size_are_replicated(tmp_path: Path) -> None:
     async with Pair(tmp_path, disks=2, size=MiB + 3 * 512) as pair:
@@ -72,6 +76,7 @@ async def test_disks_of_any_size_are_replicated(tmp_path: Path) -> None:
         assert await pair.standby.read_disks() == await pair.primary.read_disks()
 
 
+@of_any_kind
 @scenario
 async def test_after_a_cut_only_the_difference_is_copied_and_the_view_stays(tmp_path: Path) -> None:
     async with Pair(tmp_path, disks=2, size=16 * MiB) as pair:
@@ -102,6 +107,7 @@ async def test_after_a_cut_only_the_difference_is_copied_and_the_view_stays(tmp_
         assert await pair.proven(pair.standby) == pair.writes.acknowledged
 
 
+@of_any_kind
 @scenario
 async def test_a_primary_that_was_restarted_copies_everything_and_the_view_stays_meanwhile(tmp_path: Path) -> None:
     async with Pair(tmp_path, disks=2, size=4 * MiB) as pair:
@@ -128,6 +134,7 @@ async def test_a_primary_that_was_restarted_copies_everything_and_the_view_stays
             await pair.proven(pair.primary)
 
 
+@of_any_kind
 @scenario
 async def test_a_failover_in_the_middle_of_a_resync_lives_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     async with Pair(tmp_path, disks=2, size=4 * MiB) as pair:
