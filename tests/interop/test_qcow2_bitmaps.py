@@ -238,6 +238,31 @@ def test_bitmaps_of_qemu_are_used_and_given_back(tmp_path: Path) -> None:
     assert dirty_by_qemu(path, "off", 4096) == {16, 32, 256}
 
 
+@pytest.mark.parametrize("options", ["compat=1.1", "compat=1.1,cluster_size=512"])
+def test_the_first_bitmap_comes_and_the_last_goes_in_an_image_with_a_backing_file(options: str, tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    model = made(path, options, base=random.Random(2).randbytes(SIZE))
+
+    async def go(remove: bool) -> None:
+        async with disk(image_options(path)) as user:
+            if remove:
+                user.node.bitmaps["new"].prepare_remove().commit()
+            else:
+                DirtyBitmap.prepare_add(user.node, "new", 4096, persistent=True).commit()
+            await user.node.keep_bitmaps()
+            await user.pwrite(0, b"x")
+
+    model[0] = ord("x")
+    for _ in range(3):
+        asyncio.run(go(False))
+        judge(path, {"new": Model(4096, True, clusters={0})})
+        assert content(path) == model
+        run("qemu-img", "rebase", "-u", "-b", "base", "-F", "raw", "-f", "qcow2", str(path))  # writes all of the header
+        asyncio.run(go(True))
+        judge(path, {})
+        assert content(path) == model
+
+
 def cuts(path: Path, before: bytes, rnd: random.Random, count: int) -> Any:
     """The image as it may be after a crash: cut off at some write, with any of those since the last flush missing."""
     with path.with_name("log").open("rb") as log:

@@ -4,11 +4,10 @@
     one comes  or goes: a new directory, in which all have ``in_use`` (`keep_bitmaps`)
     closed     bits and tables go into free clusters; then a new directory without ``in_use``
 
-Made read-only is as closed, made writable as opened. A directory always goes into free clusters, and the extension in
-the header is moved to it: one write, and of one sector, but for the first bitmap and the last, and where QEMU has
-made the extension lie across sectors. Then the autoclear bit is reset meanwhile. So after a crash all bitmaps are as
-they were before the last step or after it; in the middle of one of the exceptions there are none, and leaks. Bits
-that could have missed a write are never believed.
+Made read-only is as closed, made writable as opened. A directory always goes into free clusters, and then the header
+refers to it, which is one write to one sector, but for the first bitmap and the last (`header_steps`). So after a
+crash all bitmaps are as they were before the last step or after it, or there are none, and leaks. Bits that could
+have missed a write are never believed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from blockstep.block.bitmap import DirtyBitmap
 from blockstep.drivers.qcow2.bitmap_limits import MOST_BITS, bitmap_bytes, check_directory
 from blockstep.drivers.qcow2.bitmap_loading import Found, Kept, load_bitmaps
 from blockstep.drivers.qcow2.format import (
-    AT_AUTOCLEAR,
     AUTO,
     BITMAPS,
     EXT_BITMAPS,
@@ -42,6 +40,7 @@ from blockstep.drivers.qcow2.format import (
     encode_table,
     parse_header,
 )
+from blockstep.drivers.qcow2.header_steps import bitmap_steps
 from blockstep.drivers.qcow2.refcounts import Refcounts, read_file
 from blockstep.drivers.qcow2.saving import Saver
 from blockstep.drivers.qcow2.tables import Tables
@@ -49,7 +48,6 @@ from blockstep.errors import ImageError, OptionError
 
 #: Bytes of bits that are written at a time.
 _PIECE: Final = 1 << 20
-_SECTOR: Final = 512
 _WRITES: Final = ("pwrite", "begin_write", "write_compressed", "copy_in", "write_zeroes", "discard")
 
 
@@ -265,22 +263,10 @@ class Keeper(Saver):
     async def _change_header(self, extension: BitmapsExtension | None) -> None:
         raw = await read_file(self.file, 0, self.cluster_size)
         old = parse_header(raw)
+        for offset, data in bitmap_steps(raw, old, None if extension is None else build_bitmaps_extension(extension)):
+            await self.file.pwrite(offset, data)
+            await self.file.flush()
         new = _with_bitmaps(old, extension)
-        data = build_header(new)
-        changed = [at for at, (one, other) in enumerate(zip(raw, data, strict=False)) if one != other]
-        if not changed or changed[0] // _SECTOR == changed[-1] // _SECTOR:
-            if changed:
-                await self.file.pwrite(changed[0], data[changed[0]:changed[-1] + 1])
-        else:
-            none = old.autoclear & ~BITMAPS
-            if old.autoclear & BITMAPS:
-                await self.file.pwrite(AT_AUTOCLEAR, none.to_bytes(8, "big"))
-                await self.file.flush()
-            await self.file.pwrite(0, build_header(replace(new, autoclear=none)))
-            if new.autoclear & BITMAPS:
-                await self.file.flush()
-                await self.file.pwrite(AT_AUTOCLEAR, new.autoclear.to_bytes(8, "big"))
-        await self.file.flush()
         self.header = replace(self.header, extensions=new.extensions, autoclear=new.autoclear)
 
     # --- what cannot be marked must not be written ---

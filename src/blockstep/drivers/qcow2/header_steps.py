@@ -1,0 +1,86 @@
+"""How the bitmaps extension comes into a header, changes and goes, so that a power cut in between harms nothing else.
+
+A disk writes sectors, and of several any may be there after a power cut. So an extension comes in steps, of which each
+is durable before the next, and the step that counts lies in one sector::
+
+    ... | END | name of the backing file          1  the name is copied behind all (if it is in the way)
+    ... | END | (free) ....... | name             2  the header's field refers to the copy
+    ... | END | data, END .... | name             3  data and a new end, behind the end that still holds
+    ... | bitmaps, data, END   | name             4  the old end becomes the extension's head: 8 bytes
+
+Going is step 4 backwards. While it changes across two sectors, the autoclear bit says that it is not valid.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+from typing import Final
+
+from blockstep.drivers.qcow2.format import AT_AUTOCLEAR, BITMAPS, EXT_BITMAPS, EXT_END, V2_LENGTH, Header, build_header
+
+_SECTOR: Final = 512
+_HEAD: Final = struct.Struct(">II")
+_NAME: Final = struct.Struct(">QI")
+#: Where the header has the place and the length of the backing file's name.
+_AT_NAME: Final = 8
+
+Step = tuple[int, bytes]  #: offset, what is written there; then it is made durable
+
+
+def bitmap_steps(raw: bytes, old: Header, extension: bytes | None) -> list[Step]:
+    """The steps from the header ``old``, in the first cluster ``raw``, to one with that extension (None: without).
+
+    Raises ImageError if it has no room.
+    """
+    valid = bool(old.autoclear & BITMAPS)
+    off = [_autoclear(old.autoclear & ~BITMAPS)] if valid else []
+    on = [_autoclear(old.autoclear | BITMAPS)]
+    mine, end = _places(raw, old)
+    if extension is None:
+        if mine is None:
+            return off
+        if mine[0] + 8 + -(-mine[1] // 8) * 8 == end:
+            return [*off, (mine[0], _HEAD.pack(EXT_END, 0))]
+        return [*off, (0, build_header(replace(old, autoclear=old.autoclear & ~BITMAPS).with_extension(
+            EXT_BITMAPS, None)))]
+    if mine is not None and mine[1] == len(extension):
+        at = mine[0] + 8
+        if valid and at // _SECTOR == (at + len(extension) - 1) // _SECTOR:
+            return [(at, extension)]
+        return [*off, (at, extension), *on]
+    if mine is None and (steps := _insertion(raw, old, end, extension)):
+        return [*steps, *on]
+    whole = replace(old, autoclear=old.autoclear & ~BITMAPS).with_extension(EXT_BITMAPS, extension)
+    return [*off, (0, build_header(whole)), *on]
+
+
+def _insertion(raw: bytes, old: Header, end: int, extension: bytes) -> list[Step]:
+    """The four steps of the module's head; none if there is no room for them."""
+    data = extension + bytes(-len(extension) % 8) + _HEAD.pack(EXT_END, 0)
+    stop = end + 8 + len(data)
+    offset, size = _NAME.unpack_from(raw, _AT_NAME)
+    steps: list[Step] = []
+    if offset and offset < stop and offset + size > end:
+        place = -(-max(stop, offset + size) // 8) * 8
+        if place + size > len(raw):
+            return []
+        steps = [(place, raw[offset:offset + size]), (_AT_NAME, _NAME.pack(place, size))]
+    if stop > len(raw) or (offset and offset <= end and not steps):  # or a name before the end: nobody writes it so
+        return []
+    return [*steps, (end + 8, data), (end, _HEAD.pack(EXT_BITMAPS, len(extension)))]
+
+
+def _places(raw: bytes, header: Header) -> tuple[tuple[int, int] | None, int]:
+    """Where the bitmaps extension is, (offset, length of its data), and where the extensions end."""
+    at = header.header_length if header.version >= 3 else V2_LENGTH
+    mine: tuple[int, int] | None = None
+    for each in header.extensions:
+        if each.kind == EXT_BITMAPS:
+            mine = at, len(each.data)
+        at += 8 + -(-len(each.data) // 8) * 8
+    return mine, at
+
+
+def _autoclear(value: int) -> Step:
+    return AT_AUTOCLEAR, value.to_bytes(8, "big")
