@@ -15,12 +15,12 @@ from typing import Any, Final
 import pytest
 
 from blockstep.testing.pair import environment
-from blockstep.testing.processes import QMP, blockstep, run, started
+from blockstep.testing.processes import QMP, blockstep, run, started, unix_uri
 from blockstep.units import KiB, MiB
 from tests.peers import need
 
 pytestmark = pytest.mark.interop
-need("qemu-img")
+need("qemu-img", "nbdinfo")
 
 LIMIT: Final = 20.0
 SIZE: Final = 8 * MiB
@@ -36,6 +36,20 @@ class Storage:
         nodes = self.qmp.execute("query-named-block-nodes")
         return {each["name"]: each for node in nodes if node["node-name"] == "disk"
                 for each in node.get("dirty-bitmaps", [])}
+
+    def dirty_by_nbd(self, bitmap: str) -> list[tuple[int, int]]:
+        """What an NBD client sees as dirty; nobody can remove the bitmap meanwhile."""
+        path = self.directory / "nbd"
+        self.qmp.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
+        self.qmp.execute("block-export-add", **{"type": "nbd", "id": "shown", "node-name": "disk", "writable": True,
+                                                "bitmaps": [bitmap]})
+        assert self.bitmaps()[bitmap]["busy"]
+        with pytest.raises(RuntimeError, match="in use by export"):
+            self.qmp.execute("block-dirty-bitmap-remove", node="disk", name=bitmap)
+        runs = json.loads(run("nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{bitmap}", unix_uri(path, "disk")).stdout)
+        self.qmp.execute("block-export-del", id="shown")
+        self.qmp.execute("nbd-server-stop")
+        return [(each["offset"], each["length"]) for each in runs if each["type"]]
 
     def write(self, offset: int, length: int, value: int) -> None:
         said = self.qmp.execute("human-monitor-command",
@@ -116,6 +130,7 @@ def test_a_backup_goes_on_where_the_last_one_ended_though_the_daemon_was_restart
     with storage(tmp_path) as second:
         assert second.bitmaps()["since"] == {"name": "since", "count": 64 * KiB, "granularity": 64 * KiB,
                                              "recording": True, "busy": False, "persistent": True}
+        assert second.dirty_by_nbd("since") == [(MiB, 64 * KiB)]
         second.write(6 * MiB, 64 * KiB, 3)
         backup = second.incremental_backup("one", "since", "full")
         second.qmp.execute("quit")
