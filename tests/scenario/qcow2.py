@@ -110,7 +110,7 @@ class GatedQcow2(GatedImage, Qcow2):
 
 
 @cache
-def _image(length: int, cluster_size: int) -> bytes:
+def image_of_length(length: int, cluster_size: int) -> bytes:
     """A new image that holds nothing."""
     fd = os.memfd_create("image")
     try:
@@ -125,7 +125,7 @@ async def gated_qcow2(
     directory: Path | None = None, *, owned: bool = True
 ) -> tuple[GatedQcow2, Callable[[], bytes]]:
     """A new image as a node of ``graph``, as `Graph.open` makes one; and what tells the bytes of its file."""
-    image = _image(length, cluster_size)
+    image = image_of_length(length, cluster_size)
     if directory is None:
         file = await graph.open({"driver": "test-sparse", "node-name": f"{name}-file", "size": len(image)}, owned=False)
         assert isinstance(file, Sparse)
