@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from blockstep.block.driver import MAY_UNMAP, Buffer, Filter
 from blockstep.block.graph import Graph
 from blockstep.block.node import NodeOptions, NodeRef
-from blockstep.block.permissions import READ, WRITE, Role
+from blockstep.block.permissions import READ, RESIZE, WRITE, Role
 from blockstep.block.registry import register
 from blockstep.block.reopen import reopen
 from blockstep.drivers.create import CreateQcow2
@@ -348,13 +348,17 @@ def test_a_power_cut_leaves_leaks_at_worst_and_what_was_flushed(options: str, se
         node = await graph.open({
             "driver": "qcow2", "l2-cache-size": 4096, "refcount-cache-size": 4096, "file": recorded("image"),
             **({"data-file": recorded("data")} if "data" in names else {})})
-        user = graph.attach_backend(node, "test", READ | WRITE)
+        user = graph.attach_backend(node, "test", READ | WRITE | RESIZE)
         for step in range(8):
             await some_requests(user, model, rnd, 5)
             if step % 4 == 3 and not raw:
                 await user.node.make_empty()
-                model[:] = (base or b"").ljust(SIZE, b"\0")
+                model[:] = (base or b"")[:len(model)].ljust(len(model), b"\0")
                 await some_requests(user, model, rnd, 3)
+            if step in (2, 5):
+                await user.truncate(length := SIZE - 300 * KiB if step == 2 else SIZE + 128 * KiB)
+                flushed.append((len(events), bytes(model[:length]).ljust(length, b"\0")))
+                model[:] = flushed[-1][1]
             await user.flush()
             flushed.append((len(events), bytes(model)))
         for name in names:
@@ -372,7 +376,8 @@ def test_a_power_cut_leaves_leaks_at_worst_and_what_was_flushed(options: str, se
         if count in ends:
             assert content_of(after, names) == ends[count], f"after {count} events"
         if raw:
-            assert content_of(after, names) == files["data"], f"after {count} events"
+            found = content_of(after, names)  # the file may have grown before the disk, or be cut after it
+            assert found == files["data"][:len(found)], f"after {count} events"
 
 
 def content_of(path: Path, names: dict[str, Path]) -> bytes:
