@@ -238,6 +238,26 @@ def test_an_image_with_a_data_file_is_made_writable_and_back(tmp_path: Path) -> 
     assert content(path)[:7] == b"written"
 
 
+def test_a_data_file_is_a_child_as_in_qemu_and_none_can_be_added(tmp_path: Path) -> None:
+    path, plain = tmp_path / "disk.qcow2", tmp_path / "plain.qcow2"
+    made(path, "data_file=DATA")
+    made(plain, "compat=1.1")
+
+    async def go() -> None:
+        graph = Graph()
+        node = await graph.open(image_options(path))
+        assert list(node.children) == ["file", "data-file"]
+        options = {"driver": "qcow2", "node-name": "plain", "file": {
+            "driver": "file", "node-name": "file", "filename": str(plain)}}
+        other = await graph.open(options)
+        with pytest.raises(OptionError, match=r"data-file.*has none"):
+            await reopen(graph, [{**options, "data-file": node.children["data-file"].node.name}])
+        for each in (other, node):
+            await graph.close(each)
+
+    asyncio.run(go())
+
+
 def test_a_raw_data_file_is_the_disk_at_any_moment(tmp_path: Path) -> None:
     path, rnd = tmp_path / "disk.qcow2", random.Random(8)
     model = made(path, "data_file=DATA,data_file_raw=on,extended_l2=on")
@@ -362,7 +382,7 @@ def test_a_power_cut_leaves_leaks_at_worst_and_what_was_flushed(options: str, se
             await user.flush()
             flushed.append((len(events), bytes(model)))
         for name in names:
-            recorder = node.children["file" if name == "image" else "data_file"].node
+            recorder = node.children["file" if name == "image" else "data-file"].node
             await recorder.children["file"].node.close()
 
     asyncio.run(go())

@@ -351,14 +351,19 @@ class Graph:
                 backend.resume()
 
 
+def child_name(field: str) -> str:
+    """What the child of an option field is called: as the option."""
+    return field.replace("_", "-")
+
+
 def child_references(driver: type[Driver], options: NodeOptions) -> Iterator[tuple[str, Role, NodeRef]]:
     """The children that the options name: (child name, role, node name or options). Lists give ``children.0`` ..."""
     for field, role in driver.child_roles.items():
         ref: NodeRef | list[NodeRef] | None = getattr(options, field)
         if isinstance(ref, list):
-            yield from ((f"{field}.{index}", role, item) for index, item in enumerate(ref))
+            yield from ((f"{child_name(field)}.{index}", role, item) for index, item in enumerate(ref))
         elif ref is not None and ref != {}:  # {}: as the node itself says, `Node.implied_children`
-            yield field, role, ref
+            yield child_name(field), role, ref
 
 
 def child_options(options: NodeOptions, role: Role, given: Mapping[str, Any]) -> dict[str, Any]:

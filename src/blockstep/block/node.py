@@ -187,12 +187,12 @@ class Node:
 
     def attached(self, child: Child) -> None:
         """An edge of this node has come (a driver may keep it under a name of its own)."""
-        setattr(self, child.name, child)
+        setattr(self, child.name.replace("-", "_"), child)
 
     def detached(self, child: Child) -> None:
         """An edge of this node has gone."""
-        if getattr(self, child.name, None) is child:
-            delattr(self, child.name)
+        if getattr(self, child.name.replace("-", "_"), None) is child:
+            delattr(self, child.name.replace("-", "_"))
 
     def cumulative(self) -> tuple[Permission, Permission]:
         """What all parents together take, and what all of them share."""

@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 
 from blockstep.block.driver import Driver
-from blockstep.block.graph import Change, Graph, child_options, given_names
+from blockstep.block.graph import Change, Graph, child_name, child_options, given_names
 from blockstep.block.node import Child, NodeOptions
 from blockstep.block.permissions import Role
 from blockstep.block.registry import parse_options
@@ -111,7 +111,7 @@ def _prepared(node: Driver, wanted: NodeOptions) -> _Plan:
 
 def _known(node: Driver) -> set[str]:
     """The options that are not for the driver to prepare."""
-    return {"node-name", "read-only", *node.live_options, *(name.replace("_", "-") for name in node.child_roles)}
+    return {"node-name", "read-only", *node.live_options, *map(child_name, node.child_roles)}
 
 
 def _plan_followers(above: _Plan, plans: list[_Plan]) -> None:
@@ -134,11 +134,11 @@ def _plan_followers(above: _Plan, plans: list[_Plan]) -> None:
             _plan_followers(plan, plans)
 
 
-def _plan_child(graph: Graph, plan: _Plan, name: str, role: Role, options: Mapping[str, Any], plans: list[_Plan],
+def _plan_child(graph: Graph, plan: _Plan, field: str, role: Role, options: Mapping[str, Any], plans: list[_Plan],
                 strict: bool) -> None:
-    node, reference = plan.node, getattr(plan.options, name)
+    node, reference, name = plan.node, getattr(plan.options, field), child_name(field)
     edge = node.children.get(name)
-    if reference == {} and getattr(node.options, name) == {}:  # what the image names, as before
+    if reference == {} and getattr(node.options, field) == {}:  # what the image names, as before
         return
     if reference is None or reference == {}:  # {}: as the image says, `Node.implied_children`
         if edge is None:
@@ -150,6 +150,8 @@ def _plan_child(graph: Graph, plan: _Plan, name: str, role: Role, options: Mappi
     elif isinstance(reference, str):
         wanted = graph.find(reference)
         if edge is None:
+            if role is not Role.BACKING:
+                raise OptionError(name, reference, f"left out: node '{node.name}' has none")
             plan.rewire.append(lambda change: change.attach(node, name, role, wanted))
         elif wanted is not edge.node:
             _check_length(edge, role, wanted)

@@ -34,7 +34,7 @@ RoleOf = Callable[[str, str], str]
 def role_of(driver: str, child: str) -> str:
     """The role of a child, of our own drivers (as far as they are imported) and of what goes without saying."""
     if driver in driver_names():
-        role = find_driver(driver).child_roles.get(child.partition(".")[0])
+        role = find_driver(driver).child_roles.get(child.partition(".")[0].replace("-", "_"))
         if role is not None:
             return role.value
     return "backing" if child == "backing" else ""

@@ -1,6 +1,6 @@
 """Driver ``qcow2``: an image in QEMU's format, in its child ``file``, over an optional backing node.
 
-Its data lies in ``file`` as well, unless the image has an external data file, the child ``data_file``.
+Its data lies in ``file`` as well, unless the image has an external data file, the child ``data-file``.
 
 Data is written where it belongs at once, metadata is kept in memory (`tables`, `refcounts`) until a flush, or until too
 much of it has changed. The driver is one class in storeys, each in a file with its theory at the head:
@@ -96,7 +96,7 @@ class Qcow2(Emptier, Packer):
         if backing is not None:
             found.append(("backing", Role.BACKING, backing))
         if data is not None:
-            found.append(("data_file", Role.STORAGE, data))
+            found.append(("data-file", Role.STORAGE, data))
         return found
 
     async def open(self) -> None:
