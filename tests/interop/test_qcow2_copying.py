@@ -119,3 +119,33 @@ def test_a_copy_that_fails_leaves_the_range_as_it_was(tmp_path: Path) -> None:
     asyncio.run(go())
     check(path)
     assert content(path) == model
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, "compat=1.1,extended_l2=on", "compat=1.1,data_file=data"])
+def test_what_is_said_to_lie_in_a_file_does(options: str, tmp_path: Path) -> None:
+    path, rnd = tmp_path / "disk.qcow2", random.Random(options)
+    model = made(path, options.replace("=data", f"={path}.data"))
+    found = 0
+
+    async def write() -> None:
+        async with disk(image_options(path)) as user:
+            assert user.node.raw_range(0, 512) is None  # while it is written nothing is promised
+            model[:SIZE // 2] = data = rnd.randbytes(SIZE // 2)
+            await user.pwrite(0, data)
+            await some_requests(user, model, rnd, 6)
+
+    async def look() -> None:
+        nonlocal found
+        async with disk(image_options(path, **{"read-only": True})) as user:
+            for _ in range(300):
+                offset = rnd.randrange(SIZE)
+                length = min(SIZE - offset, rnd.choice((1, 512, 5000, 70_000, 300_000)))
+                assert bytes(await user.pread(offset, length)) == model[offset:offset + length]
+                place = user.node.raw_range(offset, length)
+                if place is not None:
+                    found += 1
+                    assert os.pread(place[0], length, place[1]) == model[offset:offset + length]
+
+    asyncio.run(write())
+    asyncio.run(look())
+    assert found > 30

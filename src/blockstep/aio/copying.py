@@ -26,17 +26,31 @@ _own: Final = threading.local()
 def zero_runs(data: Buffer, piece: int = PIECE) -> list[tuple[int, bool]]:
     """``data`` as runs of (length, all zero), in pieces of ``piece`` bytes.
 
-    Costs 3 us a MiB of data that is not zero, 40 us a MiB of zeroes (a comparison of memoryviews: 1100 us).
+    Only pieces that begin with a zero are looked at. Costs 3 us a MiB of data that is not zero, 40 us a MiB of zeroes
+    (a comparison of memoryviews: 1100 us).
     """
+    length = len(data)
+    with memoryview(data) as view:
+        firsts = bytes(view[::piece])
+    at = firsts.find(0)
+    if at < 0:
+        return [(length, False)] if length else []
     bits = bitarray(buffer=data)
     runs: list[tuple[int, bool]] = []
-    for start in range(0, len(data), piece):
-        count = min(piece, len(data) - start)
-        zero = bits.find(1, start * 8, (start + count) * 8) < 0
-        if runs and runs[-1][1] is zero:
-            runs[-1] = runs[-1][0] + count, zero
-        else:
-            runs.append((count, zero))
+    done = 0  # bytes that are in `runs`
+    while at >= 0:
+        start, end = at * piece, min((at + 1) * piece, length)
+        if bits.find(1, start * 8, end * 8) < 0:
+            if done < start:
+                runs.append((start - done, False))
+            if runs and runs[-1][1]:
+                runs[-1] = runs[-1][0] + end - start, True
+            else:
+                runs.append((end - start, True))
+            done = end
+        at = firsts.find(0, at + 1)
+    if done < length:
+        runs.append((length - done, False))
     return runs
 
 

@@ -25,7 +25,6 @@ from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE
 from blockstep.block.status import backing_of
-from blockstep.drivers.file import File
 from blockstep.errors import OptionError
 from blockstep.images.bitmap import copy_bitmaps
 from blockstep.images.compare import Progress, no_progress
@@ -43,7 +42,8 @@ from blockstep.units import KiB, MiB
 SPARSE: Final = (512, 16 << 20)
 SPARSE_DEFAULT: Final = 4 * KiB
 _GRANULARITY: Final = 64 * KiB
-#: Of a plain file as much as this goes through a thread at once, if the image is long enough to keep several busy.
+#: Of what lies in a file as it is as much as this goes through a thread at once, if the image is long enough to keep
+#: several busy.
 _THREAD_CHUNK: Final = 16 * MiB
 _PIECES: Final = 16
 
@@ -195,7 +195,7 @@ async def _copy(conversion: Conversion, graph: Graph, source: Backend, into: Bac
         backed = conversion.backed
         zero = (conversion.create or conversion.zeroed) and conversion.sparse and not backed
         written = Bitmap(length, 1 << (piece.bit_length() - 1)) if zero else None
-        in_threads = isinstance(source.node, File) and not conversion.rate and not conversion.compressed
+        in_threads = not conversion.rate and not conversion.compressed
         chunk = max(MiB, min(_THREAD_CHUNK, length // _PIECES // MiB * MiB)) if in_threads else MiB
         engine = ImageCopy(source.edge, into.edge, (source, into), control, granularity=granularity,
                            workers=conversion.workers, detect_zeroes=bool(conversion.sparse), written=written,

@@ -318,7 +318,9 @@ class BlockCopy:
             if await self._thread_copy(offset, length, depth):
                 return
             for at in range(offset, offset + length, MiB):  # the chunks are long only for the threads' sake
-                await self._read_and_write(at, min(MiB, offset + length - at))
+                part = min(MiB, offset + length - at)
+                if part == length or not await self._thread_copy(at, part, depth):
+                    await self._read_and_write(at, part)
         else:
             await self._read_and_write(offset, length)
 

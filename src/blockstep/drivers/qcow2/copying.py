@@ -1,16 +1,19 @@
-"""Copies into clusters that have no place yet, past the event loop: a thread reads, looks for zeroes and writes.
+"""Copies past the event loop, of clusters that lie in a row in the file, and into clusters that have no place yet.
 
-The places are taken before anybody knows what is zero; those that turn out not to be needed are given back, and since
-nothing refers to them before the copy has ended, a crash leaves no more than leaks, as with every write.
+Into these a thread reads, looks for zeroes and writes. The places are taken before anybody knows what is zero; those
+that turn out not to be needed are given back, and since nothing refers to them before the copy has ended, a crash
+leaves no more than leaks, as with every write.
 """
 
 from __future__ import annotations
+
+from array import array
 
 from blockstep.aio.copying import copy_pieces
 from blockstep.aio.pool import in_thread
 from blockstep.aio.posix import write_whole
 from blockstep.drivers.file import File
-from blockstep.drivers.qcow2.format import COPIED, EXTERNAL_DATA
+from blockstep.drivers.qcow2.format import COPIED, EXTERNAL_DATA, OFFSET
 from blockstep.drivers.qcow2.writing import Writer
 
 Runs = list[tuple[int, bool]]
@@ -18,6 +21,29 @@ Runs = list[tuple[int, bool]]
 
 class Copier(Writer):
     """The part of the driver that takes in what lies in other files."""
+
+    def raw_range(self, offset: int, length: int) -> tuple[int, int] | None:
+        """See `Driver`. Of an image that is open for reading only: no cluster is freed and used again meanwhile."""
+        if not self.read_only or not length:
+            return None
+        host = end = -1
+        at, stop = offset & ~self._within, offset + length
+        while at < stop:
+            index, first = at >> self._l2_shift, (at >> self._bits) & self._mask
+            count = min(-(-(stop - at) >> self._bits), self._mask + 1 - first)
+            table = self._l2.get(index)
+            entry = table[first] if table is not None else 0
+            if table is None or entry & self._odd or not entry & OFFSET or end not in (-1, entry & OFFSET):
+                return None
+            size = self.cluster_size
+            if table[first:first + count] != array("Q", range(entry, entry + count * size, size)):
+                return None
+            if host < 0:
+                host = entry & OFFSET
+            end = (entry & OFFSET) + count * size
+            at += count * size
+        place = host + (offset & self._within)
+        return None if place + length > self._refcounts.data_length else self._data.node.raw_range(place, length)
 
     async def copy_in(self, of: tuple[int, int], offset: int, length: int, piece: int) -> Runs | None:
         """See `Driver`. Whole clusters without a place only, of an image in a plain file."""
