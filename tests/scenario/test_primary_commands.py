@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,22 @@ def test_many_requests_at_a_time_are_few_checkpoints(tmp_path: Path) -> None:
         assert {answer.epoch for answer in answers} == {epoch + 1}
 
     with_pair(tmp_path, test)
+
+
+def test_a_disk_that_cannot_be_closed_in_order_is_told_of_when_all_are_closed(tmp_path: Path) -> None:
+    async def main() -> None:
+        primary = Primary(replace(config(tmp_path), disks=tuple(a_disk(name, tmp_path / name) for name in "ab")))
+        await primary.open()
+        disk = primary.graph.find("a-disk")
+        close = disk.close
+
+        async def fail() -> None:
+            await close()
+            raise OSError(errno.EIO, "not all was stored")
+
+        disk.close = fail  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="node 'a-disk': not all was stored"):
+            await primary.close()
+        assert not primary.graph.nodes
+
+    asyncio.run(main())

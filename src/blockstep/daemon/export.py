@@ -60,7 +60,9 @@ async def main(config: ExportConfig, ready: Callable[[list[str]], None]) -> None
         await service.wait()
     finally:
         await server.stop()
-        if not config.read_only:
-            await backend.flush()
-        await graph.detach_backend(backend)
-        await graph.close(node)
+        try:
+            if not config.read_only:
+                await backend.flush()
+        finally:
+            await graph.detach_backend(backend)
+            await graph.close(node)

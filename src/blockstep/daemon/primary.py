@@ -30,7 +30,7 @@ from blockstep.daemon.primary_status import PrimaryStatus
 from blockstep.daemon.primary_sync import Sync
 from blockstep.daemon.service import Service
 from blockstep.errors import BlockstepError, NodeNotFound
-from blockstep.inventory.inventory import Inventory
+from blockstep.inventory.inventory import Inventory, tried
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
 from blockstep.nbd.tls import server_context
@@ -99,7 +99,7 @@ class Primary(Service):
         """End everything, in good order: the standby's last checkpoint is the disks as they are in the end.
 
         Exports are drained, a last checkpoint is taken if there is a standby, then it is let go, and the disks are
-        flushed and closed.
+        flushed and closed. Raises OSError, when all is closed, if one could not be flushed or closed in order.
         """
         self.checkpoints.close()
         if self._looker:
@@ -114,12 +114,15 @@ class Primary(Service):
             task.cancel()
         if self._cleanup:
             await self._cleanup
+        lost: list[OSError | None] = []
         for name, disk in self.disks.items():
-            await disk.backend.flush()
-            await self.graph.detach_backend(disk.backend)
-            await self.graph.close(disk.link)
-            await self.graph.close(self.graph.find(f"{name}-disk"))
+            storage = self.graph.find(f"{name}-disk")
+            lost += [await tried(storage, disk.backend.flush()),
+                     await tried(storage, self.graph.detach_backend(disk.backend)),
+                     await tried(storage, self.graph.close(disk.link)), await tried(storage, self.graph.close(storage))]
         await self.stop_qmp()
+        for error in filter(None, lost):
+            raise error
 
     # --- events in, actions out ---
 

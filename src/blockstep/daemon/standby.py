@@ -25,7 +25,7 @@ from blockstep.daemon.standby_setup import StandbyConfig, StandbyDisk, open_disk
 from blockstep.daemon.standby_status import Situation
 from blockstep.drivers.replication import Stage
 from blockstep.errors import BlockstepError, NodeNotFound, OperationBlocked
-from blockstep.inventory.inventory import Inventory
+from blockstep.inventory.inventory import Inventory, tried
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
 from blockstep.nbd.tls import server_context
@@ -90,23 +90,24 @@ class Standby(Service):
         """End everything, in good order: a standby that is stopped leaves its disks at the last checkpoint.
 
         Exports are drained; what the primary wrote since the checkpoint is undone by the same merge as after a
-        failover, which is waited for; then the disks are flushed and closed. Raises ReplicationError, when all is
-        closed, if the merge failed: a disk is torn.
+        failover, which is waited for; then the disks are flushed and closed. When all is closed, raises
+        ReplicationError if the merge failed: a disk is torn; or OSError if one could not be flushed or closed in order.
         """
         await self.link.close()
         if self._view_server:
             await self._view_server.stop()
         torn = await self.ends.close()
+        lost: list[OSError | None] = []
         for disk in self.disks.values():
             if disk.filter.stage is not Stage.NONE:
-                await disk.view.flush()
-            await self.graph.detach_backend(disk.view)
+                lost.append(await tried(disk.filter, disk.view.flush()))
+            lost.append(await tried(disk.filter, self.graph.detach_backend(disk.view)))
         for name in reversed(list(self.graph.nodes)):
             node = self.graph.nodes.get(name)
             if node and node.owned and not node.parents:
-                await self.graph.close(node)
+                lost.append(await tried(node, self.graph.close(node)))
         await self.stop_qmp()
-        for error in torn:
+        for error in (*torn, *filter(None, lost)):
             raise error
 
     # --- the operator's commands ---

@@ -50,10 +50,10 @@ class Inventory:
             await self.exports.close()
             await self.jobs.cancel_all()
             await self.colo.close()
-            ends = [await _tried(node, node.flush()) for node in self._tops()]
+            ends = [await tried(node, node.flush()) for node in self._tops()]
             for node in self.graph.nodes.values():
                 node.owned = False
-            ends += [await _tried(node, self.graph.close_unused(node)) for node in list(self.graph.nodes.values())]
+            ends += [await tried(node, self.graph.close_unused(node)) for node in list(self.graph.nodes.values())]
         finally:
             watchdog.cancel()
         return [error for error in ends if error is not None]
@@ -70,7 +70,8 @@ class Inventory:
                 if not node.read_only and not any(isinstance(edge.parent, Node) for edge in node.parents)]
 
 
-async def _tried(node: Node, work: Awaitable[None]) -> OSError | None:
+async def tried(node: Node, work: Awaitable[None]) -> OSError | None:
+    """Do one part of an end. An error comes back with the node's name, so that the other parts are done as well."""
     try:
         await work
     except OSError as error:
