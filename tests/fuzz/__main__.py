@@ -26,10 +26,10 @@ from typing import Final
 from tests.fuzz.mutate import KINDS, mutated, sound
 from tests.fuzz.use import use
 
-#: What a case may take: seconds of the processor, bytes of address space beyond what the process has, and seconds
-#: after which it hangs.
+#: What a case may take: seconds of the processor, bytes of address space beyond what the process has (of which the
+#: threads' stacks and heaps reserve half a GiB and use little), and seconds after which it hangs.
 PROCESSOR: Final = 10.0
-MEMORY: Final = 768 << 20
+MEMORY: Final = 1280 << 20
 HANGS: Final = 300.0
 #: Bytes of a file: what is written far behind its end fails.
 FILE: Final = 1 << 34
