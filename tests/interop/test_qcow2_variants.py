@@ -296,7 +296,7 @@ Event = tuple[Any, ...]
 EVENTS: dict[str, list[Event]] = {}
 
 
-class RecorderOptions(NodeOptions, tag="test-recorder"):
+class RecorderOptions(NodeOptions, tag="test-two-files"):
     file: NodeRef
     log: str
     name: str
@@ -306,7 +306,7 @@ class RecorderOptions(NodeOptions, tag="test-recorder"):
 class Recorder(Filter):
     """Writes down, in a list that several files share, what happens to a file."""
 
-    driver: ClassVar[str] = "test-recorder"
+    driver: ClassVar[str] = "test-two-files"
     Options = RecorderOptions
     options: RecorderOptions
     child_roles: ClassVar[dict[str, Role]] = {"file": Role.FILTERED}
@@ -360,7 +360,7 @@ def test_a_power_cut_leaves_leaks_at_worst_and_what_was_flushed(options: str, se
     flushed: list[tuple[int, bytes]] = [(0, bytes(model))]
 
     def recorded(name: str) -> dict[str, Any]:
-        return {"driver": "test-recorder", "log": options, "name": name,
+        return {"driver": "test-two-files", "log": options, "name": name,
                 "file": {"driver": "file", "filename": str(names[name])}}
 
     async def go() -> None:
