@@ -7,6 +7,7 @@ and nowhere else; or in a directory.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -38,12 +39,13 @@ class Sparse(Driver):
 
     async def open(self) -> None:
         self.fd = os.memfd_create(self.name)
+        self._close = weakref.finalize(self, os.close, self.fd)  # many tests leave their disks behind
         os.ftruncate(self.fd, self.options.size)
         self.length = self.options.size
 
     async def close(self) -> None:
         self._content = os.pread(self.fd, self.length, 0)
-        os.close(self.fd)
+        self._close()
 
     def content(self) -> bytes:
         return self._content
