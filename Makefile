@@ -30,7 +30,7 @@ demo: $(RUN) ## a pair on this machine: writes, checkpoints, SIGKILL, failover, 
 	@$(BIN)/blockstep demo $(ARGS)
 
 test: $(DEV) ## the whole test suite; what cannot run here is skipped and says why
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(DEV) ## ruff, mypy --strict, and the layers of the imports
 	@$(BIN)/ruff check .
