@@ -31,7 +31,7 @@ def _name(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if _is_story(page)], ids=_name)
-def test_the_commands_of_a_page_work_in_their_order(page: Path, story: Story) -> None:
+def test_a_pages_commands(page: Path, story: Story) -> None:
     for block in blocks(page):
         story.run(block)
 
