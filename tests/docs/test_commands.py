@@ -16,8 +16,8 @@ OTHERS = ("", "text", "json", "python", "ini", "xml", "toml")
 
 
 @pytest.fixture
-def story(tmp_path: Path) -> Iterator[Story]:
-    story = Story(tmp_path)
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    story = Story(tmp_path_factory.mktemp("d"))  # a short name: a socket's path has a hundred bytes
     yield story
     story.close()
 
