@@ -64,42 +64,36 @@ class CountedBackend(Backend):
 
     def begin_read(self, offset: int, length: int) -> Buffer | Coroutine[Any, Any, Buffer]:
         tally = self.account.read
-        if not tally.operations & (SAMPLE - 1):
+        if not length or not tally.operations & (SAMPLE - 1):
             return self.pread(offset, length)
         try:
             found = super().begin_read(offset, length)
         except OSError as error:
             self._failed(tally, "read", error)
             raise
-        if found.__class__ is not CoroutineType:
-            tally.operations += 1
-            tally.bytes += length
+        if found.__class__ is CoroutineType:
+            return self._count("read", tally, found, length, SAMPLE)
+        tally.operations += 1
+        tally.bytes += length
         return found
-
-    async def _end_read(self, reading: Coroutine[Any, Any, Buffer], length: int) -> Buffer:
-        return await self._count("read", self.account.read, super()._end_read(reading, length), length, SAMPLE)
 
     def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
         account = self.account
         tally = account.write
-        if not tally.operations & (SAMPLE - 1):
+        if not data or not tally.operations & (SAMPLE - 1):
             return self.pwrite(offset, data)
         try:
             writing = super().begin_write(offset, data)
         except OSError as error:
             self._failed(tally, "write", error)
             raise
-        if writing is None:
-            tally.operations += 1
-            tally.bytes += len(data)
-            if offset + len(data) > account.highest:
-                account.highest = offset + len(data)
-        return writing
-
-    async def _end_write(self, writing: Awaitable[None], offset: int, length: int) -> None:
-        account = self.account
-        await self._count("write", account.write, super()._end_write(writing, offset, length), length, SAMPLE)
-        account.highest = max(account.highest, offset + length)
+        if writing is not None:
+            return self._count_write(writing, offset, len(data))
+        tally.operations += 1
+        tally.bytes += len(data)
+        if offset + len(data) > account.highest:
+            account.highest = offset + len(data)
+        return None
 
     async def pread(self, offset: int, length: int) -> Buffer:
         if not length:
@@ -108,8 +102,11 @@ class CountedBackend(Backend):
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         if length := len(data):
-            await self._count("write", self.account.write, super().pwrite(offset, data, flags), length, SAMPLE)
-            self.account.highest = max(self.account.highest, offset + length)
+            await self._count_write(super().pwrite(offset, data, flags), offset, length)
+
+    async def _count_write(self, writing: Awaitable[None], offset: int, length: int) -> None:
+        await self._count("write", self.account.write, writing, length, SAMPLE)
+        self.account.highest = max(self.account.highest, offset + length)
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         await self._count("write", self.account.write, super().write_zeroes(offset, length, flags), length)

@@ -14,13 +14,15 @@ import errno
 import os
 from collections.abc import Awaitable, Callable, Coroutine
 from types import CoroutineType
-from typing import Any
+from typing import Any, TypeVar
 
 from blockstep.aio.inline import Completion
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Buffer, Driver, Extent
 from blockstep.block.node import Child
 from blockstep.block.permissions import RESIZE, WRITE, WRITE_UNCHANGED, Permission, Role
 from blockstep.block.status import status_through
+
+T = TypeVar("T")
 
 
 class Backend:
@@ -75,47 +77,23 @@ class Backend:
             raise _outside(offset, length, self.edge.node.length)
         if not length:
             return b""
-        self.in_flight += 1
-        try:
-            return await self.edge.pread(offset, length)
-        finally:
-            self.in_flight -= 1
-            if self._idle:
-                self._wake_idle()
+        return await self._counted(self.edge.pread(offset, length))
 
     def begin_read(self, offset: int, length: int) -> Buffer | Coroutine[Any, Any, Buffer]:
         """`pread` for those who count, see `Driver.begin_read`. A coroutine must be begun at once."""
         edge = self.edge
         if self._paused or offset < 0 or length <= 0 or offset + length > edge.node.length:
-            return self.pread(offset, length)
+            return Backend.pread(self, offset, length)
         found = edge.begin_read(offset, length)
-        return self._end_read(found, length) if found.__class__ is CoroutineType else found
-
-    async def _end_read(self, reading: Coroutine[Any, Any, Buffer], length: int) -> Buffer:
-        self.in_flight += 1
-        try:
-            return await reading
-        finally:
-            self.in_flight -= 1
-            if self._idle:
-                self._wake_idle()
+        return self._counted(found) if found.__class__ is CoroutineType else found
 
     def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
         """`pwrite` in the same way."""
         edge = self.edge
         if (self._paused or not edge.may_write or offset < 0 or not data or offset + len(data) > edge.node.length):
-            return self.pwrite(offset, data)
+            return Backend.pwrite(self, offset, data)
         writing = edge.begin_write(offset, data)
-        return None if writing is None else self._end_write(writing, offset, len(data))
-
-    async def _end_write(self, writing: Awaitable[None], offset: int, length: int) -> None:
-        self.in_flight += 1
-        try:
-            await writing
-        finally:
-            self.in_flight -= 1
-            if self._idle:
-                self._wake_idle()
+        return None if writing is None else self._counted(writing)
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         """Write all of ``data``, which must stay as it is until the end. ``flags``: FUA."""
@@ -128,13 +106,7 @@ class Backend:
             raise self._refused(flags & ~FUA)
         if not length:
             return
-        self.in_flight += 1
-        try:
-            await self.edge.pwrite(offset, data, flags)
-        finally:
-            self.in_flight -= 1
-            if self._idle:
-                self._wake_idle()
+        await self._counted(self.edge.pwrite(offset, data, flags))
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         """Make the range read as zeroes. ``flags``: FUA, MAY_UNMAP, FAST."""
@@ -145,7 +117,7 @@ class Backend:
         if not self.edge.may_write or flags & ~(FUA | MAY_UNMAP | FAST):
             raise self._refused(flags & ~(FUA | MAY_UNMAP | FAST))
         if length:
-            await self._counted(lambda: self.edge.write_zeroes(offset, length, flags))
+            await self._counted(self.edge.write_zeroes(offset, length, flags))
 
     async def discard(self, offset: int, length: int) -> None:
         """The content of the range is not needed any more."""
@@ -156,13 +128,13 @@ class Backend:
         if not self.edge.may_change:
             raise self._refused(0)
         if length:
-            await self._counted(lambda: self.edge.discard(offset, length))
+            await self._counted(self.edge.discard(offset, length))
 
     async def flush(self) -> None:
         """Make all writes that have ended durable."""
         if self._paused:
             await self._wait()
-        await self._counted(self.edge.flush)
+        await self._counted(self.edge.flush())
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         """The range through all layers, as extents whose ``depth`` counts the layers (0: nobody holds it)."""
@@ -172,13 +144,7 @@ class Backend:
             raise _outside(offset, length, self.edge.node.length)
         if not length:
             return []
-        self.in_flight += 1
-        try:
-            return await status_through(self.edge.node, offset, length)
-        finally:
-            self.in_flight -= 1
-            if self._idle:
-                self._wake_idle()
+        return await self._counted(status_through(self.edge.node, offset, length))
 
     async def truncate(self, length: int) -> None:
         """Change the node's length."""
@@ -186,7 +152,7 @@ class Backend:
             await self._wait()
         if not self.edge.taken & RESIZE:
             raise self._refused(0)
-        await self._counted(lambda: self.edge.truncate(length))
+        await self._counted(self.edge.truncate(length))
 
     # --- revocation ---
 
@@ -236,10 +202,10 @@ class Backend:
             self._resumed.append(waiter)
             await waiter
 
-    async def _counted(self, operation: Callable[[], Awaitable[None]]) -> None:
+    async def _counted(self, request: Awaitable[T]) -> T:
         self.in_flight += 1
         try:
-            await operation()
+            return await request
         finally:
             self.in_flight -= 1
             if self._idle:
