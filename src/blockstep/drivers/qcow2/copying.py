@@ -53,10 +53,10 @@ class Copier(Writer):
                 or (end & self._within and end != self.length) or piece & self._within
                 or not isinstance(file, File) or file.watchers or file.is_direct):
             return None
+        return await self._running(self._copy_in(file, of, offset, end, piece))
+
+    async def _copy_in(self, file: File, of: tuple[int, int], offset: int, end: int, piece: int) -> Runs | None:
         stop = -(-end >> self._bits) << self._bits
-        refcounts = self._refcounts
-        turn = refcounts.turn
-        refcounts.running[turn] += 1
         token = self._lock.try_take(offset, stop) or await self._lock.take(offset, stop)
         try:
             if not await self._has_no_place(offset, end):
@@ -70,7 +70,6 @@ class Copier(Writer):
             return runs
         finally:
             self._lock.give_back(token)
-            refcounts.running[turn] -= 1
 
     async def _has_no_place(self, offset: int, end: int) -> bool:
         while offset < end:

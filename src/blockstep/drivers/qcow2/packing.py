@@ -32,21 +32,20 @@ class Packer(Copier):
         end = offset + len(data)
         if offset & self._within or (end & self._within and end != self.length):
             raise OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: whole clusters can be compressed, and no others")
-        stop = -(-end >> self._bits) << self._bits
-        refcounts = self._refcounts
-        turn = refcounts.turn
-        refcounts.running[turn] += 1
         try:
-            pieces = await in_thread(_pack, self.header.compression_type, data, self.cluster_size)
-            token = self._lock.try_take(offset, stop) or await self._lock.take(offset, stop)
-            try:
-                await self._write_pieces(offset, data, pieces)
-            finally:
-                self._lock.give_back(token)
+            await self._running(self._pack_and_write(offset, data))
         finally:
-            refcounts.running[turn] -= 1
             for watcher in self.watchers:
                 watcher.wrote(offset, len(data))
+
+    async def _pack_and_write(self, offset: int, data: Buffer) -> None:
+        stop = -(-(offset + len(data)) >> self._bits) << self._bits
+        pieces = await in_thread(_pack, self.header.compression_type, data, self.cluster_size)
+        token = self._lock.try_take(offset, stop) or await self._lock.take(offset, stop)
+        try:
+            await self._write_pieces(offset, data, pieces)
+        finally:
+            self._lock.give_back(token)
 
     async def _write_pieces(self, offset: int, data: Buffer, pieces: Sequence[bytes | None]) -> None:
         view, size = memoryview(data), self.cluster_size

@@ -169,7 +169,7 @@ class Writer(SubclusterWriter):
             for begin, stop in ((offset, first), (last, end)):
                 if begin < stop:
                     await super().write_zeroes(begin, stop - begin)
-            await self._zero(first, last, flags)
+            await self._running(self._zero(first, last, flags))
         else:
             await super().write_zeroes(offset, length)
         if flags & FUA:
@@ -183,13 +183,10 @@ class Writer(SubclusterWriter):
             if self.options.discard == "unmap":
                 await self._data.discard(offset, length)
         elif first < last:
-            await self._zero(first, last, MAY_UNMAP, advice=True)
+            await self._running(self._zero(first, last, MAY_UNMAP, advice=True))
 
     async def _zero(self, start: int, stop: int, flags: int, advice: bool = False) -> None:
         """Whole clusters, or subclusters, become zero, by their L2 entries if possible."""
-        refcounts = self._refcounts
-        turn = refcounts.turn
-        refcounts.running[turn] += 1
         first, last = start & ~self._within, -(-stop >> self._bits) << self._bits
         token = self._lock.try_take(first, last) or await self._lock.take(first, last)
         try:
@@ -214,7 +211,6 @@ class Writer(SubclusterWriter):
                 start = end
         finally:
             self._lock.give_back(token)
-            refcounts.running[turn] -= 1
 
     async def _write_locked(self, offset: int, data: Buffer) -> None:
         view, done = memoryview(data), 0
