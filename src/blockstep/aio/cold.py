@@ -43,8 +43,6 @@ REPORT: Final = 1e-3
 SMALL: Final = 64 << 10
 #: Seconds: a device that has nothing for so long is left to threads.
 LOOK: Final = 1e-3
-#: After so many times in a row that nothing came, one read in 2^6 is looked out for.
-_MOST_MISSES: Final = 6
 
 _Result = Buffer | OSError
 
@@ -66,7 +64,7 @@ class ColdReads:
 
     def __init__(self, quick: Reader, clock: Callable[[], float] = perf_counter) -> None:
         self._quick, self._clock = quick, clock
-        self._patience = Patience(_MOST_MISSES)
+        self._patience = Patience()
         #: What the loop looks out for, and when one of them was there last.
         self._looked_for: deque[_Read] = deque()
         self._last = 0.0

@@ -29,7 +29,7 @@ T = TypeVar("T")
 #: Seconds: a standby of ours answers a batch of sixteen writes in that time.
 AWAKE: Final = 200e-6
 #: After so many times in a row that nothing came, one in 2^6 is looked out for.
-_MOST_MISSES: Final = 6
+MOST_MISSES: Final = 6
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
@@ -43,7 +43,7 @@ class Patience:
 
     __slots__ = ("_misses", "_most", "_skip")
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int = MOST_MISSES) -> None:
         """``most``: the misses that count, at the most."""
         self._most = most
         self._misses = self._skip = 0
@@ -66,7 +66,7 @@ class WakefulSelector(selectors.EpollSelector):
 
     def __init__(self, awake: float = AWAKE) -> None:
         super().__init__()
-        self.patience = Patience(_MOST_MISSES)
+        self.patience = Patience()
         self._awake = awake
         self._all = select.poll()
         self._all.register(self.fileno(), select.POLLIN)

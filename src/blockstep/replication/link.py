@@ -234,16 +234,17 @@ class Link(Filter):
             self.written += length
             if self.alarm and self.written > self.alarm:
                 self.on_written()
+            here = writing or self.file.pwrite(offset, data, flags)
             if not self.on:
-                await (writing or self.file.pwrite(offset, data, flags))
+                await here
             elif self.options.ack == "local":
                 self._put(_Request(self, "pwrite", offset, end, bytes(data), 0, None))
-                await (writing or self.file.pwrite(offset, data, flags))
+                await here
             else:
                 done: Completion[None] = Completion()
                 self._put(_Request(self, "pwrite", offset, end, data, flags, done))
                 try:
-                    await (writing or self.file.pwrite(offset, data, flags))
+                    await here
                 finally:
                     await done
         except OSError:
