@@ -8,7 +8,7 @@ import random
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,10 +20,9 @@ from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, RESIZE, WRITE
 from blockstep.block.reopen import reopen
 from blockstep.block.resize import resize
-from blockstep.drivers.blklog import FLUSH_FLAG, read_log
 from blockstep.errors import OperationBlocked, OptionError
 from blockstep.units import KiB, MiB
-from tests.interop.test_qcow2_driver import check, content, disk, image_options, made
+from tests.interop.test_qcow2_driver import check, content, cuts, disk, image_options, made
 from tests.peers import need, qemu_nbd, run
 
 pytestmark = pytest.mark.interop
@@ -263,20 +262,6 @@ def test_the_first_bitmap_comes_and_the_last_goes_in_an_image_with_a_backing_fil
         assert content(path) == model
 
 
-def cuts(path: Path, before: bytes, rnd: random.Random, count: int) -> Any:
-    """The image as it may be after a crash: cut off at some write, with any of those since the last flush missing."""
-    with path.with_name("log").open("rb") as log:
-        entries = list(read_log(log))
-    for cut in sorted(rnd.sample(range(len(entries) + 1), min(count, len(entries) + 1))):
-        image = bytearray(before)
-        safe = max((index for index in range(cut) if entries[index].flags & FLUSH_FLAG), default=0)
-        for index, entry in enumerate(entries[:cut]):
-            if index < safe or rnd.random() < 0.7:
-                image.extend(bytes(max(0, entry.offset + len(entry.data) - len(image))))
-                image[entry.offset:entry.offset + len(entry.data)] = entry.data
-        yield cut, bytes(image)
-
-
 @pytest.mark.parametrize("options", ["compat=1.1", "compat=1.1,cluster_size=512"])
 def test_after_a_crash_at_any_write_no_bitmap_that_is_believed_misses_a_change(options: str, tmp_path: Path) -> None:
     path, rnd = tmp_path / "disk.qcow2", random.Random(options)
@@ -318,7 +303,7 @@ def test_after_a_crash_at_any_write_no_bitmap_that_is_believed_misses_a_change(o
     asyncio.run(go())
     believed = 0
     crashed = tmp_path / "crashed.qcow2"
-    for cut, image in cuts(path, before, rnd, 70):
+    for cut, image in cuts(path, before, rnd, 70, share=0.7):
         crashed.write_bytes(image)
         check(crashed, 3)
         flags = told(crashed).get("all", (0, {"in-use"}))[1]

@@ -16,8 +16,18 @@ from blockstep.drivers.qcow2.format import AT_INCOMPATIBLE, CORRUPT, DIRTY, EXTE
 from blockstep.errors import OptionError
 from blockstep.testing.processes import blockstep, unix_uri
 from blockstep.units import KiB, MiB
-from tests.interop.test_qcow2_bitmaps import Model, cuts, judge
-from tests.interop.test_qcow2_driver import SIZE, check, content, disk, image_options, log_of, made, some_requests
+from tests.interop.test_qcow2_bitmaps import Model, judge
+from tests.interop.test_qcow2_driver import (
+    SIZE,
+    check,
+    content,
+    cuts,
+    disk,
+    image_options,
+    log_of,
+    made,
+    some_requests,
+)
 from tests.peers import need, run, started
 from tests.unit.drivers.qcow2.images import Damage
 from tests.unit.qmp.support import until
@@ -104,7 +114,7 @@ def test_a_power_cut_in_the_repair_leaves_an_image_that_the_next_one_repairs(tmp
         async with disk(image_options(again)) as user:
             await user.pwrite(SIZE - 1000, b"written")
 
-    for cut, image in cuts(path, before, random.Random(7), 30):
+    for cut, image in cuts(path, before, random.Random(7), 30, share=0.7):
         again.write_bytes(image)
         asyncio.run(go())
         check(again)

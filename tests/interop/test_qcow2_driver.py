@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import subprocess
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -320,6 +320,24 @@ def log_of(path: Path, requests: Callable[[Backend, Any], Coroutine[Any, Any, No
     asyncio.run(go())
 
 
+def cuts(path: Path, before: bytes, rnd: random.Random, count: int, ends: Collection[int] = (),
+         share: float = 0.5) -> Iterator[tuple[int, bytes]]:
+    """The image of `log_of` as a crash may leave it: cut off after some entries of the log, ``ends`` among them.
+
+    Of those since the last flush a ``share`` is there, by chance; at ``ends`` all of them.
+    """
+    with path.with_name("log").open("rb") as log:
+        entries = list(read_log(log))
+    for cut in sorted({*ends, *rnd.sample(range(len(entries) + 1), min(count, len(entries) + 1))}):
+        image = bytearray(before)
+        safe = max((index for index in range(cut) if entries[index].flags & FLUSH_FLAG), default=0)
+        for index, entry in enumerate(entries[:cut]):
+            if index < safe or cut in ends or rnd.random() < share:
+                image.extend(bytes(max(0, entry.offset + len(entry.data) - len(image))))
+                image[entry.offset:entry.offset + len(entry.data)] = entry.data
+        yield cut, bytes(image)
+
+
 @pytest.mark.parametrize("options", ["compat=1.1", "compat=1.1,cluster_size=512", "compat=0.10,cluster_size=4k",
                                      "extended_l2=on", "extended_l2=on,cluster_size=16k"])
 def test_a_crash_at_any_write_leaves_leaks_at_worst_and_what_was_flushed(options: str, tmp_path: Path) -> None:
@@ -341,21 +359,13 @@ def test_a_crash_at_any_write_leaves_leaks_at_worst_and_what_was_flushed(options
             flushed.append((log._entries, bytes(model)))
 
     log_of(path, requests, **{"l2-cache-size": 4096, "refcount-cache-size": 4096})
-    with path.with_name("log").open("rb") as log:
-        entries = list(read_log(log))
     crashed = tmp_path / "crashed.qcow2"
-    ends = {count for count, _ in flushed}
-    for count in sorted(ends | set(rnd.sample(range(len(entries)), min(60, len(entries))))):
-        image = bytearray(before)
-        safe = max((index for index in range(count) if entries[index].flags & FLUSH_FLAG), default=0)
-        for index, entry in enumerate(entries[:count]):
-            if index < safe or count in ends or rnd.random() < 0.5:
-                image.extend(bytes(max(0, entry.offset + len(entry.data) - len(image))))
-                image[entry.offset:entry.offset + len(entry.data)] = entry.data
+    ends = dict(flushed)
+    for count, image in cuts(path, before, rnd, 60, ends):
         crashed.write_bytes(image)
         check(crashed, 3)
         if count in ends:
-            assert content(crashed) == dict(flushed)[count], f"after {count} entries"
+            assert content(crashed) == ends[count], f"after {count} entries"
 
 
 @pytest.mark.parametrize("grows", [False, True])

@@ -14,8 +14,18 @@ from blockstep.block.permissions import READ, WRITE
 from blockstep.images.commit import commit
 from blockstep.images.opened import ImageName
 from blockstep.units import KiB, MiB
-from tests.interop.test_qcow2_bitmaps import Model, cuts, judge
-from tests.interop.test_qcow2_driver import SIZE, check, content, disk, image_options, log_of, made, some_requests
+from tests.interop.test_qcow2_bitmaps import Model, judge
+from tests.interop.test_qcow2_driver import (
+    SIZE,
+    check,
+    content,
+    cuts,
+    disk,
+    image_options,
+    log_of,
+    made,
+    some_requests,
+)
 from tests.peers import need, run
 
 pytestmark = pytest.mark.interop
@@ -90,7 +100,7 @@ def test_a_crash_while_an_image_with_snapshots_is_emptied_leaves_leaks_at_worst(
 
     log_of(path, requests)
     crashed = tmp_path / "crashed.qcow2"
-    for cut, image in cuts(path, before, rnd, 25):
+    for cut, image in cuts(path, before, rnd, 25, share=0.7):
         crashed.write_bytes(image)
         check(crashed, 3)
         found = content(crashed)

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockstep.block.io import Backend
-from blockstep.drivers.blklog import FLUSH_FLAG, read_log
 from blockstep.units import KiB
 from tests.interop.test_qcow2_driver import (
     SIZE,
     check,
     content,
+    cuts,
     disk,
     image_options,
     log_of,
@@ -179,17 +179,9 @@ def test_a_power_cut_at_any_write_leaves_leaks_at_worst(options: str, tmp_path: 
             flushed.append((log._entries, bytes(model)))
 
     log_of(path, requests, **{"l2-cache-size": 4096, "refcount-cache-size": 4096})
-    with path.with_name("log").open("rb") as log:
-        entries = list(read_log(log))
     cut = tmp_path / "cut.qcow2"
     ends = dict(flushed)
-    for count in sorted({*ends, *rnd.sample(range(len(entries)), min(50, len(entries)))}):
-        image = bytearray(before)
-        safe = max((index for index in range(count) if entries[index].flags & FLUSH_FLAG), default=0)
-        for index, entry in enumerate(entries[:count]):
-            if index < safe or count in ends or rnd.random() < 0.5:
-                image.extend(bytes(max(0, entry.offset + len(entry.data) - len(image))))
-                image[entry.offset:entry.offset + len(entry.data)] = entry.data
+    for count, image in cuts(path, before, rnd, 50, ends):
         cut.write_bytes(image)
         check(cut, 3)
         if count in ends:

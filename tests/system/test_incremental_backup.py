@@ -73,6 +73,11 @@ class Storage:
         self.qmp.execute("job-dismiss", id=name)
         self.qmp.execute("blockdev-del", **{"node-name": name})
 
+    def quit(self) -> None:
+        """Let the daemon end in good order."""
+        self.qmp.execute("quit")
+        assert self.process.wait(LIMIT) == 0
+
     def full_backup(self, name: str, bitmap: str) -> Path:
         """A full backup, and a bitmap that begins at its moment."""
         path = self.target(name)
@@ -133,16 +138,14 @@ def test_a_backup_goes_on_where_the_last_one_ended_though_the_daemon_was_restart
         assert second.dirty_by_nbd("since") == [(MiB, 64 * KiB)]
         second.write(6 * MiB, 64 * KiB, 3)
         backup = second.incremental_backup("one", "since", "full")
-        second.qmp.execute("quit")
-        assert second.process.wait(LIMIT) == 0
+        second.quit()
     same(disk, backup)
     assert allocated(backup) == 128 * KiB
     with storage(tmp_path) as third:  # nothing was written since: nothing is in the bitmap
         assert third.bitmaps()["since"]["count"] == 0
         third.write(7 * MiB, 64 * KiB, 4)
         backup = third.incremental_backup("two", "since", "one")
-        third.qmp.execute("quit")
-        assert third.process.wait(LIMIT) == 0
+        third.quit()
     same(disk, backup)
     assert allocated(backup) == 64 * KiB
 
@@ -169,8 +172,7 @@ def test_after_sigkill_a_backup_by_the_bitmap_is_refused_and_a_full_one_begins_a
         assert second.process.wait(LIMIT) == 0
     with storage(tmp_path) as third:
         backup = third.incremental_backup("two", "since", "again")
-        third.qmp.execute("quit")
-        assert third.process.wait(LIMIT) == 0
+        third.quit()
     same(disk, backup)
     assert allocated(backup) == 64 * KiB
 
@@ -203,10 +205,8 @@ def test_what_a_daemon_has_open_is_not_changed_beside_it(tmp_path: Path) -> None
             assert done.returncode == 1
             assert str(disk) in done.stderr
         daemon.write(0, 64 * KiB, 1)
-        daemon.qmp.execute("quit")
-        assert daemon.process.wait(LIMIT) == 0
+        daemon.quit()
     run(*blockstep("img", "bitmap", "--add", "--merge=since", disk, "copy"))
     with storage(tmp_path) as daemon:
         assert daemon.bitmaps()["copy"]["count"] == daemon.bitmaps()["since"]["count"] == 64 * KiB
-        daemon.qmp.execute("quit")
-        assert daemon.process.wait(LIMIT) == 0
+        daemon.quit()
