@@ -15,6 +15,7 @@ synchronous: run them in a thread. Nobody may write to the image meanwhile.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from dataclasses import replace
 from typing import Final
 
@@ -72,6 +73,8 @@ class Checker(TableChecker):
         self.snapshot_clusters: tuple[int, int] = 0, 0
         #: Clusters of metadata that L2 entries use as well.
         self.taken: frozenset[int] = frozenset()
+        self._l2_shift = self.header.cluster_bits + self.header.l2_bits
+        self._starts: dict[int, int] = {}  # L2 table -> where on the disk its part begins, with external data
         self._metadata: list[tuple[int, int, int]] = []  # (cluster, how many, how often it is used)
 
     def run(self) -> CheckResult:
@@ -123,7 +126,9 @@ class Checker(TableChecker):
     def _l1_table(self, place: int, size: int, what: str, active: bool = False) -> dict[int, int]:
         """The L2 tables that an L1 table leads to: offset -> how often."""
         tables: dict[int, int] = {}
-        for index, entry in enumerate(decode_table(self.read(place, size * 8))):
+        entries = decode_table(self.read(place, size * 8))
+        homes = self._homes(entries) if self._external else {}
+        for index, entry in enumerate(entries):
             if not entry:
                 continue
             offset = entry & OFFSET
@@ -135,6 +140,9 @@ class Checker(TableChecker):
             elif self.counts.of(cluster):
                 self._corrupt(f"{what}, entry {index}: the L2 table at {offset:#x} overlaps other metadata")
                 right = 0
+            elif homes.get(offset, index) != index:
+                self._corrupt(f"{what}, entry {index}: the L2 table at {offset:#x} is that of entry {homes[offset]}")
+                right = 0
             else:
                 tables[offset] = tables.get(offset, 0) + 1
                 if active and ((refs := self.stored.of(cluster)) == 1) != entry >> 63:
@@ -143,6 +151,22 @@ class Checker(TableChecker):
             if self._fix and right != entry and (self._fix.marks if right else self._fix.entries):
                 self._fix.write(place + index * 8, right.to_bytes(8, "big"))
         return tables
+
+    def _homes(self, entries: array[int]) -> dict[int, int]:
+        """Of each L2 table of an image with external data, the L1 entry that it belongs to."""
+        homes: dict[int, int] = {}
+        shared: set[int] = set()
+        for index, entry in enumerate(entries):
+            if homes.setdefault(entry & OFFSET, index) != index:
+                shared.add(entry & OFFSET)
+        for offset in shared - {0}:  # it belongs where most of its data lies
+            parts = Counter((entry & OFFSET) >> self._l2_shift for entry in decode_table(
+                self.read(offset, self.header.cluster_size)) if entry)
+            part = max(parts, key=parts.__getitem__, default=0)
+            if part < len(entries) and entries[part] & OFFSET == offset:
+                homes[offset] = part
+        self._starts.update({offset: index << self._l2_shift for offset, index in homes.items()})
+        return homes
 
     def _snapshots(self) -> None:
         header = self.header
@@ -217,7 +241,7 @@ class Checker(TableChecker):
             self.counts.add(offset >> bits, weight)
             self._metadata.append((offset >> bits, 1, weight))
         for offset, weight in tables.items():
-            self.l2_table(offset, weight, active.get(offset, 0))
+            self.l2_table(offset, weight, active.get(offset, 0), self._starts.get(offset, 0))
 
     def _check_taken(self) -> None:
         """Metadata of which data is a second user."""

@@ -6,6 +6,10 @@ table is read once, however many snapshots share it, and counts as often as it i
 
 An entry that cannot be right (reserved bits, no cluster boundary, outside of the file, compressed and marked as
 exclusive) is a corruption and is not followed.
+
+With an external data file an entry says nothing that is not known: data lies where the disk has it, in clusters of its
+own. So each table has its place on the disk (``start``), and an entry that says otherwise is put right by a repair; if
+the data file is raw then any that is wrong is, since the file holds all of the disk.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from blockstep.drivers.qcow2.format import (
     L2_RESERVED,
     MOST_OFFSET,
     OFFSET,
+    RAW_EXTERNAL,
     ZERO,
     Subclusters,
     compressed_place,
@@ -45,6 +50,8 @@ Report = Callable[[str], None]
 _FEWEST, _MOST = 16, 1024
 #: So many are worth the attempt to take them as one run.
 _RUN: Final = 64
+#: What the second word of an extended entry says: all subclusters are allocated.
+_ALLOCATED: Final = (1 << 32) - 1
 
 
 @dataclass(slots=True)
@@ -89,6 +96,7 @@ class Fixer:
     #: (offset, data); nothing is durable before the caller says so.
     write: Callable[[int, bytes], None]
     #: Entries that cannot be right are cleared: an L2 table or a cluster is lost, and reads as zeroes where it can.
+    #: Those of data in an external file are put right where it is clear what they should be.
     entries: bool = False
     #: The marks of exclusive use are set as the stored refcounts say.
     marks: bool = False
@@ -111,6 +119,7 @@ class TableChecker:
         self.counts: Final = Counts(header)
         self.stored: Final = Counts(header)
         self._external = bool(header.incompatible & EXTERNAL_DATA)
+        self._raw_data = bool(header.autoclear & RAW_EXTERNAL)
         self._low = header.cluster_size - 1
         self._bad = (L2_RESERVED | ZERO | COMPRESSED | self._low) & ~COPIED
         self._zeroes = bytes(header.cluster_size)
@@ -125,19 +134,18 @@ class TableChecker:
         self.result.corruptions += 1
         self._report(f"corruption: {text}")
 
-    def l2_table(self, place: int, weight: int, active: int) -> None:
-        """Count what an L2 table refers to, ``weight`` times; it has ``active`` references from the active L1 table."""
+    def l2_table(self, place: int, weight: int, active: int, start: int = 0) -> None:
+        """Count what an L2 table refers to, ``weight`` times; it has ``active`` references from the active L1 table.
+
+        ``start``: the byte of the disk that its first entry is for; of use with external data only.
+        """
         raw = self.read(place, self.header.cluster_size)
         if raw == self._zeroes:
             return
         values = decode_table(raw)
-        table = _Table(place, weight, active, values)
-        if self.header.extended_l2:
-            self._extended(table, raw)
-        elif self._external or (self._fix and self._fix.taken):
-            for index, entry in enumerate(values):
-                if entry:
-                    self._entry(table, index, entry)
+        table = _Table(place, weight, active, values, start)
+        if self.header.extended_l2 or self._external or (self._fix and self._fix.taken):
+            self._any(table, raw)
         else:
             self._standard(table, raw)
         if active:
@@ -192,21 +200,22 @@ class TableChecker:
                 return
             window = min(window * 2, _MOST) if full else _FEWEST
 
-    def _extended(self, table: _Table, raw: bytes) -> None:
-        """A table whose entries have a second word, for subclusters."""
-        values = table.values
+    def _any(self, table: _Table, raw: bytes) -> None:
+        """A table of any kind; with extended entries, those have a second word, for subclusters."""
+        values, words = table.values, 2 if self.header.extended_l2 else 1
         bits = bitarray(buffer=raw, endian="big")
-        total, at, window = len(values) // 2, 0, _FEWEST
-        while (at := bits.find(1, at << 7) >> 7) >= 0:
-            if window >= _RUN and (run := self._run(table, raw, at, min(window, total - at), 2)):
+        shift = 5 + words
+        total, at, window = len(values) // words, 0, _FEWEST
+        while (at := bits.find(1, at << shift) >> shift) >= 0:
+            if window >= _RUN and (run := self._run(table, raw, at, min(window, total - at), words)):
                 at += run
                 window = min(window * 2, _MOST)
                 continue
             end = min(at + window, total)
             full = True
-            for index in range(at * 2, end * 2, 2):
-                if values[index] or values[index + 1]:
-                    self._entry(table, index, values[index], values[index + 1])
+            for index in range(at * words, end * words, words):
+                if any(values[index:index + words]):
+                    self._entry(table, index, values[index], values[index + 1] if words == 2 else None)
                 else:
                     full = False
             if end == total:
@@ -226,7 +235,10 @@ class TableChecker:
         if words == 1 and first == ZERO and self.header.version == 3:
             return count if part == _zero_entries(count) else 0
         cluster = (first & OFFSET) >> self.header.cluster_bits
-        if first & self._bad or not 0 < cluster <= self.end - count:
+        if self._external:
+            if first != self._home(table, at * words) | COPIED:
+                return 0
+        elif first & self._bad or not 0 < cluster <= self.end - count:
             return 0
         if words == 2 and not Subclusters.parse(table.values[at * 2 + 1]).valid:
             return 0
@@ -234,13 +246,14 @@ class TableChecker:
         if int.from_bytes(part, "big") != int.from_bytes(part[:size], "big") * ones + steps:
             return 0
         if table.active:
-            if not first & COPIED or not self.stored.all_are(cluster, count, 1):
+            if not self._external and not (first & COPIED and self.stored.all_are(cluster, count, 1)):
                 return 0
             table.allocated += count
             if table.next and table.next != cluster:
                 table.fragmented += 1
             table.next = cluster + count
-        self.counts.add_run(cluster, count, table.weight)
+        if not self._external:
+            self.counts.add_run(cluster, count, table.weight)
         return count
 
     def _entry(self, table: _Table, index: int, entry: int, bitmap: int | None = None) -> None:
@@ -250,6 +263,7 @@ class TableChecker:
             return
         shift = self.header.cluster_bits
         offset = entry & OFFSET
+        placed = offset or (self._external and entry & COPIED and not entry & ZERO)
         wrong = ""
         if entry & L2_RESERVED or (entry & ZERO and (bitmap is not None or self.header.version == 2)):
             wrong = "has reserved bits set"
@@ -263,32 +277,28 @@ class TableChecker:
             wrong = "has no offset"
         elif not self._external and offset >> shift >= self.end:
             wrong = "is outside of the file"
+        elif self._external and placed and offset != self._home(table, index):
+            wrong = f"is not at {self._home(table, index):#x}, where the disk has it"
         if wrong or (self._fix and offset >> shift in self._fix.taken and not self._external and offset):
             self._corrupt(f"L2 table at {table.place:#x}, entry {index}: {entry:#x} {wrong or 'is metadata'}")
             self._clear(table, index)
             return
-        if not offset and not (self._external and entry & COPIED):
-            return
-        if self._external:
-            self._external_entry(table, index, entry)
+        if not placed:
             return
         cluster = offset >> shift
-        self.counts.add(cluster, table.weight)
+        if not self._external:
+            self.counts.add(cluster, table.weight)
         if table.active:
             table.allocated += 1
             if table.next and table.next != cluster:
                 table.fragmented += 1
             table.next = cluster + 1
-            if (self.stored.of(cluster) == 1) != entry >> 63:
+            if (self._external or self.stored.of(cluster) == 1) != entry >> 63:
                 self._mark(table, index, entry, cluster)
 
-    def _external_entry(self, table: _Table, index: int, entry: int) -> None:
-        cluster = (entry & OFFSET) >> self.header.cluster_bits
-        if table.active:
-            table.allocated += 1
-            if table.next and table.next != cluster:
-                table.fragmented += 1
-            table.next = cluster + 1
+    def _home(self, table: _Table, index: int) -> int:
+        """Where the disk, and so an external data file, has the cluster of an entry."""
+        return table.start + (index >> self.header.extended_l2 << self.header.cluster_bits)
 
     def _compressed(self, table: _Table, index: int, entry: int, bitmap: int) -> None:
         place, size = compressed_place(entry & (COMPRESSED - 1), self.header.cluster_bits)
@@ -318,7 +328,7 @@ class TableChecker:
             table.fragmented += 1
 
     def _mark(self, table: _Table, index: int, entry: int, cluster: int) -> None:
-        refs = self.stored.of(cluster)
+        refs = 1 if self._external else self.stored.of(cluster)
         self._corrupt(f"L2 table at {table.place:#x}, entry {index}: {entry:#x} does not fit to the refcount {refs}")
         if self._fix and self._fix.marks:
             table.values[index] = entry & ~COPIED | (COPIED if refs == 1 else 0)
@@ -328,8 +338,16 @@ class TableChecker:
         if not self._fix or not self._fix.entries:
             return
         table.changed = True
-        if self.header.extended_l2:
-            table.values[index], table.values[index + 1] = 0, 0xFFFFFFFF << 32
+        entry, extended = table.values[index], self.header.extended_l2
+        if self._raw_data:
+            table.values[index] = self._home(table, index) | COPIED
+            if extended:
+                table.values[index + 1] = _ALLOCATED
+        elif self._external and entry & (OFFSET | COPIED) and not entry & COMPRESSED and (
+                not extended or Subclusters.parse(table.values[index + 1]).valid):
+            table.values[index] = self._home(table, index) | COPIED | (0 if extended else entry & ZERO)
+        elif extended:
+            table.values[index], table.values[index + 1] = 0, _ALLOCATED << 32
         else:
             table.values[index] = ZERO if self.header.version == 3 else 0
 
@@ -337,10 +355,11 @@ class TableChecker:
 class _Table:
     """An L2 table while it is looked at."""
 
-    __slots__ = ("active", "allocated", "changed", "compressed", "fragmented", "next", "place", "values", "weight")
+    __slots__ = ("active", "allocated", "changed", "compressed", "fragmented", "next", "place", "start", "values",
+                 "weight")
 
-    def __init__(self, place: int, weight: int, active: int, values: array[int]) -> None:
-        self.place, self.weight, self.active, self.values = place, weight, active, values
+    def __init__(self, place: int, weight: int, active: int, values: array[int], start: int) -> None:
+        self.place, self.weight, self.active, self.values, self.start = place, weight, active, values, start
         self.allocated = self.fragmented = self.compressed = 0
         self.next = 0  # the cluster that would follow the last one; 0: none yet
         self.changed = False

@@ -144,7 +144,9 @@ class Tables:
             start = index << self.l2_shift
             for at, (place, entry) in enumerate(zip(range(start, start + (1 << self.l2_shift), 1 << self.bits), table,
                                                     strict=True)):
-                if entry & (OFFSET | COMPRESSED):
+                if entry & ZERO and not entry & (OFFSET | COMPRESSED) and not self.extended:
+                    table[at] &= ~COPIED  # it has no place
+                elif entry & (OFFSET | COMPRESSED | COPIED):
                     if entry & (OFFSET | COMPRESSED) != place:
                         self.maps.pop(index, None)
                         raise broken(f"the L2 entry of the disk's byte {place} is {entry:#x}, and data in an external "
