@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import get_native_id
-from typing import Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,15 +47,36 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        while not future.done():
-            try:
-                await asyncio.wait([future])
-            except asyncio.CancelledError:
-                pass
+        await wait_out(future)
         future.exception()
         raise
     finally:
         _at_work -= 1
+
+
+async def wait_out(future: asyncio.Future[Any]) -> None:
+    """Until the future is done, however often the task is cancelled meanwhile: for one that has been cancelled."""
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError:
+            pass
+
+
+async def made_in_thread(undo: Callable[[T], object], make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """As `in_thread`, for what somebody has to close: an open file, say, with its lock.
+
+    A task that is cancelled here never gets it. So if it was made, ``undo``, which must not raise, is called with it in
+    a thread before the task is cancelled.
+    """
+    made: list[T] = []
+    try:
+        await in_thread(lambda: made.append(make(*args, **kwargs)))
+    except asyncio.CancelledError:
+        if made:
+            await in_thread(undo, made[0])
+        raise
+    return made[0]
 
 
 def in_background(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:

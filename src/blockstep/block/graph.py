@@ -162,10 +162,17 @@ class Graph:
             await self._close_children(node)
 
     async def _close_children(self, node: Driver) -> None:
+        """Close them all, then raise what the first of them raised."""
+        failed: BaseException | None = None
         for edge in list(node.children.values()):
             with self.change() as change:
                 change.detach(edge)
-            await self.close_unused(edge.node)
+            try:
+                await self.close_unused(edge.node)
+            except BaseException as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     # --- users ---
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from blockstep.aio.pool import in_thread
+from blockstep.aio.pool import in_thread, made_in_thread
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE
@@ -101,6 +101,12 @@ async def open_disk(graph: Graph, config: StandbyConfig, spec: DiskSpec) -> Stan
     return StandbyDisk(spec, filter, graph.attach_backend(top, f"view of {name}", READ | WRITE))
 
 
+def _empty_file(directory: Path, prefix: str) -> str:
+    fd, filename = tempfile.mkstemp(".qcow2", prefix, directory)
+    os.close(fd)
+    return filename
+
+
 async def _open_buffer(graph: Graph, config: StandbyConfig, node_name: str, below: str) -> None:
     """The hidden or the active disk. It holds nothing yet, and is gone with the process, however that ends."""
     if config.buffer_format == "overlay":
@@ -113,9 +119,8 @@ async def _open_buffer(graph: Graph, config: StandbyConfig, node_name: str, belo
         raise OptionError("--buffer-dir", config.buffer_dir, "a directory, for buffers that are images")
     length = graph.find(below).length
     cluster_size = _BUFFER_CLUSTER if length <= _MOST_IN_SMALL_CLUSTERS else _LARGE_BUFFER_CLUSTER
-    fd, filename = await in_thread(tempfile.mkstemp, ".qcow2", f".{config.pair}-{node_name}-", config.buffer_dir)
+    filename = await made_in_thread(os.unlink, _empty_file, config.buffer_dir, f".{config.pair}-{node_name}-")
     try:
-        os.close(fd)
         await in_thread(CreateQcow2(filename=filename, size=length, cluster_size=cluster_size).create)
         # Nothing of it outlives the process: there is nobody for whom it would have to be on the disk.
         await graph.open({

@@ -38,7 +38,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from blockstep.aio.cold import ColdReads
 from blockstep.aio.copying import copy_pieces
-from blockstep.aio.pool import in_thread
+from blockstep.aio.pool import in_thread, made_in_thread
 from blockstep.aio.posix import (
     INLINE,
     Locking,
@@ -101,17 +101,21 @@ class File(Driver):
 
     async def open(self) -> None:
         options = self.options
-        self._file = await in_thread(OpenFile, options.filename, writable=not self.read_only,
-                                     direct=options.cache.direct, locking=options.locking)
+        self._file = await made_in_thread(OpenFile.close, OpenFile, options.filename, writable=not self.read_only,
+                                          direct=options.cache.direct, locking=options.locking)
         self.fd = self._file.fd
-        self.length = length_of(self.fd)
-        self._is_device = is_block_device(self.fd)
+        try:
+            self.length = length_of(self.fd)
+            self._is_device = is_block_device(self.fd)
+            self._choose_calls()
+        except OSError:
+            await self.close()
+            raise
         self._lost: OSError | None = None
         # Flushes: one at a time, numbered when they begin; the last one that ended well.
         self._flushing = asyncio.Lock()
         self._flushes = self._good_flush = 0
         self._lock = RangeLock()
-        self._choose_calls()
 
     def _choose_calls(self) -> None:
         self._read, self._write = quick_io(self.fd)
@@ -278,7 +282,8 @@ class File(Driver):
                 raise OptionError(option, value, "left alone: only read-only and cache.direct can be changed")
         if (not options["read-only"], direct) == (self._file.writable, self._file.direct):
             return Prepared()
-        swap, abort = await in_thread(self._file.prepare_reopen, not options["read-only"], direct)
+        swap, abort = await made_in_thread(
+            lambda made: made[1](), self._file.prepare_reopen, not options["read-only"], direct)
 
         def commit() -> None:
             swap()

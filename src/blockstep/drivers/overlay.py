@@ -32,7 +32,7 @@ import tempfile
 from collections.abc import Awaitable, Mapping
 from typing import Any, ClassVar, Final
 
-from blockstep.aio.pool import in_background, in_thread
+from blockstep.aio.pool import in_background, in_thread, made_in_thread
 from blockstep.aio.posix import (
     INLINE,
     Locking,
@@ -154,9 +154,9 @@ class Overlay(Driver):
 
     async def _open_image(self, options: OverlayOptions, filename: str) -> None:
         create = options.create and not (os.path.exists(filename) and os.path.getsize(filename))
-        image = await in_thread(OverlayImage, filename, writable=not self.read_only, locking=options.locking,
-                                length=self._wanted_length() if create else None,
-                                cluster_size=options.cluster_size or _DEFAULT_CLUSTER)
+        image = await made_in_thread(
+            OverlayImage.close, OverlayImage, filename, writable=not self.read_only, locking=options.locking,
+            length=self._wanted_length() if create else None, cluster_size=options.cluster_size or _DEFAULT_CLUSTER)
         try:
             for name, given, found in (("size", options.size, image.length),
                                        ("cluster-size", options.cluster_size, image.cluster_size)):
@@ -499,7 +499,8 @@ class Overlay(Driver):
             return prepared
         if options["read-only"]:
             await self._saver.save()
-        return Prepared(*await in_thread(self._image.file.prepare_reopen, not options["read-only"], False))
+        return Prepared(*await made_in_thread(
+            lambda made: made[1](), self._image.file.prepare_reopen, not options["read-only"], False))
 
 
 def _zeroes(length: int) -> Buffer:

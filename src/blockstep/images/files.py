@@ -16,7 +16,7 @@ import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from blockstep.aio.pool import in_thread
+from blockstep.aio.pool import in_thread, made_in_thread
 from blockstep.aio.posix import OpenFile
 
 
@@ -24,7 +24,7 @@ from blockstep.aio.posix import OpenFile
 async def made_anew(filename: str, durable: bool = True) -> AsyncIterator[str]:
     """The path at which to make ``filename``. After the section it has its name; after an exception it is gone."""
     final = os.path.realpath(filename)
-    old = await in_thread(_hold, final)
+    old = await made_in_thread(_let_go, _hold, final)
     try:
         if old is None and os.path.exists(final):
             yield final
@@ -41,8 +41,7 @@ async def made_anew(filename: str, durable: bool = True) -> AsyncIterator[str]:
                 error.filename = filename  # the name that the user knows
             raise
     finally:
-        if old is not None:
-            old.close()
+        _let_go(old)
 
 
 def _hold(final: str) -> OpenFile | None:
@@ -53,6 +52,11 @@ def _hold(final: str) -> OpenFile | None:
     except FileNotFoundError:
         return None
     return OpenFile(final, writable=True)
+
+
+def _let_go(old: OpenFile | None) -> None:
+    if old is not None:
+        old.close()
 
 
 def _finish(part: str, final: str, old: OpenFile | None, durable: bool) -> None:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from blockstep.aio.pool import in_thread
+from blockstep.aio.pool import in_thread, wait_out
 from blockstep.block.node import Child
 from blockstep.drivers.qcow2.check_tables import CheckResult
 from blockstep.drivers.qcow2.repair import repair
@@ -54,7 +54,7 @@ async def repair_file(file: Child) -> CheckResult:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         given_up = True
-        await asyncio.wait([work])
+        await wait_out(work)
         if not work.cancelled():
             work.exception()
         raise
