@@ -146,13 +146,13 @@ class _Strand:
 
 
 class Completion(Generic[T]):
-    """A future for one waiter that is resumed at once, in the frame of `set_result` or `set_error`.
+    """A future for one waiter that is resumed at once, in the frame of `set_result` or `set_error`; others may `watch`.
 
     For results that arrive in batches (replies from a socket): resuming costs a call, not a turn of the event
     loop. A task may await it as well; it is then woken through the loop, as tasks are.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_callbacks", "_error", "_is_done", "_strand", "_value")
+    __slots__ = ("_asyncio_future_blocking", "_callbacks", "_error", "_is_done", "_strand", "_value", "_watchers")
 
     def __init__(self) -> None:
         self._is_done = False
@@ -160,6 +160,7 @@ class Completion(Generic[T]):
         self._error: BaseException | None = None
         self._strand: _Strand | None = None
         self._callbacks: list[tuple[Callable[[Any], object], Any, asyncio.AbstractEventLoop]] | None = None
+        self._watchers: list[Done] | None = None
         self._asyncio_future_blocking = False
 
     def done(self) -> bool:
@@ -191,7 +192,22 @@ class Completion(Generic[T]):
             raise self._error
         return self._value  # type: ignore[return-value]
 
+    def watch(self, done: Done) -> None:
+        """Call ``done(value, error)`` at the end, before the waiter goes on; at once if it has ended.
+
+        For layers that count, and would need a coroutine only to see the end.
+        """
+        if self._is_done:
+            done(self._value, self._error)
+        elif self._watchers is None:
+            self._watchers = [done]
+        else:
+            self._watchers.append(done)
+
     def _wake(self) -> None:
+        if self._watchers is not None:
+            for done in self._watchers:
+                done(self._value, self._error)
         if self._strand is not None:
             self._strand._resume()
         elif self._callbacks:

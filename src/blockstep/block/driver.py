@@ -132,7 +132,10 @@ class Driver(Node):
         return self.pread(offset, length)
 
     def begin_write(self, offset: int, data: Buffer) -> Awaitable[None] | None:
-        """`pwrite` without flags in the same way: None if it is done, or else what to await, at once."""
+        """`pwrite` without flags in the same way: None if it is done, or else what to await, at once.
+
+        Where somebody else goes on with it (a reply from a peer), a `Completion` is best: it costs no coroutine.
+        """
         return self.pwrite(offset, data)
 
     def submit_write(

@@ -87,13 +87,19 @@ class Backend:
         found = edge.begin_read(offset, length)
         return self._counted(found) if found.__class__ is CoroutineType else found
 
-    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | None:
-        """`pwrite` in the same way."""
+    def begin_write(self, offset: int, data: Buffer) -> Coroutine[Any, Any, None] | Completion[None] | None:
+        """`pwrite` in the same way. A `Completion` needs nobody who awaits it; it may be watched instead."""
         edge = self.edge
         if (self._paused or not edge.may_write or offset < 0 or not data or offset + len(data) > edge.node.length):
             return Backend.pwrite(self, offset, data)
         writing = edge.begin_write(offset, data)
-        return None if writing is None else self._counted(writing)
+        if writing is None:
+            return None
+        if isinstance(writing, Completion):
+            self.in_flight += 1
+            writing.watch(self._ended)
+            return writing
+        return self._counted(writing)
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         """Write all of ``data``, which must stay as it is until the end. ``flags``: FUA."""
@@ -210,6 +216,11 @@ class Backend:
             self.in_flight -= 1
             if self._idle:
                 self._wake_idle()
+
+    def _ended(self, _value: object, _error: BaseException | None) -> None:
+        self.in_flight -= 1
+        if self._idle:
+            self._wake_idle()
 
     def _wake_idle(self) -> None:
         if not self.in_flight:

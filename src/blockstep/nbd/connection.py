@@ -32,7 +32,7 @@ from types import CoroutineType
 from typing import Any, Final, Literal
 
 from blockstep.aio.channel import Channel
-from blockstep.aio.inline import go_on
+from blockstep.aio.inline import Completion, go_on
 from blockstep.block.driver import Buffer
 from blockstep.nbd import constants as c
 from blockstep.nbd import forms
@@ -290,6 +290,9 @@ class Connection:
                     if len(out) == first:
                         first = 0
                         self._flush()
+                elif isinstance(writing, Completion):
+                    writing.watch(self._pending(request, self._buffer.arena, length))
+                    room = self._room()
                 elif self._run_one(writing, request, self._buffer.arena, length):
                     room = self._room()
             elif type == 2:
@@ -371,14 +374,18 @@ class Connection:
         except (Exception, asyncio.CancelledError) as error:
             self._fail(request, error)
             return False
+        go_on(coroutine, waits_for, self._pending(request, arena, size))
+        return True
+
+    def _pending(self, request: Request, arena: Arena | None, size: int) -> _Pending:
+        """One more in flight: what is to be called at its end."""
         assert self.export is not None
         if arena is not None:
             arena.users += 1
         self._in_flight += 1
         self._bytes_in_flight += size
         self.export.in_flight += 1
-        go_on(coroutine, waits_for, _Pending(self, request, arena, size))
-        return True
+        return _Pending(self, request, arena, size)
 
     def _answer(self, request: Request, value: Any) -> None:
         """A success: ``value`` is the data of a read, a list of whole replies, or None."""

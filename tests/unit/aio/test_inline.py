@@ -115,6 +115,29 @@ def test_a_completion_that_is_set_before_it_is_awaited_does_not_wait() -> None:
     assert completion.result() == "early"
 
 
+@pytest.mark.parametrize("error", [None, OSError(28, "full")])
+def test_watchers_hear_the_end_before_the_waiter_goes_on(error: OSError | None) -> None:
+    completion: Completion[int] = Completion()
+    log: list[str] = []
+    first, second, ended = Ended(), Ended(), Ended()
+    completion.watch(lambda value, error: log.append("watcher"))
+    completion.watch(first)
+
+    def waiter(value: Any, error: BaseException | None) -> None:
+        log.append("waiter")
+        ended(value, error)
+
+    start(waits_for(completion), waiter)
+    assert first.calls == []
+    if error is None:
+        completion.set_result(3)
+    else:
+        completion.set_error(error)
+    completion.watch(second)  # it has ended: told at once
+    assert log == ["watcher", "waiter"]
+    assert first.calls == second.calls == ended.calls == [(3 if error is None else None, error)]
+
+
 @given(st.permutations(range(6)))
 def test_strands_end_in_the_order_in_which_they_are_resumed(order: list[int]) -> None:
     completions: list[Completion[int]] = [Completion() for _ in order]

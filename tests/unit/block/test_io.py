@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import blockstep.drivers  # noqa: F401
-from blockstep.aio.inline import start
+from blockstep.aio.inline import Completion, start
 from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Buffer, Driver
 from blockstep.block.graph import Graph
@@ -419,6 +419,38 @@ def test_what_has_to_wait_counts_as_in_flight() -> None:
             reading.send(None)
         assert end.value.value == b"ab"
         assert user.in_flight == 0
+
+    asyncio.run(main())
+
+
+class EndsElsewhere(Ram):
+    """Somebody else ends a write: here the test."""
+
+    def begin_write(self, offset: int, data: Buffer) -> Completion[None]:
+        self.completion: Completion[None] = Completion()
+        return self.completion
+
+
+def test_what_somebody_else_ends_counts_as_in_flight_without_a_coroutine() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk", bytes(SIZE))
+        disk.__class__ = EndsElsewhere
+        assert isinstance(disk, EndsElsewhere)
+        user = graph.attach_backend(disk, "guest", READ | WRITE)
+        for error in (None, OSError(errno.EIO, "no")):
+            writing = user.begin_write(0, bytes(10))
+            assert writing is disk.completion
+            assert user.in_flight == 1
+            leaving = asyncio.ensure_future(user.idle())
+            await turns()
+            assert not leaving.done()
+            if error is None:
+                disk.completion.set_result(None)
+            else:
+                disk.completion.set_error(error)
+            assert user.in_flight == 0
+            await leaving
 
     asyncio.run(main())
 
