@@ -285,6 +285,44 @@ def test_a_repeated_failover_changes_nothing_and_cannot_choose_again(tmp_path: P
     with_standby(tmp_path, test)
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_half_of_a_resync_is_not_the_latest_state_of_the_disks(tmp_path: Path, gone: bool) -> None:
+    async def test(standby: Standby) -> None:
+        first: Any = Caller()
+        await replicating(standby, first)
+        first.gone.set()
+        await turns()
+        again: Any = Caller()
+        assert (await standby.link.attach(hello("P2"), again)).accepted
+        await link_of(standby).pwrite(0, b"half")
+        if gone:
+            again.gone.set()
+            await turns()
+        with pytest.raises(ReplicationError, match=r"has not ended.*'--to checkpoint' takes checkpoint 1"):
+            await standby.fail_over("latest")
+        with pytest.raises(ReplicationError, match=r"has not ended.*'blockstep stop --quit'"):
+            await standby.stop_replication()
+        assert standby.status().state == ("lost" if gone else "resyncing")
+        await standby.fail_over("checkpoint")
+        assert await standby.disks["d"].view.pread(0, 4) == bytes(4)
+
+    with_standby(tmp_path, test)
+
+
+def test_a_resync_that_has_ended_is_the_latest_state_of_the_disks(tmp_path: Path) -> None:
+    async def test(standby: Standby) -> None:
+        first: Any = Caller()
+        await replicating(standby, first)
+        again: Any = Caller()
+        assert (await standby.link.attach(hello(), again)).accepted
+        await standby.link.commit(2, again)
+        await link_of(standby).pwrite(0, b"last")
+        await standby.fail_over("latest")
+        assert await standby.disks["d"].view.pread(0, 4) == b"last"
+
+    with_standby(tmp_path, test)
+
+
 def test_a_stop_of_which_a_part_failed_goes_on_when_it_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

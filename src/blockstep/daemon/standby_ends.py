@@ -51,6 +51,8 @@ class Ends:
                 return
             if not now.promoted_to:
                 self._must_run("failover")
+                if to == "latest":
+                    self._must_be_whole("failover")
             now.promoting = True
             try:
                 await (self._go_on() if now.promoted_to else self._promote(to))
@@ -118,6 +120,7 @@ class Ends:
                     await self._finish()
                     return
                 self._must_run("stop")
+                self._must_be_whole("stop")
                 now.stopped = True
                 try:
                     await self._revoke()
@@ -165,3 +168,9 @@ class Ends:
     def _must_run(self, step: str) -> None:
         if not self._now.running or self._now.declines():
             raise ReplicationError(self._pair, step, f"there is no checkpoint to stand on (it is {self._now.state})")
+
+    def _must_be_whole(self, step: str) -> None:
+        if self._now.mixed:
+            instead = "'--to checkpoint'" if step == "failover" else "'blockstep stop --quit', or a failover,"
+            raise ReplicationError(self._pair, step, "a copy from the primary has begun and has not ended: half of it "
+                                   f"is no state the disks ever were in. {instead} takes checkpoint {self._now.epoch}")

@@ -50,8 +50,6 @@ class PrimarysSide:
         self._control: QmpServer | None = None
         self._cutting = asyncio.Lock()
         self._heard_at = 0.0
-        #: Whether the primary has committed a checkpoint since it was attached, that is: its (re)sync is over.
-        self._has_committed = False
         #: Whether the buffer has become full in a resync.
         self._no_room = False
         #: Which run of a primary committed last, and which is attached.
@@ -112,7 +110,7 @@ class PrimarysSide:
         if now.declines():
             return self._decline()
         self._must_be_primary(monitor, "attach")
-        self._has_committed = False
+        now.mixed = True
         for name, disk in now.disks.items():
             node = self._graph.find(f"{name}-secondary")
             # Below the copy-before-write filter, if there is one: it is put over the node's parents.
@@ -170,8 +168,8 @@ class PrimarysSide:
             self._tell()
             raise
         if monitor is now.primary:  # else another has come meanwhile, whose disks these are not
-            self._instance, self._has_committed = self._wanted_instance, True
-            now.committed_by = monitor
+            self._instance = self._wanted_instance
+            now.committed_by, now.mixed = monitor, False
         now.epoch, now.committed_at = epoch, now.clock()
         now.last_error = ""
         self._no_room = False
@@ -238,7 +236,7 @@ class PrimarysSide:
 
     def failed(self, error: OSError) -> None:
         """A request of the primary failed, or saving what it overwrites did."""
-        if error.errno == errno.ENOSPC and not self._has_committed:
+        if error.errno == errno.ENOSPC and self._now.mixed:
             self._no_room = True
 
     # --- the way out ---

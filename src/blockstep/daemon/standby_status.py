@@ -33,6 +33,8 @@ class Situation:
         #: The last checkpoint; 0: there is none.
         self.epoch = 0
         self.committed_at = 0.0
+        #: A (re)sync has begun and has not ended: what the primary wrote last is no state that its disks ever were in.
+        self.mixed = False
         #: The promotion's choice, from the moment in which it begins.
         self.promoted_to: Literal["", "checkpoint", "latest"] = ""
         #: It is being promoted just now.
