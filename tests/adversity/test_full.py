@@ -132,16 +132,26 @@ async def test_the_standbys_disk_fails_the_guest_goes_on_and_so_does_the_pair_wh
     async with Pair(tmp_path, size=4 * MiB) as pair:
         await pair.start()
         await pair.primary.until(health="healthy")
-        limit_files(pair.standby, 3 * MiB)
         async with pair.primary.clients() as (guest,):
+            await guest.pwrite(3 * MiB, b"!" * 65536)  # what is there has been saved: the buffer is in nobody's way
+            await pair.primary.until(lambda status: not status["disks"][0]["behind"])
+            limit_files(pair.standby, 3 * MiB)
             await guest.pwrite(3 * MiB + 4096, b"beyond")
             lost = await pair.primary.heard("REPLICATION_STATE", state="offline", health="at-risk")
             assert "on the standby" in lost["reason"]
             await guest.pwrite(0, b"on and on")
             assert bytes(await guest.pread(3 * MiB + 4096, 6)) == b"beyond"
+            file = str(tmp_path / "disk0.standby")
+            assert file in (await pair.standby.heard("REPLICATION_IO_ERROR", disk="disk0"))["reason"]
+            alone = await pair.standby.until(state="lost")  # it looks as if the primary had gone; why it has is here
+            assert f"disk 'disk0': {file}: " in alone["reason"]
+            assert file in alone["disks"][0]["reason"]
+            synced = await pair.primary.until(lambda status: "disk 'disk0' on the standby: " in status["reason"])
+            assert synced["state"] == "offline"
         assert await pair.proven(pair.standby) == 0
         limit_files(pair.standby, resource.RLIM_INFINITY)
         await pair.primary.until(health="healthy")
+        assert (await pair.standby.status())["disks"][0]["reason"] == ""
         assert await pair.standby.read_disks() == await pair.primary.read_disks()
 
 

@@ -10,11 +10,12 @@ is known and how it is said. This module is the program: it opens and closes all
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from blockstep.daemon import promotion
 from blockstep.daemon.disks import missing_last, serve, uris
@@ -36,6 +37,9 @@ from blockstep.replication.resize import check_growth
 
 __all__ = ["Standby", "StandbyConfig", "main"]
 
+#: Errors of a request that say nothing about a disk.
+_ASKED_WRONGLY: Final = {errno.EINVAL, errno.ENOTSUP, errno.ESHUTDOWN, errno.ECANCELED}
+
 
 class Standby(Service):
     """The program. `open` starts to serve, `close` ends everything; between them it reacts."""
@@ -47,12 +51,14 @@ class Standby(Service):
         self.inventory.on_event = self._happened
         self.graph, self.jobs, self.registry = self.inventory.graph, self.inventory.jobs, self.inventory.replication
         self.situation = Situation(config, clock)
-        self.link = PrimarysSide(self.situation, self.graph, self.registry, self._tell, self.status)
+        self.link = PrimarysSide(self.situation, self.graph, self.registry, self._tell, self.status,
+                                 self._refused)
         self.ends = Ends(self.situation, self.registry, self.link.revoke, self.emit, self._tell)
         self._clock = clock
         self._view_server: NbdServer | None = None
         self._addresses: list[Address] = []
         self._told: tuple[str, str, str] | None = None
+        self._heard_of: OSError | None = None
 
     @property
     def disks(self) -> dict[str, StandbyDisk]:
@@ -67,7 +73,7 @@ class Standby(Service):
         try:
             for spec in missing_last(self.config.disks):
                 disk = await open_disk(self.graph, self.config, spec)
-                disk.filter.on_error = partial(self._io_error, disk)
+                disk.filter.on_error = partial(self._not_saved, disk)
                 self.disks[spec.name] = disk
             for spec in self.config.disks:  # in the user's order
                 self.disks[spec.name] = self.disks.pop(spec.name)
@@ -149,11 +155,19 @@ class Standby(Service):
         """The truth, at once."""
         return self.situation.status(self.link.address, self.exports, self.jobs.list())
 
-    def _io_error(self, disk: StandbyDisk, error: OSError) -> None:
-        reason = error.strerror or str(error)
+    def _not_saved(self, disk: StandbyDisk, error: OSError) -> None:
+        self._heard_of = error  # the primary gets it as well, at once
+        self.link.not_saved(error)
+        self._note(disk, error.strerror or str(error))
+
+    def _refused(self, disk: StandbyDisk, error: OSError) -> None:
+        heard_of, self._heard_of = self._heard_of, None
+        if error is not heard_of and error.errno not in _ASKED_WRONGLY and not self.situation.declines():
+            self._note(disk, f"{disk.spec.path}: {error.strerror or error}")
+
+    def _note(self, disk: StandbyDisk, reason: str) -> None:
         disk.errors.append(reason)
         del disk.errors[8:]
-        self.link.failed(error)
         self.emit(qmp.ReplicationIoError(pair=self.config.pair, disk=disk.spec.name, reason=reason))
         self._tell()
 

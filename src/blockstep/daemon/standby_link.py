@@ -20,9 +20,11 @@ import contextlib
 import errno
 import ssl
 from collections.abc import Callable
+from functools import partial
 
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
+from blockstep.daemon.standby_setup import StandbyDisk
 from blockstep.daemon.standby_status import Situation
 from blockstep.errors import BlockstepError, OptionError, ReplicationError
 from blockstep.nbd.export import Export
@@ -37,12 +39,15 @@ from blockstep.replication.resize import check_growth
 
 
 class PrimarysSide:
-    """See the module. ``tell`` is called when the situation has changed; ``status`` is what the primary may ask for."""
+    """See the module. ``tell`` is called when the situation has changed; ``status`` is what the primary may ask for.
+
+    ``refused`` is called with each error that the primary gets for a request to a disk.
+    """
 
     def __init__(self, situation: Situation, graph: Graph, registry: ReplicationRegistry, tell: Callable[[], None],
-                 status: Callable[[], qmp.PairStatus]) -> None:
+                 status: Callable[[], qmp.PairStatus], refused: Callable[[StandbyDisk, OSError], None]) -> None:
         self._now, self._graph, self._registry, self._tell = situation, graph, registry, tell
-        self._status = status
+        self._status, self._refused = status, refused
         self._config = situation.config
         #: Where it listens; the control port is one above.
         self.port = 0
@@ -116,7 +121,9 @@ class PrimarysSide:
             # Below the copy-before-write filter, if there is one: it is put over the node's parents.
             top = disk.buffer.cbw if disk.buffer else node
             disk.link = self._graph.attach_backend(top, f"link of {name}", READ | WRITE)
-            self.server.add(Export(name, disk.link, description=f"pair {self._config.pair}, for the primary"))
+            export = Export(name, disk.link, description=f"pair {self._config.pair}, for the primary")
+            export.on_error = partial(self._refused, disk)
+            self.server.add(export)
         self._tell()
         return self._answer(True, "")
 
@@ -234,8 +241,8 @@ class PrimarysSide:
             now.primary = None
             self._tell()
 
-    def failed(self, error: OSError) -> None:
-        """A request of the primary failed, or saving what it overwrites did."""
+    def not_saved(self, error: OSError) -> None:
+        """What a request of the primary overwrites could not be saved: the request fails for it."""
         if error.errno == errno.ENOSPC and self._now.mixed:
             self._no_room = True
 

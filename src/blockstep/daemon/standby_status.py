@@ -95,13 +95,13 @@ class Situation:
         state = self.state
         if state == "failover-failed" or (state == "stopped" and self.unfinished):
             return "at-risk", self.what_is_left()
-        if state in ("waiting", "syncing"):
-            return "at-risk", self.last_error or "there is no checkpoint yet"
-        if state == "lost":
-            return "at-risk", f"the primary is gone; the view is at checkpoint {self.epoch}"
         if state in ("promoted", "failover", "stopped"):
             return "degraded", "it has no standby of its own"
         reasons = [f"disk '{name}': {error}" for name, disk in self.disks.items() for error in disk.errors[:1]]
+        if state in ("waiting", "syncing"):
+            return "at-risk", "; ".join([self.last_error or "there is no checkpoint yet", *reasons])
+        if state == "lost":
+            return "at-risk", "; ".join([f"the primary is gone; the view is at checkpoint {self.epoch}", *reasons])
         if self.last_error:
             reasons.append(self.last_error)
         if state == "resyncing":
@@ -149,7 +149,7 @@ class Situation:
         return qmp.DiskStatus(
             name=name, format=disk.spec.format, size=disk.view.length, state=self._disk_state(disk), behind=0,
             buffer_used=disk.buffer.used if disk.buffer else 0, buffer_limit=self.config.buffer_limit,
-            reason=(self.lacks(disk) if ended else "") or "; ".join(disk.errors[:1]))
+            reason=self.lacks(disk) if ended else "; ".join(disk.errors[:1]))
 
     def _disk_state(self, disk: StandbyDisk) -> str:
         if disk.filter.stage is Stage.DONE:

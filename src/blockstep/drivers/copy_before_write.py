@@ -64,7 +64,7 @@ class CopyBeforeWrite(Filter):
         self.lock = RangeLock()
         #: Why the snapshot is not one any more (``break-snapshot``).
         self.broken: OSError | None = None
-        #: Called with each failure to save.
+        #: Called with each failure to save, or to make what was saved durable.
         self.on_error: Callable[[OSError], None] = lambda error: None
 
     def child_permissions(self, child: Child, taken: Permission, shared: Permission) -> tuple[Permission, Permission]:
@@ -140,7 +140,11 @@ class CopyBeforeWrite(Filter):
         await self._locked(offset, length, lambda: self.file.discard(offset, length))
 
     async def flush(self) -> None:
-        await self.target.flush()
+        try:
+            await self.target.flush()
+        except OSError as error:
+            self.on_error(error)
+            raise
         await self.file.flush()
 
     async def truncate(self, length: int) -> None:

@@ -403,6 +403,8 @@ class Connection:
         if not isinstance(error, OSError):
             # A bug below us: the client sees EIO, and whoever runs the loop sees the traceback.
             self._loop.call_exception_handler({"message": f"NBD command {type} failed", "exception": error})
+        elif self.export is not None:
+            self.export.on_error(error)
         message = (error.strerror if isinstance(error, OSError) else None) or str(error)
         self._out.append(self._form.error(cookie, offset, nbd_error(error, request), message))
 

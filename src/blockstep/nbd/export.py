@@ -6,7 +6,7 @@ says so with CAN_MULTI_CONN: all connections share one node, and a flush on one 
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from blockstep.aio.inline import Completion
@@ -75,6 +75,8 @@ class Export:
         self.allocation_depth = allocation_depth
         self.bitmaps: dict[str, BitmapExtents] = dict(bitmaps or {})
         self.connections: set[Connection] = set()
+        #: Called with each error that a client's request is answered with, whoever's fault it is.
+        self.on_error: Callable[[OSError], None] = lambda error: None
         #: Requests of clients that the backend has not ended yet; those of clients that are gone count as well.
         self.in_flight = 0
         self._read_only = read_only

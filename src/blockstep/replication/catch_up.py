@@ -20,7 +20,7 @@ from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.jobs.mirror import MirrorJob
-from blockstep.jobs.states import JobKind
+from blockstep.jobs.states import JobKind, OnError
 from blockstep.replication.link import Link
 from blockstep.units import MiB
 
@@ -52,10 +52,20 @@ class CatchUp(MirrorJob):
             position = 0
             while (run := self.dirty.next_dirty(position, MiB)) is not None:
                 offset, length = run
-                self._rest.append((offset, bytes(await self.source.pread(offset, length))))
+                try:
+                    self._rest.append((offset, bytes(await self.source.pread(offset, length))))
+                except OSError as error:
+                    raise self._said("of this side", error) from error
                 position = offset + length
             await self.pause_point()
             self._drained = drained.pop_all()
+
+    async def met_error(self, operation: str, error: OSError, policy: OnError) -> None:
+        where = "on the standby" if operation == "write" else "of this side"
+        await super().met_error(operation, self._said(where, error), policy)
+
+    def _said(self, where: str, error: OSError) -> OSError:
+        return OSError(error.errno, f"disk '{self.link.name}' {where}: {error.strerror or error}")
 
     def synced(self) -> None:
         super().synced()
