@@ -19,7 +19,7 @@ from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, RESIZE, WRITE
 from blockstep.errors import OptionError
 from blockstep.images import AUTO, FORMATS, CacheMode, is_address, is_options
-from blockstep.inventory.notices import tell
+from blockstep.inventory.notices import tell_changes
 from blockstep.keyval import parse
 
 #: Beginnings of files -> format.
@@ -97,8 +97,8 @@ async def opened(image: ImageName, *, writable: bool = False, graph: Graph | Non
     from blockstep import drivers  # noqa: F401  makes them known
 
     graph = graph if graph is not None else Graph()
-    if tell not in graph.listeners:
-        graph.listeners.append(tell)
+    if tell_changes not in graph.listeners:
+        graph.listeners.append(tell_changes)
     options = await image.node_options(writable)
     node = await graph.open({**options, **more}, strict=not image.is_options)
     try:

@@ -8,8 +8,20 @@ from typing import Any
 
 
 def tell(event: str, data: Mapping[str, Any]) -> None:
-    """For `Graph.listeners`. Of an image that was repaired when it was opened; of other events nothing."""
+    """For `Graph.listeners`. Of images that were repaired, or are broken; of other events nothing."""
     if event == "BLOCK_IMAGE_REPAIRED":
         name = data.get("filename", f"node '{data['node-name']}'")
-        print(f"blockstep: {name} was not closed in order, and has been repaired: {data['corruptions-fixed']} "
-              f"corruptions, {data['leaks-fixed']} leaked clusters", file=sys.stderr, flush=True)
+        text = (f"{name} was not closed in order, and has been repaired: {data['corruptions-fixed']} corruptions, "
+                f"{data['leaks-fixed']} leaked clusters")
+    elif event == "BLOCK_IMAGE_CORRUPTED":
+        text = f"the image of node '{data['node-name']}' is {'marked as corrupt' if data['fatal'] else 'broken'}: " \
+               f"{data['msg']}"
+    else:
+        return
+    print(f"blockstep: {text}", file=sys.stderr, flush=True)
+
+
+def tell_changes(event: str, data: Mapping[str, Any]) -> None:
+    """As `tell`, for commands that tell of their errors themselves: only of what was done to an image."""
+    if data.get("fatal", True):
+        tell(event, data)

@@ -11,7 +11,6 @@ from typing import Final
 
 from blockstep.block.driver import Buffer
 from blockstep.drivers.qcow2.format import ZLIB
-from blockstep.drivers.qcow2.refcounts import broken
 
 #: Of deflate: the logarithm of the window, negative for data without a header.
 _WINDOW: Final = -12
@@ -32,13 +31,13 @@ def compress(kind: int, data: Buffer) -> bytes | None:
 
 
 def decompress(kind: int, data: bytes, size: int) -> bytes:
-    """The cluster of ``size`` bytes that ``data`` begins with. Raises OSError (EIO) if there is none."""
+    """The cluster of ``size`` bytes that ``data`` begins with. Raises ValueError if there is none."""
     try:
         unpacked = zlib.decompressobj(_WINDOW).decompress(data, size) if kind == ZLIB else _unpack_zstd(data, size)
-    except (zlib.error, ValueError) as error:
-        raise broken(f"a compressed cluster cannot be unpacked: {error}") from error
+    except zlib.error as error:
+        raise ValueError(error) from error
     if len(unpacked) != size:
-        raise broken(f"a compressed cluster has {len(unpacked)} bytes")
+        raise ValueError(f"it has {len(unpacked)} bytes")
     return unpacked
 
 

@@ -114,6 +114,7 @@ class Qcow2(Emptier, Packer):
                            ("refcount-cache-size", self.options.refcount_cache_size)):
             if size is not None and size <= 0:
                 raise OptionError(name, size, "more than 0 bytes")
+        self._told = False
         self._use(self.header, *await self._load_tables(self.header, guarded=not self.read_only))
         self._lock = RangeLock()
         self._saving = asyncio.Lock()
@@ -150,6 +151,7 @@ class Qcow2(Emptier, Packer):
                 raise OptionError("read-only", False, f"on, for the image '{self.file.node.name}': its metadata "
                                                       f"overlaps: {error}") from error
             refcounts.on_damage = self._mark_corrupt
+        refcounts.on_broken = self._tell_broken
         return refcounts, tables
 
     @staticmethod
@@ -158,12 +160,28 @@ class Qcow2(Emptier, Packer):
             for cluster in found.clusters():
                 refcounts.guard.claim(cluster, 1, "bitmaps")
 
-    async def _mark_corrupt(self) -> None:
+    async def _mark_corrupt(self, what: str, offset: int | None, length: int | None) -> None:
         """Let everybody repair the image before it is written to again. What is in order can be used meanwhile."""
         if self.header.version >= 3 and not self.header.incompatible & CORRUPT:
             self.header = replace(self.header, incompatible=self.header.incompatible | CORRUPT)
-            await self.file.pwrite(AT_INCOMPATIBLE, self.header.incompatible.to_bytes(8, "big"))
-            await self.file.flush()
+            try:
+                await self.file.pwrite(AT_INCOMPATIBLE, self.header.incompatible.to_bytes(8, "big"))
+                await self.file.flush()
+            except OSError:  # the next one tries again
+                self.header = replace(self.header, incompatible=self.header.incompatible & ~CORRUPT)
+                return
+            self._tell_broken(what, offset, length, fatal=True)
+
+    def _tell_broken(self, what: str, offset: int | None, length: int | None, fatal: bool = False) -> None:
+        """Once, and once more (``fatal``) when the image has been marked."""
+        if not self._told or fatal:
+            self._told = True
+            data: dict[str, Any] = {"device": "", "node-name": self.name, "msg": what, "fatal": fatal}
+            if offset is not None:
+                data["offset"] = offset
+            if length is not None:
+                data["size"] = length
+            self.report("BLOCK_IMAGE_CORRUPTED", data)
 
     def _check_readable(self, header: Header) -> None:
         if header.crypt_method:

@@ -27,7 +27,7 @@ import errno
 import os
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from bitarray import bitarray
 
@@ -52,6 +52,14 @@ _CHUNK_BITS: Final = 15
 MOST_CHUNKS: Final = 65536
 #: Bytes of the L1 tables of all snapshots together.
 _MOST_SNAPSHOT_L1: Final = GiB
+
+
+class Wrong(NamedTuple):
+    """What is wrong with a table, and the range in the file that it is about, if there is one."""
+
+    what: str
+    offset: int | None = None
+    length: int | None = None
 
 
 class Clusters:
@@ -138,42 +146,47 @@ class Guard:
             raise ImageError(what, hex(first << self._bits), "where nothing else is: repair it first")
         self.claimed.add(first, count)
 
-    def claim_entries(self, table: array[int], external: bool, going: set[int]) -> str:
+    def claim_entries(self, table: array[int], external: bool, going: set[int]) -> Wrong | None:
         """Claim what the entries of an L2 table that was loaded say is exclusive.
 
         ``going``: clusters that become free soon, as nothing refers to them any more, and this table should not either.
-        Returns what is wrong, "" for nothing; if something is then nothing is claimed.
+        Returns what is wrong; if something is then nothing is claimed.
         """
         if external:  # their data is elsewhere
-            return ""
+            return None
         bits, claimed = self._bits, []
+        wrong: Wrong | None
         exclusive = sorted([(entry & OFFSET) >> bits for entry in table
                             if entry > COPIED and entry & OFFSET and not entry & COMPRESSED])
         try:
             if going and not going.isdisjoint(exclusive):
-                return "it refers to clusters that nothing else refers to any more"
+                return Wrong("it refers to clusters that nothing else refers to any more")
             for first, count in _rows(exclusive):
                 if self.taken(first, count):
-                    wrong = f"its data at {first << bits:#x} ({count << bits} bytes) has another user"
+                    wrong = self._met(first, count)
                     break
                 self.claimed.add(first, count)
                 claimed.append((first, count))
             else:
                 wrong = self._foreign([entry for entry in table if entry and (entry < COPIED or entry & COMPRESSED)])
         except OSError as error:
-            wrong = str(error)
+            wrong = Wrong(str(error))
         if wrong:
             for each in claimed:
                 self.claimed.remove(*each)
         return wrong
 
-    def _foreign(self, entries: list[int]) -> str:
-        """What is wrong with entries that are shared or compressed, "" for nothing."""
+    def _foreign(self, entries: list[int]) -> Wrong | None:
+        """What is wrong with entries that are shared or compressed."""
         for entry in entries:
             clusters = clusters_of(entry, self._bits)
             if clusters and self.taken(clusters.start, len(clusters)):
-                return f"its data at {clusters.start << self._bits:#x} has another user"
-        return ""
+                return self._met(clusters.start, len(clusters))
+        return None
+
+    def _met(self, first: int, count: int) -> Wrong:
+        offset, length = first << self._bits, count << self._bits
+        return Wrong(f"its data at {offset:#x} ({length} bytes) has another user", offset, length)
 
     def start_again(self, used: Iterable[int]) -> None:
         """The image was emptied: only these clusters are in use."""

@@ -17,7 +17,7 @@ from blockstep.block.driver import ZEROES, Buffer, Driver, Extent
 from blockstep.block.node import Child
 from blockstep.drivers.qcow2.compressed import decompress
 from blockstep.drivers.qcow2.format import COPIED, OFFSET, RAW_EXTERNAL, ZERO, Header, compressed_place
-from blockstep.drivers.qcow2.refcounts import Refcounts, broken, read_file
+from blockstep.drivers.qcow2.refcounts import Refcounts, read_file
 from blockstep.drivers.qcow2.tables import PARTIAL, Kind, Run, Tables
 
 T = TypeVar("T")
@@ -155,11 +155,15 @@ class Reader(Driver):
         if data is None:
             place, span = compressed_place(entry, self._bits)
             if place >= self._refcounts.file_length:
-                raise broken(f"a compressed cluster is said to be at {place}")
+                raise self._refcounts.broken(f"a compressed cluster is said to be at {place:#x}", place, span)
             packed = await read_file(self.file, place, span)
             kind, size = self.header.compression_type, self.cluster_size
-            data = (decompress(kind, packed, size) if size < _LONG_UNPACK
-                    else await in_thread(decompress, kind, packed, size))
+            try:
+                data = (decompress(kind, packed, size) if size < _LONG_UNPACK
+                        else await in_thread(decompress, kind, packed, size))
+            except ValueError as error:
+                raise self._refcounts.broken(f"the compressed cluster at {place:#x} cannot be unpacked: {error}",
+                                             place, span) from error
             while len(self._unpacked) >= _UNPACKED:
                 del self._unpacked[next(iter(self._unpacked))]
             self._unpacked[entry] = data

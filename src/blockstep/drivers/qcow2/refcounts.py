@@ -42,11 +42,6 @@ if TYPE_CHECKING:
 _STEP: Final = 16 << 20
 
 
-def broken(what: str) -> OSError:
-    """The error of a request that met metadata that cannot be right."""
-    return OSError(errno.EIO, f"{os.strerror(errno.EIO)}: the image is broken: {what}")
-
-
 async def read_file(file: Child, offset: int, length: int) -> bytes:
     """Bytes of the file; what lies beyond its end reads as zeroes."""
     there = max(0, min(length, file.node.length - offset))
@@ -82,8 +77,11 @@ class Refcounts:
         self._high = 0
         #: While the image is open for writing.
         self.guard: Guard | None = None
-        #: Called before a request fails that met a cluster with two users.
-        self.on_damage: Callable[[], Awaitable[None]] | None = None
+        #: Called before a request fails that met metadata that cannot be right: with what is wrong, and where in the
+        #: file, (offset, length), as far as that can be said.
+        self.on_broken: Callable[[str, int | None, int | None], None] | None = None
+        #: The same, if it met a cluster with two users.
+        self.on_damage: Callable[[str, int | None, int | None], Awaitable[None]] | None = None
         self.running = [0, 0]
         self.turn = 0
         self.retired: list[int] = []
@@ -112,7 +110,7 @@ class Refcounts:
         if not entry:
             return None
         if entry & ((1 << self._bits) - 1) or entry & ~OFFSET or entry >= self.file_length:
-            raise broken(f"refcount block {index} is said to be at {entry:#x}")
+            raise self.broken(f"refcount block {index} is said to be at {entry:#x}")
         while len(self.blocks) >= self._most:
             clean = next((each for each in self.blocks if each not in self.dirty and each not in self.saving), None)
             if clean is None:
@@ -207,20 +205,26 @@ class Refcounts:
     async def _check_free(self, cluster: int, count: int) -> None:
         if self.guard is not None and self.guard.taken(cluster, count):
             await self.damaged(f"of the {count} clusters from {cluster << self._bits:#x} on, which count as free, "
-                               "some are in use")
+                               "some are in use", cluster << self._bits, count << self._bits)
 
-    async def damaged(self, what: str) -> NoReturn:
-        """Note that the image has clusters with two users. Raises OSError (EIO)."""
+    async def damaged(self, what: str, offset: int | None = None, length: int | None = None) -> NoReturn:
+        """Note that the image has clusters with two users, in that range of the file. Raises OSError (EIO)."""
         if self.on_damage is not None:
-            await self.on_damage()
-        raise broken(f"{what}; repair it: blockstep img check --repair all")
+            await self.on_damage(what, offset, length)
+        raise self.broken(f"{what}; repair it: blockstep img check --repair all", offset, length)
+
+    def broken(self, what: str, offset: int | None = None, length: int | None = None) -> OSError:
+        """The error of a request that met metadata that cannot be right; it is told of."""
+        if self.on_broken is not None:
+            self.on_broken(what, offset, length)
+        return OSError(errno.EIO, f"{os.strerror(errno.EIO)}: the image is broken: {what}")
 
     async def _find(self, wanted: int, exactly: bool) -> tuple[int, int]:
         per, mask = self._per, (1 << self._per) - 1
         if not self._distinct:  # a search through one full block, a million times, would not come to an end
             entries = [entry for entry in self.table if entry]
             if len(set(entries)) != len(entries):
-                raise broken("the refcount table has a block twice")
+                raise self.broken("the refcount table has a block twice")
             self._distinct = True
         cursor = self._cursor
         start = run = 0  # the row found so far
@@ -370,7 +374,8 @@ class Refcounts:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: the refcount table has its greatest length")
         if self.guard is not None:
             if self.guard.taken(place, blocks + clusters):
-                await self.damaged(f"clusters from {place << self._bits:#x} on, which no refcount tells of, are in use")
+                await self.damaged(f"clusters from {place << self._bits:#x} on, which no refcount tells of, are in use",
+                                   place << self._bits, (blocks + clusters) << self._bits)
             self.guard.claimed.add(place, blocks + clusters)
         await self.grow((place + blocks + clusters) << self._bits)
         table = old[:]

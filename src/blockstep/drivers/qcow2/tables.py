@@ -36,7 +36,7 @@ from blockstep.drivers.qcow2.format import (
     decode_table,
     encode_table,
 )
-from blockstep.drivers.qcow2.refcounts import Refcounts, broken, read_file
+from blockstep.drivers.qcow2.refcounts import Refcounts, read_file
 
 #: Entries of 8 bytes in a sector: the least that is written of a table.
 _UNIT: Final = 64
@@ -112,7 +112,7 @@ class Tables:
                 offset = entry & OFFSET
                 if offset & ((1 << self.bits) - 1) or entry & L1_RESERVED or not (
                         0 < offset < self._refcounts.file_length):
-                    raise broken(f"L2 table {index} is said to be at {entry:#x}")
+                    raise self._refcounts.broken(f"L2 table {index} is said to be at {entry:#x}")
                 await self._make_room()
                 loaded = decode_table(await read_file(self._file, offset, 1 << self.bits))
                 if self.l1[index] == entry and index not in self.l2:
@@ -121,7 +121,7 @@ class Tables:
                         wrong = guard.claim_entries(loaded[::2] if self.extended else loaded, self.external,
                                                     self._refcounts.going())
                         if wrong:
-                            await self._refcounts.damaged(f"L2 table {index}: {wrong}")
+                            await self._refcounts.damaged(f"L2 table {index}: {wrong.what}", wrong.offset, wrong.length)
                         self._known[index] = 1
                     self._take_in(index, loaded)
 
@@ -149,8 +149,8 @@ class Tables:
                 elif entry & (OFFSET | COMPRESSED | COPIED):
                     if entry & (OFFSET | COMPRESSED) != place:
                         self.maps.pop(index, None)
-                        raise broken(f"the L2 entry of the disk's byte {place} is {entry:#x}, and data in an external "
-                                     "file lies where the disk has it")
+                        raise self._refcounts.broken(f"the L2 entry of the disk's byte {place} is {entry:#x}, and data "
+                                                     "in an external file lies where the disk has it")
                     table[at] |= COPIED
         self.l2[index] = table
 
@@ -303,7 +303,7 @@ class Tables:
         reserved = L2_RESERVED | (1 << self.bits) - 1 & OFFSET
         if entry & reserved & ~(PARTIAL if self.extended else 0) or (
                 entry & ZERO and (self._version < 3 or self.extended)):
-            raise broken(f"the L2 entry of the disk's byte {offset} is {entry:#x}")
+            raise self._refcounts.broken(f"the L2 entry of the disk's byte {offset} is {entry:#x}")
 
     def _subcluster_runs(self, found: list[Run], index: int, offset: int, stop: int) -> None:
         bits, size, unit = self.bits, 1 << self.bits, 1 << (self.bits - 5)
@@ -342,7 +342,7 @@ class Tables:
         self._check_entry(entry, offset)
         subclusters = Subclusters.parse(self.maps[index][at])
         if not subclusters.valid or (subclusters.allocated and not entry & self.placed):
-            raise broken(f"the subclusters of the disk's byte {offset} are {subclusters}")
+            raise self._refcounts.broken(f"the subclusters of the disk's byte {offset} are {subclusters}")
         return subclusters
 
 

@@ -20,7 +20,6 @@ from typing import Final
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, ZEROES, Buffer, not_supported
 from blockstep.drivers.qcow2.format import COPIED, OFFSET, ZERO
 from blockstep.drivers.qcow2.reading import zeroes
-from blockstep.drivers.qcow2.refcounts import broken
 from blockstep.drivers.qcow2.subclusters import SubclusterWriter
 from blockstep.drivers.qcow2.tables import ALLOCATED
 
@@ -92,7 +91,7 @@ class Writer(SubclusterWriter):
         if has_place:
             host, count = old & OFFSET, 1
             if host >= self._refcounts.data_length:
-                raise broken(f"data of the disk's byte {offset} is said to be at {host}")
+                raise self._refcounts.broken(f"data of the disk's byte {offset} is said to be at {host:#x}", host)
             await self._refcounts.reach(host + self.cluster_size)
         elif self.data_file is not None:
             host = offset & ~self._within
@@ -130,7 +129,7 @@ class Writer(SubclusterWriter):
         place = host + (offset & self._within)
         length = stop - offset
         if place >= self._refcounts.data_length + self.cluster_size:
-            raise broken(f"data of the disk's byte {offset} is said to be at {place}")
+            raise self._refcounts.broken(f"data of the disk's byte {offset} is said to be at {place:#x}", place, length)
         await self._refcounts.reach(place + length)
         await self._data.pwrite(place, memoryview(data)[:length])
         return length

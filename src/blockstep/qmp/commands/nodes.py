@@ -103,6 +103,22 @@ class QuorumFailure(Event):
     sectors_count: int
 
 
+@commands.event("BLOCK_IMAGE_CORRUPTED")
+class BlockImageCorrupted(Event, kw_only=True):
+    """Metadata of an image cannot be right, and requests that need it fail; told once for a node, and once more if
+
+    ``fatal``: the image was marked as corrupt, and has to be repaired before it is opened for writing again. ``offset``
+    and ``size``: which bytes of the image's file it is about. ``device`` is always empty.
+    """
+
+    device: str
+    node_name: str | UnsetType = UNSET
+    msg: str
+    offset: int | UnsetType = UNSET
+    size: int | UnsetType = UNSET
+    fatal: bool
+
+
 @commands.event("BLOCK_IMAGE_REPAIRED")
 class BlockImageRepaired(Event, kw_only=True):
     """An image with lazy refcounts was not closed in order, and was repaired when it was opened for writing."""

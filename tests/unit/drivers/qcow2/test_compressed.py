@@ -44,7 +44,7 @@ def test_what_does_not_become_shorter_is_not_packed(kind: int) -> None:
 def test_anything_else_is_an_error(kind: int, data: bytes) -> None:
     try:
         assert len(decompress(kind, data, 512)) == 512
-    except OSError:
+    except ValueError:
         pass
 
 
@@ -53,7 +53,7 @@ def test_a_cluster_that_ends_early_is_an_error(kind: int) -> None:
     packed = compress(kind, bytes(SIZE))
     assert packed is not None
     for data in (packed, packed[:len(packed) // 2], b""):
-        with pytest.raises(OSError, match="compressed cluster"):
+        with pytest.raises(ValueError):
             decompress(kind, data, SIZE + 1)
 
 
@@ -72,5 +72,5 @@ def test_a_window_that_would_take_the_memory_is_refused() -> None:
     parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=27)
     bomb = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     data = bomb.compress(bytes(MiB)) + bomb.flush()
-    with pytest.raises(OSError, match="memory"):
+    with pytest.raises(ValueError, match="memory"):
         decompress(ZSTD, data, SIZE)
