@@ -234,7 +234,10 @@ class StandIn:
     def __init__(self, address: Address, size: int) -> None:
         self.qmp = QMP(address)
         self.epoch = 0
-        self.qmp.execute("pair-attach", pair="default", instance="bench", disks=[{"name": "disk", "size": size}])
+        answer = self.qmp.execute("pair-attach", pair="default", instance="bench",
+                                  disks=[{"name": "disk", "size": size}])
+        #: The name of the disk's export on the link.
+        self.export = answer["prefix"] + "disk"
         self.checkpoint()
 
     def checkpoint(self) -> None:
@@ -256,8 +259,7 @@ def blockstep_standby(directory: Path, size: int, sparse: bool = False) -> Itera
     with started(command, (host, port + 1), view, qmp) as process:
         control = Control(qmp)
         try:
-            yield Endpoint((host, port), "disk", {"standby": process}, None, ((host, port), "disk"),
-                           (view, "disk"), control)
+            yield Endpoint((host, port), processes={"standby": process}, view=(view, "disk"), control=control)
         finally:
             control.close()
 
@@ -277,7 +279,7 @@ def blockstep_primary(directory: Path, disk: Path, standby: Endpoint, acknowledg
         control = Control(qmp)
         try:
             yield Endpoint(path, "disk", {"primary": process, **standby.processes}, control.checkpoint,
-                           standby.ingest, standby.view, control)
+                           view=standby.view, control=control)
         finally:
             control.close()
 
@@ -306,7 +308,8 @@ def blockstep_ingest(directory: Path, size: int) -> Iterator[Endpoint]:
         host, port = standby.address
         primary = StandIn((host, port + 1), size)
         try:
-            standby.checkpoint = primary.checkpoint
+            standby.checkpoint, standby.export = primary.checkpoint, primary.export
+            standby.ingest = standby.address, primary.export
             yield standby
         finally:
             primary.close()

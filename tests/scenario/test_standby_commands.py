@@ -12,8 +12,9 @@ import pytest
 
 from blockstep.block.io import enter, leave
 from blockstep.daemon.standby import Standby, StandbyConfig
-from blockstep.errors import ReplicationError
+from blockstep.errors import PeerRefused, ReplicationError
 from blockstep.jobs.commit import CommitJob
+from blockstep.nbd.client import Client
 from blockstep.nbd.uri import Address, InetAddress, UnixAddress, parse_uri
 from blockstep.qmp.commands import replication as qmp
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
@@ -157,6 +158,31 @@ def test_a_write_that_was_held_back_when_its_connection_was_cut_never_comes(tmp_
         await asyncio.gather(committing, late, resync, return_exceptions=True)
         assert isinstance(late.exception(), OSError)
         assert await standby.graph.find("d-secondary").pread(0, 4) == b"new!"
+
+    with_standby(tmp_path, test)
+
+
+def test_a_primary_that_is_stale_and_dials_anew_finds_no_disk_of_its_successor(tmp_path: Path) -> None:
+    """Its control connection may be half open: it does not know yet. Its disks' connections dial by themselves."""
+
+    async def test(standby: Standby) -> None:
+        stale: Any = Caller()
+        answer = await standby.link.attach(hello("P1"), stale)
+        link = InetAddress("127.0.0.1", standby.link.port)
+        old = await Client.connect(link, f"{answer.prefix}d")
+        await old.pwrite(0, b"old!")
+        stale.gone.set()
+        await turns()
+        other: Any = Caller()
+        answer_to_other = await standby.link.attach(hello("P2"), other)
+        assert answer_to_other.accepted
+        with pytest.raises(OSError):
+            await old.pwrite(0, b"late")
+        with pytest.raises(PeerRefused):
+            await Client.connect(link, f"{answer.prefix}d")
+        new = await Client.connect(link, f"{answer_to_other.prefix}d")
+        assert bytes(await new.pread(0, 4)) == b"old!"
+        new.yank()
 
     with_standby(tmp_path, test)
 

@@ -9,6 +9,7 @@ import pytest
 
 from blockstep.errors import BlockstepError
 from blockstep.nbd.client import Client
+from blockstep.nbd.dial import list_server
 from blockstep.nbd.uri import parse_address
 from blockstep.testing.numbered import BLOCK
 from blockstep.testing.pair import Pair, Status
@@ -101,7 +102,8 @@ async def test_a_promoted_standby_refuses_the_old_primarys_writes_which_goes_on_
         await pair.start()
         await pair.primary.until(health="healthy")
         address = parse_address(pair.link)
-        stale = await Client.connect(address, "disk0")
+        export = (await list_server(address))[0].name
+        stale = await Client.connect(address, export)
         async with pair.writing() as writes:
             await pair.written(100)
             low, high = await pair.checkpoint()
@@ -119,7 +121,7 @@ async def test_a_promoted_standby_refuses_the_old_primarys_writes_which_goes_on_
         assert low <= await pair.proven(pair.standby) <= high
         assert await pair.proven(pair.primary) == writes.acknowledged
         with pytest.raises((BlockstepError, OSError)):
-            await Client.connect(address, "disk0")
+            await Client.connect(address, export)
 
 
 @scenario

@@ -59,8 +59,9 @@ class StandbySide:
                 await control.close()
                 return answer
             for name, disk in self._disks.items():
-                disk.standby = await self._open_nbd(f"{name}-standby", name, config.max_stall)
-                disk.sync = await self._open_nbd(f"{name}-sync", name, 0.0)
+                export = answer["prefix"] + name
+                disk.standby = await self._open_nbd(f"{name}-standby", export, config.max_stall)
+                disk.sync = await self._open_nbd(f"{name}-sync", export, 0.0)
                 with self._graph.change() as change:
                     change.attach(disk.link, "target", Role.TARGET, disk.standby)
         except CommandRefused as error:

@@ -5,8 +5,9 @@ then on the views are checkpoints, moved forward by `commit`, all together. Noth
 says, until the standby is promoted or stopped (`revoke`).
 
 One primary at a time, over one control connection at a time; a new connection of the same primary takes the place of
-the old one, whose requests are waited for, or fail, before the new one's are taken. While the standby waits for
-that, anything may happen: so each command asks anew, after waiting, whether its connection is still the one.
+the old one, whose requests are waited for, or fail, before the new one's are taken. With each attach the exports get
+new names: a stale primary that dials them anew, and has not noticed yet that it is stale, finds nothing. While the
+standby waits, anything may happen: so each command asks anew, after waiting, whether its connection is still the one.
 
 A buffer without room fails the primary's writes, and the primary lets go and comes back with a resync. The checkpoint
 stays as long as it can: only when the buffer becomes full in a resync as well, it is given up with the next `attach`.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import secrets
 import ssl
 from collections.abc import Callable
 from functools import partial
@@ -55,6 +57,8 @@ class PrimarysSide:
         self._control: QmpServer | None = None
         self._cutting = asyncio.Lock()
         self._heard_at = 0.0
+        #: What the names of the exports begin with, since the last attach.
+        self._prefix = ""
         #: Whether the buffer has become full in a resync.
         self._no_room = False
         #: Which run of a primary committed last, and which is attached.
@@ -116,12 +120,14 @@ class PrimarysSide:
             return self._decline()
         self._must_be_primary(monitor, "attach")
         now.mixed = True
+        self._prefix = secrets.token_hex(8) + "/"
         for name, disk in now.disks.items():
             node = self._graph.find(f"{name}-secondary")
             # Below the copy-before-write filter, if there is one: it is put over the node's parents.
             top = disk.buffer.cbw if disk.buffer else node
             disk.link = self._graph.attach_backend(top, f"link of {name}", READ | WRITE)
-            export = Export(name, disk.link, description=f"pair {self._config.pair}, for the primary")
+            disk.link_name = self._prefix + name
+            export = Export(disk.link_name, disk.link, description=f"pair {self._config.pair}, for the primary")
             export.on_error = partial(self._refused, disk)
             self.server.add(export)
         self._tell()
@@ -133,7 +139,8 @@ class PrimarysSide:
 
     def _answer(self, accepted: bool, reason: str) -> qmp.Attached:
         return qmp.Attached(accepted=accepted, reason=reason, instance=self._instance, epoch=self._now.epoch,
-                            running=self._now.running, port=self.port, buffer_limit=self._config.buffer_limit)
+                            running=self._now.running, port=self.port, prefix=self._prefix,
+                            buffer_limit=self._config.buffer_limit)
 
     def _check_primary(self, args: qmp.AttachArguments, monitor: Monitor) -> None:
         now = self._now
@@ -258,8 +265,8 @@ class PrimarysSide:
     async def _cut_links(self) -> None:
         """Take the primary's exports away, and wait for what had been begun."""
         async with self._cutting:  # who comes second waits for the same requests
-            for name, disk in self._now.disks.items():
+            for disk in self._now.disks.values():
                 if disk.link and self.server:
-                    await self.server.remove(name, "hard")
+                    await self.server.remove(disk.link_name, "hard")
                     await self._graph.detach_backend(disk.link)
                     disk.link = None

@@ -74,6 +74,8 @@ class StandbyDisk:
     filter: Replication
     view: Backend
     link: Backend | None = None
+    #: The name under which the primary that is attached finds it.
+    link_name: str = ""
     errors: list[str] = field(default_factory=list)
     #: Its length before it grew last: a primary whose disk could not follow may have it back.
     former_length: int | None = None
