@@ -34,6 +34,10 @@ class _Create(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_field
         if self.size < 0:
             raise OptionError("size", self.size, "0 or more bytes")
 
+    def files_beside(self) -> list[str]:
+        """Other files that `create` makes: their paths."""
+        return []
+
     def create(self) -> None:
         """Make the file. Raises OSError that names it."""
         raise NotImplementedError
@@ -118,11 +122,14 @@ class CreateQcow2(_Create, tag="qcow2"):
         self.header()
         if self.preallocation != "off" and self.backing_file is not None:
             raise OptionError("preallocation", self.preallocation, "off with a backing file: it would be hidden")
-        if self.data_file is not None and self._data_path() == os.path.realpath(self.filename):
+        if self.data_file is not None and self._data_path(self.data_file) == os.path.realpath(self.filename):
             raise OptionError("data-file", self.data_file, "another file than the image itself")
 
-    def _data_path(self) -> str:
-        return os.path.realpath(os.path.join(os.path.dirname(self.filename), self.data_file or ""))
+    def files_beside(self) -> list[str]:
+        return [] if self.data_file is None else [self._data_path(self.data_file)]
+
+    def _data_path(self, data_file: str) -> str:
+        return os.path.realpath(os.path.join(os.path.dirname(self.filename), data_file))
 
     def header(self) -> Header:
         """The header that the image gets; its tables have no places yet. Raises OptionError."""
@@ -135,7 +142,7 @@ class CreateQcow2(_Create, tag="qcow2"):
     def create(self) -> None:
         header = self.header()
         if self.data_file is not None:
-            write_data_file(self._data_path(), self.size, self.preallocation, self.data_file_raw)
+            write_data_file(self._data_path(self.data_file), self.size, self.preallocation, self.data_file_raw)
         file = OpenFile(self.filename, writable=True, create=True)
         try:
             os.ftruncate(file.fd, 0)

@@ -111,6 +111,9 @@ class Conversion:
             raise OptionError("-c", True, f"left out: {self.target.format} images cannot be compressed")
         if len(self.sources) != 1:
             raise OptionError("-c", True, "left out with several images: clusters may lie across their borders")
+        data_file = next((value for word, value in self.options.items() if word.replace("-", "_") == "data_file"), None)
+        if data_file is not None:
+            raise OptionError("-o data_file", data_file, "left out with -c: there, data lies as it is")
         if self.offload:
             raise OptionError("-C", True, "left out with -c: the kernel does not compress")
         if self.options.get("preallocation", "off") != "off":
@@ -153,7 +156,7 @@ async def _made(conversion: Conversion, size: int) -> AsyncIterator[ImageName]:
         raise OptionError("-n", False, f"given: '{target.name}' is no regular file, and is written in its place")
     wanted = await Creation(target.format, target.name, size, conversion.options, conversion.backing,
                             conversion.backing_format).checked()
-    async with made_anew(target.name, durable=target.cache != "unsafe") as path:
+    async with made_anew(target.name, durable=target.cache != "unsafe", beside=wanted.files_beside()) as path:
         await in_thread(msgspec.structs.replace(wanted, filename=path).create)
         yield replace(target, name=path)
 

@@ -92,7 +92,7 @@ class Creation:
 
 async def create(wanted: Any) -> None:
     """Make the file; what was under its name stays until it is complete. Raises OSError that names it."""
-    async with made_anew(wanted.filename) as path:
+    async with made_anew(wanted.filename, beside=wanted.files_beside()) as path:
         await in_thread(msgspec.structs.replace(wanted, filename=path).create)
 
 

@@ -6,6 +6,8 @@ Who is interrupted leaves nothing under the name: what was there before stays un
 one step. A process that is killed leaves the ``.part`` file, and nothing refers to it. A file that somebody else writes
 to is not replaced under him (EBUSY), a replaced file keeps its mode, and a symbolic link stays one.
 
+The external data file of an image is made in its place, under its name: what it had is gone in any case.
+
 A block device, or anything else that is no regular file, is written in its place.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 
 from blockstep.aio.pool import in_thread, made_in_thread
@@ -21,9 +23,14 @@ from blockstep.aio.posix import OpenFile
 
 
 @asynccontextmanager
-async def made_anew(filename: str, durable: bool = True) -> AsyncIterator[str]:
-    """The path at which to make ``filename``. After the section it has its name; after an exception it is gone."""
+async def made_anew(filename: str, durable: bool = True, beside: Iterable[str] = ()) -> AsyncIterator[str]:
+    """The path at which to make ``filename``. After the section it has its name; after an exception it is gone.
+
+    ``beside``: other files, which are made with it under their names. After an exception those are gone too that were
+    not there before.
+    """
     final = os.path.realpath(filename)
+    new = [path for path in beside if not os.path.lexists(path)]
     old = await made_in_thread(_let_go, _hold, final)
     try:
         if old is None and os.path.exists(final):
@@ -35,8 +42,9 @@ async def made_anew(filename: str, durable: bool = True) -> AsyncIterator[str]:
             yield part
             await in_thread(_finish, part, final, old, durable)
         except BaseException as error:
-            with suppress(OSError):
-                os.unlink(part)
+            for path in (part, *new):
+                with suppress(OSError):
+                    os.unlink(path)
             if isinstance(error, OSError) and error.filename == part:
                 error.filename = filename  # the name that the user knows
             raise
