@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Final
 
-from tests.fuzz.mutate import KINDS, mutated, sound
+from tests.fuzz.mutate import DATA_FILE, KINDS, mutated, sound
 from tests.fuzz.use import use
 
 #: What a case may take: seconds of the processor, bytes of address space beyond what the process has (of which the
@@ -57,6 +57,9 @@ def one(seed: int, number: int, directory: Path) -> tuple[str, int, BaseExceptio
     data, told = mutated(rnd)
     path = directory / "image"
     path.write_bytes(data)
+    with (directory / DATA_FILE).open("wb") as file:
+        file.write(b"\x07" * (100 << 10))
+        file.truncate(8 << 20)
     signal.signal(signal.SIGPROF, _too_long)
     signal.setitimer(signal.ITIMER_PROF, PROCESSOR)
     try:

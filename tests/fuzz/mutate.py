@@ -17,7 +17,15 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from blockstep.drivers.qcow2.check import Checker
-from blockstep.drivers.qcow2.format import EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_DATA_FILE, OFFSET, Header
+from blockstep.drivers.qcow2.format import (
+    EXT_BACKING_FORMAT,
+    EXT_BITMAPS,
+    EXT_DATA_FILE,
+    OFFSET,
+    Header,
+    build_header,
+    parse_header,
+)
 from tests.peers import run
 from tests.unit.drivers.qcow2.images import make
 
@@ -25,7 +33,11 @@ _PLAIN: Final = " without bitmaps"
 #: Kinds of `images.KINDS`, the ordinary ones more often.
 KINDS: Final = ("default", f"default{_PLAIN}", f"default{_PLAIN}", "v2", "v2-small", "v2-small", "512", f"512{_PLAIN}",
                 f"512{_PLAIN}", f"lazy{_PLAIN}", "subclusters", f"subclusters-16k{_PLAIN}", "zstd",
-                f"refcount-1{_PLAIN}", "refcount-4", f"refcount-8{_PLAIN}", f"refcount-64{_PLAIN}", f"2M{_PLAIN}")
+                f"refcount-1{_PLAIN}", "refcount-4", f"refcount-8{_PLAIN}", f"refcount-64{_PLAIN}", f"2M{_PLAIN}",
+                "external", f"external{_PLAIN}", "external-raw", f"external-raw{_PLAIN}", "external-subclusters",
+                f"external-subclusters{_PLAIN}")
+#: Of an image ``image`` the external data file, which is beside it.
+DATA_FILE: Final = "image.data"
 
 #: (offset, bytes) of the fields of the header.
 HEADER: Final = ((0, 4), (4, 4), (8, 8), (16, 4), (20, 4), (24, 8), (32, 4), (36, 4), (40, 8), (48, 8), (56, 4),
@@ -52,10 +64,18 @@ def sound(kind: str) -> Sound:
         path = make(Path(directory) / "image", kind.removesuffix(_PLAIN))
         for name in ("b0", "b1") if kind.endswith(_PLAIN) else ():
             run("qemu-img", "bitmap", "--remove", str(path), name)
-        data = path.read_bytes()
+        data = _with_data_file_beside(path.read_bytes())
     checker = Checker(lambda offset, length: data[offset:offset + length], len(data), lambda text: None)
     checker.run()
     return Sound(kind, data, checker.header, _places(data, checker))
+
+
+def _with_data_file_beside(data: bytes) -> bytes:
+    header = parse_header(data)
+    if header.data_file is None:
+        return data
+    start = build_header(header.with_extension(EXT_DATA_FILE, DATA_FILE.encode()))
+    return start.ljust(header.cluster_size, b"\0") + data[header.cluster_size:]
 
 
 def _places(data: bytes, checker: Checker) -> dict[str, list[Place]]:

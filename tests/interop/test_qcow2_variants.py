@@ -197,6 +197,25 @@ def test_data_elsewhere_than_the_disk_has_it_is_refused(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("options", ["", ",extended_l2=on"])
+def test_what_the_entries_of_a_raw_data_file_leave_out_is_in_the_file(options: str, tmp_path: Path) -> None:
+    path, data = tmp_path / "disk.qcow2", tmp_path / "disk.data"
+    made(path, f"data_file=DATA,data_file_raw=on{options}")
+    data.write_bytes(b"\x05" * SIZE)
+    image = Damage(path)
+    image.put(image.l1, 0)
+    image.save()
+
+    async def go() -> None:
+        async with disk(image_options(path)) as user:
+            assert bytes(await user.pread(0, SIZE)) == data.read_bytes()
+            await user.pwrite(100, b"word")
+            assert bytes(await user.pread(0, SIZE)) == data.read_bytes()
+
+    asyncio.run(go())
+    assert data.read_bytes()[99:105] == b"\x05word\x05"
+
+
 def test_the_data_file_can_be_named_by_the_options(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     made(path, "data_file=DATA,data_file_raw=on")

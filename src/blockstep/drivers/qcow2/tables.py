@@ -9,7 +9,8 @@ entries, and the second words, which say it of 32 subclusters, in `Tables.maps`.
 which no file has, unless all subclusters are allocated: so an entry without any flag is plain data in all images.
 
 **With an external data file** the entries of clusters with a place have the COPIED flag, and the place is the disk's
-own offset, as the format demands; a table that says otherwise is refused when it is loaded. Place 0 is one too.
+own offset, as the format demands; a table that says otherwise is refused when it is loaded. Place 0 is one too. If the
+file is raw, it holds all of the disk, and what entries leave out is read from it as well.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from blockstep.drivers.qcow2.format import (
     L1_RESERVED,
     L2_RESERVED,
     OFFSET,
+    RAW_EXTERNAL,
     ZERO,
     Header,
     Subclusters,
@@ -78,6 +80,7 @@ class Tables:
         self._version = header.version
         self.extended = header.extended_l2
         self.external = bool(header.incompatible & EXTERNAL_DATA)
+        self._raw = bool(header.autoclear & RAW_EXTERNAL)
         #: An entry that is not compressed has a place if it has one of these bits.
         self.placed = OFFSET | COPIED if self.external else OFFSET
         self.l1: array[int] = array("Q")
@@ -267,6 +270,7 @@ class Tables:
     async def runs(self, offset: int, end: int) -> list[Run]:
         """What the range is, at least a part of it from ``offset`` on: up to the end of an L2 table with entries."""
         found: list[Run] = []
+        start = offset
         while offset < end:
             index = offset >> self.l2_shift
             stop = min(end, (index + 1) << self.l2_shift)
@@ -280,7 +284,7 @@ class Tables:
             offset = stop
             if table is not None:
                 break
-        return found
+        return [Run(Kind.DATA, start, offset - start)] if self._raw else found
 
     def _runs(self, found: list[Run], table: array[int], offset: int, stop: int) -> None:
         bits, size, mask, odd, placed = self.bits, 1 << self.bits, self.mask, self.odd, self.placed

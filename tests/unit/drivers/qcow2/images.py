@@ -27,6 +27,7 @@ KINDS = {
     "metadata": "preallocation=metadata",
     "external": "",
     "external-raw": "",
+    "external-subclusters": "",
     "refcount-1": "refcount_bits=1,cluster_size=4k",
     "refcount-4": "refcount_bits=4",
     "refcount-8": "refcount_bits=8,cluster_size=4k",
@@ -41,10 +42,12 @@ def make(path: Path, kind: str, size: str = "8M") -> Path:
         options = f"data_file={path}.data"
     elif kind == "external-raw":
         options = f"data_file={path}.data,data_file_raw=on"
+    elif kind == "external-subclusters":
+        options = f"data_file={path}.data,extended_l2=on"
     run("qemu-img", "create", "-q", "-f", "qcow2", *(("-o", options) if options else ()), str(path), size)
     write(path, "write -P 1 0 1M", "write -P 2 3000k 70k", "write -z 512k 128k", "discard 256k 64k", "write -P 7 7M 3k",
           "write -P 5 5M 512", "write -z 6M 192k")
-    if kind not in ("refcount-1", "external", "external-raw"):
+    if kind != "refcount-1" and not kind.startswith("external"):
         if kind not in ("2M", "metadata"):
             write(path, "write -c -P 3 4M 64k", "write -c -P 4 4160k 64k")
         run("qemu-img", "snapshot", "-c", "first", str(path))
