@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,18 @@ def test_what_dd_does_not_take(both: Both, words: tuple[str, ...]) -> None:
     written("raw", 1 << 20)
     assert both.ours("dd", "-f", "raw", *words)[0] == both.theirs("dd", "-f", "raw", *words)[0] == 1
     assert not Path("b").exists()
+
+
+def test_no_snapshot_is_applied_under_a_bitmap_that_follows_the_disk_and_is_inconsistent(both: Both) -> None:
+    image = Path("disk.qcow2")
+    assert both.ours("create", "-f", "qcow2", image, "4M")[0] == 0
+    assert both.ours("snapshot", "-c", "one", image)[0] == 0
+    assert both.ours("bitmap", "--add", image, "b0")[0] == 0
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write 0 64k", "-c", "flush", "-c", "abort", str(image)],
+                   capture_output=True, timeout=60, check=False)
+    before = image.read_bytes()
+    assert b"in-use" in subprocess.run(["qemu-img", "info", str(image)], capture_output=True, check=True).stdout
+    assert both.ours("snapshot", "-a", "one", image)[0] == both.theirs("snapshot", "-a", "one", image)[0] == 1
+    assert image.read_bytes() == before
+    assert both.ours("bitmap", "--remove", image, "b0")[0] == 0
+    assert both.ours("snapshot", "-a", "one", image)[0] == 0
