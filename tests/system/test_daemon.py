@@ -466,7 +466,8 @@ def test_help_and_version_are_printed_and_nothing_is_done(tmp_path: Path) -> Non
 
 def test_a_daemon_imports_nothing_of_other_commands() -> None:
     """It is what makes its start quick: typer and rich alone cost more than the protocol."""
-    script = ("import sys, blockstep.cli.daemon_line, blockstep.daemon.startup; "
+    script = ("import sys, blockstep.cli.daemon_line, blockstep.daemon.startup, blockstep.drivers; "
+              "blockstep.drivers.load(); "
               "print(*sorted({name.partition('.')[0] for name in sys.modules}))")
     loaded = set(run("env", f"PYTHONPATH={environment()['PYTHONPATH']}", sys.executable, "-c", script).stdout.split())
     assert not loaded & {"typer", "click", "rich", "qemu", "argparse", "unittest"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from blockstep import cli
 from blockstep.cli.control import find_socket, find_sockets
 from blockstep.errors import OptionError
+from blockstep.testing.pair import environment
 
 LONG = "9" * 5000
 STANDBY = ("standby", "--disk", "d={image}", "--qmp", "{tmp}/qmp", "--socket", "{tmp}/view")
@@ -103,3 +106,30 @@ def test_both_sides_of_a_pair_in_one_place_are_told_apart_by_their_sockets(
         with pytest.raises(OptionError, match="--qmp"):
             find_socket("web", None, None)
         assert find_socket("web", "standby", None).name == "web.standby.qmp"
+
+
+def ended(redirection: str, *words: str) -> tuple[int, str]:
+    """Exit code and standard error of a command whose standard output goes elsewhere."""
+    done = subprocess.run(["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "blockstep", *words],
+                          stderr=subprocess.PIPE, text=True, timeout=30, env=environment())
+    return done.returncode, done.stderr
+
+
+def test_what_cannot_be_printed_is_one_line_and_an_exit_code() -> None:
+    code, said = ended(">/dev/full", "--version")
+    assert code == cli.ERROR
+    assert said == "blockstep: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("words", ["--version", "--help"])
+def test_a_reader_that_has_gone_is_no_news(words: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run([sys.executable, "-m", "blockstep", words], stdout=pipe, stderr=subprocess.PIPE,
+                              text=True, timeout=30, env=environment())
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_nobody_needs_a_standard_output() -> None:
+    assert ended(">&-", "--version") == (0, "")

@@ -3,15 +3,18 @@
 Exit codes: 0 done (for ``status``: healthy), 1 degraded, 2 at risk, 3 error; a usage error is 3 as well. Only
 ``daemon`` has those of the program in whose place it stands: 0, and 1 for every error; and so has ``img``, see there.
 
-A command imports what it needs and no other's: ``daemon`` serves its first request a good part of a second earlier
-for that. So this module imports nothing but the standard library until it knows which command is wanted.
+A command imports what it needs and no other's: whoever types ``failover`` is in a hurry, and a server serves its first
+request a good part of a second earlier for that. So this module imports nothing but the standard library until it
+knows which command is wanted; the module of a command imports little more than its options need, which is what the
+help asks of all of them, and the rest when it is called; and typer comes in when there is something to explain
+(`blockstep.cli.words`).
 """
 
 from __future__ import annotations
 
-import importlib
+import os
 import sys
-from collections.abc import Callable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
 
 ERROR = 3
 
-#: The commands, in the order of the help. Each is the module of that name here.
+#: The commands, in the order of the help. Each is the function of that name in the module of that name here; ``img``
+#: is a group of them, and ``daemon`` has a command line of its own.
 COMMANDS: Final = ("export", "img", "standby", "primary", "daemon", "status", "checkpoint", "failover", "resize",
                    "stop", "events", "graph", "shell", "demo")
 
@@ -29,6 +33,8 @@ COMMANDS: Final = ("export", "img", "standby", "primary", "daemon", "status", "c
 def make_app(*commands: str) -> typer.Typer:
     """The application with these commands, whose modules are imported for it."""
     import typer
+
+    from blockstep.cli.words import for_typer
 
     app = typer.Typer(
         name="blockstep",
@@ -38,14 +44,16 @@ def make_app(*commands: str) -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    for command in commands:
-        importlib.import_module(f"blockstep.cli.{command}").add_to(app)
+    for name in commands:
+        module = import_module(f"blockstep.cli.{name}")
+        if name == "img":
+            app.add_typer(module.make_app())
+        else:
+            app.command(name)(for_typer(getattr(module, name)))
 
     def print_version(wanted: bool) -> None:
         if wanted:
-            from blockstep import __version__
-
-            typer.echo(f"blockstep {__version__}")
+            _print_version()
             raise typer.Exit
 
     @app.callback()
@@ -66,46 +74,64 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """The entry point. Errors are one line on standard error."""
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    from blockstep.errors import BlockstepError
+
+    wanted, *words = sys.argv[1:] or [""]
+    error_code = 1 if wanted == "img" else ERROR
+    try:
+        code = _carry_out(wanted, words)
+        if code is None:
+            code = _explain(wanted, error_code)
+        print(end="", flush=True)  # what cannot be printed is an error as well; there may be no standard output
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # whoever read what is printed has gone; what is left of it goes nowhere
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (BlockstepError, OSError) as error:
+        print(f"blockstep: {error}", file=sys.stderr)
+        code = error_code
+    sys.exit(code)
+
+
+def _carry_out(wanted: str, words: list[str]) -> int | None:
+    """The exit code of a command line that needs no explanation. None: typer has to look at it."""
+    if wanted == "--version":
+        _print_version()
+        return 0
     if wanted == "daemon":
         from blockstep.cli import daemon_line  # its options are not typer's, and neither are its errors
 
-        sys.exit(daemon_line.main(sys.argv[2:]))
+        return daemon_line.main(words)
     if wanted == "img":
         from blockstep.cli import img
 
-        code = _quickly(img.main)
-        if code is not None:
-            sys.exit(code)
-    _run(make_app(*((wanted,) if wanted in COMMANDS else COMMANDS)), 1 if wanted == "img" else ERROR)
+        return img.main(words)
+    if wanted not in COMMANDS:
+        return None
+    from blockstep.cli.words import parsed
+
+    command = getattr(import_module(f"blockstep.cli.{wanted}"), wanted)
+    given = parsed(command, words)
+    return None if given is None else command(**given) or 0
 
 
-def _quickly(command: Callable[[list[str]], int | None]) -> int | None:
-    """The exit code of a command that reads its words itself; None: it could not."""
-    from blockstep.errors import BlockstepError
-
-    try:
-        return command(sys.argv[2:])
-    except KeyboardInterrupt:
-        return 130
-    except (BlockstepError, OSError) as error:
-        print(f"blockstep: {error}", file=sys.stderr)
-        return 1
-
-
-def _run(app: typer.Typer, error_code: int) -> None:
+def _explain(wanted: str, error_code: int) -> int:
+    """Help, or an error; or what a command did whose words only typer understands."""
     import typer
 
-    from blockstep.errors import BlockstepError
-
     try:
-        code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        code = make_app(*((wanted,) if wanted in COMMANDS else COMMANDS))(standalone_mode=False)
+    except typer.Abort:
+        return 130
     except typer.TyperException as error:
         print(f"blockstep: {error.format_message()} (see --help)", file=sys.stderr)
-        sys.exit(error_code)
-    except (BlockstepError, OSError) as error:
-        print(f"blockstep: {error}", file=sys.stderr)
-        sys.exit(error_code)
+        return error_code
+    return code if isinstance(code, int) else 0
+
+
+def _print_version() -> None:
+    from blockstep import __version__
+
+    print(f"blockstep {__version__}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import typer
-
 from blockstep.cli.control import Json, PairName, Qmp, execute, find_socket
 from blockstep.units import format_duration
 
@@ -14,11 +12,6 @@ def checkpoint(pair: PairName = None, json_: Json = False, qmp: Qmp = None) -> N
     """Take a checkpoint over all disks of a pair, now. Run it on the primary's host."""
     answer = execute(find_socket(pair, "primary", qmp), "replication-checkpoint", timeout=60.0)
     if json_:
-        typer.echo(json.dumps(answer))
+        print(json.dumps(answer))
     else:
-        typer.echo(f"checkpoint {answer['epoch']} committed, paused the link for {format_duration(answer['pause'])}")
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("checkpoint")(checkpoint)
+        print(f"checkpoint {answer['epoch']} committed, paused the link for {format_duration(answer['pause'])}")

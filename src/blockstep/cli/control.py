@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import typer
-
-from blockstep.daemon.service import QMP_SUFFIX, runtime_directory
+from blockstep.cli.words import Argument, Option
 from blockstep.errors import OptionError
-from blockstep.qmp.client import Connection, connect
+from blockstep.places import QMP_SUFFIX, runtime_directory
+
+if TYPE_CHECKING:
+    from blockstep.qmp.client import Connection
 
 T = TypeVar("T")
 
-PairName = Annotated[str | None, typer.Argument(metavar="[PAIR]", help="The pair's name; needed if several run here.")]
-Qmp = Annotated[Path | None, typer.Option("--qmp", metavar="PATH", help="The control socket, if it is not where "
+PairName = Annotated[str | None, Argument(metavar="[PAIR]", help="The pair's name; needed if several run here.")]
+Qmp = Annotated[Path | None, Option("--qmp", metavar="PATH", help="The control socket, if it is not where "
                                           "the program puts it by itself.")]
-Json = Annotated[bool, typer.Option("--json", help="The answer as JSON, for programs.")]
+Json = Annotated[bool, Option("--json", help="The answer as JSON, for programs.")]
 
 
 def find_sockets(pair: str | None, role: str | None, qmp: Path | None) -> list[Path]:
@@ -58,6 +58,9 @@ def find_socket(pair: str | None, role: str | None, qmp: Path | None) -> Path:
 
 def ask(path: Path, talk: Callable[[Connection], Awaitable[T]], timeout: float = 10.0) -> T:
     """Connect to a control socket and run ``talk``. Raises ConnectionLost, CommandRefused, TimeoutError."""
+    import asyncio  # takes as long as all the rest, and the help does without
+
+    from blockstep.qmp.client import connect
 
     async def run() -> T:
         async with connect(path, timeout=timeout) as qmp:

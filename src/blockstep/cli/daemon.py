@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from blockstep.cli.words import Argument
 
 
 def daemon(
-    options: Annotated[list[str] | None, typer.Argument(
+    options: Annotated[list[str] | None, Argument(
         metavar="[OPTION VALUE]...", help="Those of qemu-storage-daemon; `blockstep daemon --help` says which, with "
         "the options of every driver")] = None,
-) -> None:
+) -> int:
     """Open disks, export them and be told what to do over QMP, as qemu-storage-daemon does.
 
     Options are carried out in the order in which they are given: --object, --blockdev, --nbd-server, --export,
@@ -20,9 +20,4 @@ def daemon(
     """
     from blockstep.cli.daemon_line import main
 
-    raise typer.Exit(main(options or []))
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("daemon", context_settings={"ignore_unknown_options": True, "help_option_names": []})(daemon)
+    return main(options or [])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from typing import Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from blockstep.cli.control import Json, PairName, Qmp, ask, find_socket
-from blockstep.qmp.client import Connection
+
+if TYPE_CHECKING:
+    from blockstep.qmp.client import Connection
 
 
 def events(pair: PairName = None, json_: Json = False, qmp: Qmp = None) -> None:
@@ -33,17 +33,12 @@ def events(pair: PairName = None, json_: Json = False, qmp: Qmp = None) -> None:
 
 def _print(name: str, facts: dict[str, Any], when: datetime, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"time": when.timestamp(), "event": name, "data": facts}))
+        print(json.dumps({"time": when.timestamp(), "event": name, "data": facts}), flush=True)
     else:
         words = " ".join(f"{key}:{_word(value)}" for key, value in facts.items() if value != "")
-        typer.echo(f"{when.isoformat(timespec='milliseconds')} {name} {words}")
+        print(f"{when.isoformat(timespec='milliseconds')} {name} {words}", flush=True)
 
 
 def _word(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return json.dumps(text) if " " in text else text
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("events")(events)

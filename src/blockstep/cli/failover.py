@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
-from typing import Annotated, Any, Literal
-
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from blockstep.cli.control import Json, PairName, Qmp, ask, find_socket
+from blockstep.cli.words import Option
 from blockstep.errors import BlockstepError
-from blockstep.qmp.client import Connection
 from blockstep.units import format_duration
+
+if TYPE_CHECKING:
+    from blockstep.qmp.client import Connection
 
 
 def failover(
     pair: PairName = None,
-    to: Annotated[Literal["checkpoint", "latest"], typer.Option(help="Live on from the last checkpoint, or from the "
+    to: Annotated[Literal["checkpoint", "latest"], Option(help="Live on from the last checkpoint, or from the "
                   "latest data that the primary sent.")] = "checkpoint",
-    wait: Annotated[bool, typer.Option(help="Wait until the buffers are merged into the disks. The disks can be used "
+    wait: Annotated[bool, Option(help="Wait until the buffers are merged into the disks. The disks can be used "
                     "before.")] = True,
     json_: Json = False,
     qmp: Qmp = None,
@@ -37,29 +37,26 @@ def failover(
         answer: dict[str, Any] = await qmp.execute("replication-failover", {"to": to}, timeout=60.0)
         if not json_:
             point = f"at checkpoint {answer['epoch']}" if to == "checkpoint" else "with the latest data of the primary"
-            typer.echo(f"promoted {point} after {format_duration(answer['seconds'])}; the disks can be used:")
-            for uri in answer["exports"]:
-                typer.echo(uri)
+            print(f"promoted {point} after {format_duration(answer['seconds'])}; the disks can be used:",
+                  *answer["exports"], sep="\n", flush=True)
         if wait and to == "checkpoint":
             answer["merged"] = await _follow(qmp, show=not json_)
         return answer
 
     answer = ask(path, talk)
     if json_:
-        typer.echo(json.dumps(answer))
+        print(json.dumps(answer))
 
 
 async def _follow(qmp: Connection, show: bool) -> bool:
     """Show the merge until it has ended. Raises what it failed with."""
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
-               TimeRemainingColumn())
-    console = Console(file=sys.stderr)
-    with Progress(*columns, console=console, disable=not show or not console.is_terminal) as progress:
-        task = progress.add_task("merging", total=None)
+    import asyncio
+
+    with _shown(show) as progress:
         while True:
             status = await qmp.execute("query-replication")
             if work := status["work"]:
-                progress.update(task, completed=work["current"], total=work["total"])
+                progress(work["current"], work["total"])
             if status["state"] != "failover":
                 break
             await asyncio.sleep(0.05)
@@ -68,6 +65,17 @@ async def _follow(qmp: Connection, show: bool) -> bool:
     return True
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("failover")(failover)
+@contextmanager
+def _shown(wanted: bool) -> Iterator[Callable[[int, int], None]]:
+    """A function that shows (done, total) in bytes, at a terminal."""
+    if not wanted or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    # Not at the top: whoever types this command waits for the promotion, which is done by now.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    with Progress(TextColumn("merging"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+                  TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        bar = bars.add_task("merging", total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import ssl
 import sys
-from typing import Annotated, Any, Literal
-
-import msgspec
-import typer
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from blockstep.cli.control import PairName
 from blockstep.cli.monitors import MonitorTls, Socket, find_monitor
+from blockstep.cli.words import Option
 from blockstep.errors import BlockstepError
-from blockstep.picture.assemble import GRAPH, QUESTIONS, assemble
-from blockstep.qmp.client import Address, connect
-from blockstep.qmp.errors import CommandRefused
+
+if TYPE_CHECKING:
+    import ssl
+
+    from blockstep.qmp.client import Address
 
 
 class NoGraph(BlockstepError):
@@ -26,28 +24,33 @@ class NoGraph(BlockstepError):
 def graph(
     pair: PairName = None,
     socket: Socket = None,
-    format_: Annotated[Literal["text", "dot", "svg"], typer.Option("--format", "-f", help="A tree for the terminal, "
+    format_: Annotated[Literal["text", "dot", "svg"], Option("--format", "-f", help="A tree for the terminal, "
                        "graphviz's language, or a drawing.")] = "text",
-    json_: Annotated[bool, typer.Option("--json", help="Boxes and edges as JSON, for programs.")] = False,
+    json_: Annotated[bool, Option("--json", help="Boxes and edges as JSON, for programs.")] = False,
     tls: MonitorTls = None,
 ) -> None:
     """Show the block graph: who uses which nodes, with which permissions, down to the files; jobs, exports, stages.
 
     Works with every QMP server that has QEMU's x-debug-query-block-graph, QEMU among them.
     """
+    import asyncio
+
     import blockstep.drivers  # noqa: F401  registers them: they know the roles of their children
+    from blockstep.picture.assemble import assemble
 
     picture = assemble(asyncio.run(_ask(*find_monitor(pair, socket, tls))))
     if json_:
-        typer.echo(msgspec.json.format(msgspec.json.encode(picture, order="sorted"), indent=2))
+        import msgspec
+
+        print(msgspec.json.format(msgspec.json.encode(picture, order="sorted").decode(), indent=2))
     elif format_ == "dot":
         from blockstep.picture.dot import draw_dot
 
-        typer.echo(draw_dot(picture))
+        print(draw_dot(picture))
     elif format_ == "svg":
         from blockstep.picture.svg import draw_svg
 
-        typer.echo(draw_svg(picture))
+        print(draw_svg(picture))
     else:
         from rich.console import Console
 
@@ -57,11 +60,15 @@ def graph(
         if sys.stdout.isatty():  # wider than the terminal: let it scroll or wrap there, not fold words here
             Console(highlight=False).print(drawing, soft_wrap=True)
         else:
-            typer.echo(drawing.plain)
+            print(drawing.plain)
 
 
 async def _ask(address: Address, context: ssl.SSLContext | None) -> dict[str, Any]:
     """The answers of a server to `QUESTIONS`, as far as it knows the commands. Raises NoGraph."""
+    from blockstep.picture.assemble import GRAPH, QUESTIONS
+    from blockstep.qmp.client import connect
+    from blockstep.qmp.errors import CommandRefused
+
     answers: dict[str, Any] = {}
     async with connect(address, ssl=context) as qmp:
         for command, arguments in QUESTIONS.items():
@@ -70,8 +77,3 @@ async def _ask(address: Address, context: ssl.SSLContext | None) -> dict[str, An
     if GRAPH not in answers:
         raise NoGraph(f"{address} does not tell its block graph: it has no command {GRAPH}")
     return answers
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("graph")(graph)

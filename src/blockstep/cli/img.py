@@ -384,9 +384,9 @@ COMMANDS: Final[dict[str, Command]] = {
 _DASHED: Final = ("resize",)
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the commands."""
-    app.add_typer(typer_app("img", HELP, COMMANDS, _DASHED))
+def make_app() -> typer.Typer:
+    """The commands for typer."""
+    return typer_app("img", HELP, COMMANDS, _DASHED)
 
 
 def main(words: Sequence[str]) -> int | None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-import ssl
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING, Annotated
 
 from blockstep.cli.control import find_socket
+from blockstep.cli.words import Option
 from blockstep.errors import OptionError
-from blockstep.nbd.tls import client_context
 from blockstep.nbd.uri import UnixAddress, parse_address
-from blockstep.qmp.client import Address
 
-Socket = Annotated[str | None, typer.Option(
+if TYPE_CHECKING:
+    import ssl
+
+    from blockstep.qmp.client import Address
+
+Socket = Annotated[str | None, Option(
     "--socket", "--qmp", metavar="ADDRESS", help="The QMP socket of a daemon, of a pair's program or of QEMU: a path, "
     "or HOST:PORT. Without it: the pair's of this host.")]
-MonitorTls = Annotated[Path | None, typer.Option(
+MonitorTls = Annotated[Path | None, Option(
     "--tls", metavar="DIR", help="Speak TLS with HOST:PORT; DIR holds ca-cert.pem, and if the server asks for them "
     "client-cert.pem and client-key.pem.")]
 
@@ -34,4 +35,8 @@ def find_monitor(pair: str | None, address: str | None, tls: Path | None) -> tup
         return found.path, None
     if not found.port:
         raise OptionError("--socket", address, "the path of a socket that is there, or HOST:PORT")
-    return (found.host or "localhost", found.port), client_context(tls) if tls else None
+    if tls is None:
+        return (found.host or "localhost", found.port), None
+    from blockstep.nbd.tls import client_context
+
+    return (found.host or "localhost", found.port), client_context(tls)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
-import typer
-
-from blockstep.daemon.disks import DiskSpec, check_format
-from blockstep.daemon.service import runtime_directory
+from blockstep.cli.words import Option
 from blockstep.errors import OptionError
 from blockstep.nbd.uri import Address, InetAddress, UnixAddress, parse_address
+from blockstep.places import runtime_directory
 from blockstep.units import parse_size
+
+if TYPE_CHECKING:
+    from blockstep.daemon.disks import DiskSpec
 
 T = TypeVar("T", int, float)
 
@@ -21,25 +22,25 @@ _PAIR: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DISK_OPTION: Final = re.compile(r"(.*),(size|format)=([^,]*)", re.DOTALL)
 _LAST_PORT: Final = 65535
 
-Pair = Annotated[str, typer.Option("--pair", metavar="NAME", help="The pair's name; the same on both sides.")]
+Pair = Annotated[str, Option("--pair", metavar="NAME", help="The pair's name; the same on both sides.")]
 Disks = Annotated[
     list[str],
-    typer.Option("--disk", metavar="NAME=PATH[,format=FMT][,size=SIZE]", help="A disk: its name in the pair and its "
-                 "file or block device; its format: raw (the default), qcow2 or overlay. With size, a missing file is "
-                 "made. May be given several times."),
+    Option("--disk", metavar="NAME=PATH[,format=FMT][,size=SIZE]", help="A disk: its name in the pair and its "
+           "file or block device; its format: raw (the default), qcow2 or overlay. With size, a missing file is "
+           "made. May be given several times."),
 ]
-Socket = Annotated[Path | None, typer.Option("--socket", metavar="PATH", help="Serve the disks on a unix socket.")]
-Listen = Annotated[str | None, typer.Option("--listen", metavar="HOST:PORT", help="Serve the disks on TCP.")]
-Qmp = Annotated[Path | None, typer.Option("--qmp", metavar="PATH", help="The control socket.")]
+Socket = Annotated[Path | None, Option("--socket", metavar="PATH", help="Serve the disks on a unix socket.")]
+Listen = Annotated[str | None, Option("--listen", metavar="HOST:PORT", help="Serve the disks on TCP.")]
+Qmp = Annotated[Path | None, Option("--qmp", metavar="PATH", help="The control socket.")]
 Tls = Annotated[
     Path | None,
-    typer.Option("--tls", metavar="DIR", help="Require TLS between the two sides; DIR holds ca-cert.pem and the "
-                 "side's certificate and key, named as QEMU names them."),
+    Option("--tls", metavar="DIR", help="Require TLS between the two sides; DIR holds ca-cert.pem and the "
+           "side's certificate and key, named as QEMU names them."),
 ]
 ExportTls = Annotated[
     Path | None,
-    typer.Option("--export-tls", metavar="DIR", help="Require TLS of those who use the disks; DIR holds ca-cert.pem, "
-                 "server-cert.pem and server-key.pem. They need a certificate of the same CA."),
+    Option("--export-tls", metavar="DIR", help="Require TLS of those who use the disks; DIR holds ca-cert.pem, "
+           "server-cert.pem and server-key.pem. They need a certificate of the same CA."),
 ]
 
 
@@ -52,6 +53,8 @@ def parse_pair(name: str) -> str:
 
 def parse_disks(texts: list[str]) -> tuple[DiskSpec, ...]:
     """``NAME=PATH[,format=FORMAT][,size=SIZE]``, several. Raises OptionError."""
+    from blockstep.daemon.disks import DiskSpec, check_format  # with all that disks need: not for the help
+
     disks: dict[str, DiskSpec] = {}
     for text in texts:
         name, equals, path = text.partition("=")

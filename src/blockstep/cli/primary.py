@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import typer
-
 from blockstep.cli.options import (
     Disks,
     ExportTls,
@@ -20,24 +18,25 @@ from blockstep.cli.options import (
     parse_positive,
     parse_served,
 )
-from blockstep.daemon.service import runtime_directory
+from blockstep.cli.words import Option
+from blockstep.places import runtime_directory
 from blockstep.units import parse_duration, parse_size
 
 
 def primary(
     disk: Disks,
-    standby: Annotated[str, typer.Option("--standby", metavar="HOST[:PORT]", help="The standby's --link address.")],
+    standby: Annotated[str, Option("--standby", metavar="HOST[:PORT]", help="The standby's --link address.")],
     pair: Pair = "default",
     socket: Socket = None,
     listen: Listen = None,
-    checkpoint_every: Annotated[str, typer.Option(metavar="TIME", help="A checkpoint is due after this time; "
+    checkpoint_every: Annotated[str, Option(metavar="TIME", help="A checkpoint is due after this time; "
                                 "0: not by time.")] = "5s",
-    checkpoint_bytes: Annotated[str, typer.Option(metavar="SIZE", help="A checkpoint is due after so much was "
+    checkpoint_bytes: Annotated[str, Option(metavar="SIZE", help="A checkpoint is due after so much was "
                                 "written; 0: not by size.")] = "256M",
-    ack: Annotated[Literal["local", "both"], typer.Option(help="Who has a write when the guest is told.")] = "local",
-    queue: Annotated[str, typer.Option(metavar="SIZE", help="What may wait for the standby, for each disk, with "
+    ack: Annotated[Literal["local", "both"], Option(help="Who has a write when the guest is told.")] = "local",
+    queue: Annotated[str, Option(metavar="SIZE", help="What may wait for the standby, for each disk, with "
                      "--ack local.")] = "64M",
-    max_stall: Annotated[str, typer.Option(metavar="TIME", help="The longest that a sick standby can hold up the "
+    max_stall: Annotated[str, Option(metavar="TIME", help="The longest that a sick standby can hold up the "
                          "guest; then the pair lets go of it.")] = "2s",
     qmp: Qmp = None,
     tls: Tls = None,
@@ -62,13 +61,7 @@ def primary(
         export_tls=export_tls, export_given=socket is not None or listen is not None)
 
     def ready(program: Primary) -> None:
-        typer.echo(f"primary of pair '{pair}': standby at {config.standby}, control {config.qmp}")
-        for uri in program.status().exports:
-            typer.echo(uri)
+        print(f"primary of pair '{pair}': standby at {config.standby}, control {config.qmp}",
+              *program.status().exports, sep="\n", flush=True)
 
     run(main(config, ready))
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("primary")(primary)

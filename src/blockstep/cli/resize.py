@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from blockstep.cli.control import PairName, Qmp, execute, find_socket
+from blockstep.cli.words import Argument
 from blockstep.units import format_size, parse_size
 
 
 def resize(
-    disk: Annotated[str, typer.Argument(metavar="DISK", help="The disk's name in the pair.")],
-    size: Annotated[str, typer.Argument(metavar="SIZE", help="Its new size; not less than it has.")],
+    disk: Annotated[str, Argument(metavar="DISK", help="The disk's name in the pair.")],
+    size: Annotated[str, Argument(metavar="SIZE", help="Its new size; not less than it has.")],
     pair: PairName = None,
     qmp: Qmp = None,
 ) -> None:
@@ -22,9 +21,4 @@ def resize(
     """
     length = parse_size(size, "SIZE")
     execute(find_socket(pair, None, qmp), "block_resize", {"node-name": disk, "size": length}, timeout=60.0)
-    typer.echo(f"disk {disk} has {format_size(length)} now")
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("resize")(resize)
+    print(f"disk {disk} has {format_size(length)} now")

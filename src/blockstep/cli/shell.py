@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
-import ssl
 import sys
 from collections.abc import Iterator
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING, Annotated
 
 from blockstep.cli.control import PairName
 from blockstep.cli.monitors import MonitorTls, Socket, find_monitor
-from blockstep.qmp.client import Address, connect
-from blockstep.shell.server import Server
+from blockstep.cli.words import Option
+
+if TYPE_CHECKING:
+    import ssl
+
+    from blockstep.qmp.client import Address
 
 
 def shell(
     pair: PairName = None,
     socket: Socket = None,
-    command: Annotated[list[str] | None, typer.Option("--command", "-c", metavar="LINE", help="Execute this and end; "
+    command: Annotated[list[str] | None, Option("--command", "-c", metavar="LINE", help="Execute this and end; "
                        "may be given several times.")] = None,
     tls: MonitorTls = None,
 ) -> None:
@@ -30,6 +30,8 @@ def shell(
     At a terminal Tab completes commands, arguments and names, and events are shown as they come. Otherwise the lines
     of standard input are executed up to the first that fails; each answer is a line of JSON.
     """
+    import asyncio
+
     address, context = find_monitor(pair, socket, tls)
     if command is None and sys.stdin.isatty():
         asyncio.run(_at_terminal(address, context))
@@ -40,6 +42,8 @@ def shell(
 
 
 async def _at_terminal(address: Address, context: ssl.SSLContext | None) -> None:
+    from blockstep.qmp.client import connect
+    from blockstep.shell.server import Server
     from blockstep.shell.session import interact
 
     name = str(address).rpartition("/")[2].removesuffix(".qmp") if not isinstance(address, tuple) else address[0]
@@ -48,6 +52,9 @@ async def _at_terminal(address: Address, context: ssl.SSLContext | None) -> None
 
 
 async def _script(address: Address, context: ssl.SSLContext | None, lines: Iterator[str]) -> None:
+    from blockstep.qmp.client import connect
+    from blockstep.shell.server import Server
+
     async with connect(address, ssl=context) as qmp:
         server = await Server.of(qmp)
         for line in lines:
@@ -57,12 +64,7 @@ async def _script(address: Address, context: ssl.SSLContext | None, lines: Itera
             if words[0] == "exit":
                 return
             if words[0] == "help":
-                typer.echo(server.help(line))
+                print(server.help(line), flush=True)
             else:
                 answer = await server.execute(line)
-                typer.echo(json.dumps(answer, indent=2 if sys.stdout.isatty() else None))
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("shell")(shell)
+                print(json.dumps(answer, indent=2 if sys.stdout.isatty() else None), flush=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
 from blockstep.cli.options import (
     Disks,
     ExportTls,
@@ -21,27 +19,27 @@ from blockstep.cli.options import (
     parse_positive,
     parse_served,
 )
-from blockstep.daemon.promotion import STATE_SUFFIX, state_directory
-from blockstep.daemon.service import runtime_directory
+from blockstep.cli.words import Option
 from blockstep.errors import OptionError
+from blockstep.places import STATE_SUFFIX, runtime_directory, state_directory
 from blockstep.units import parse_size
 
 
 def standby(
     disk: Disks,
     pair: Pair = "default",
-    link: Annotated[str, typer.Option("--link", metavar="HOST:PORT", help="Where the primary connects to; the port "
+    link: Annotated[str, Option("--link", metavar="HOST:PORT", help="Where the primary connects to; the port "
                     "above it is used as well.")] = "[::]:10809",
     socket: Socket = None,
     listen: Listen = None,
-    buffer_memory: Annotated[str, typer.Option(metavar="SIZE", help="What the buffers of one disk may hold in memory "
+    buffer_memory: Annotated[str, Option(metavar="SIZE", help="What the buffers of one disk may hold in memory "
                              "between two checkpoints, each.")] = "1G",
-    buffer_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the buffers go beyond that. Without "
+    buffer_dir: Annotated[Path | None, Option(metavar="DIR", help="Where the buffers go beyond that. Without "
                           "it they are full then.")] = None,
-    buffer_format: Annotated[Literal["overlay", "qcow2"], typer.Option(help="What the buffers are. qcow2: files in the "
+    buffer_format: Annotated[Literal["overlay", "qcow2"], Option(help="What the buffers are. qcow2: files in the "
                              "directory from the first byte on, none of it in memory.")] = "overlay",
     qmp: Qmp = None,
-    state: Annotated[Path | None, typer.Option("--state", metavar="FILE", help="Where a promotion is written down, so "
+    state: Annotated[Path | None, Option("--state", metavar="FILE", help="Where a promotion is written down, so "
                      "that a promoted standby never becomes one again by a restart.")] = None,
     tls: Tls = None,
     export_tls: ExportTls = None,
@@ -67,13 +65,7 @@ def standby(
 
     def ready(program: Standby) -> None:
         link = program.status().link
-        typer.echo(f"standby of pair '{pair}': waiting for its primary at {link}, control {config.qmp}")
-        for uri in program.exports:
-            typer.echo(uri)
+        print(f"standby of pair '{pair}': waiting for its primary at {link}, control {config.qmp}",
+              *program.exports, sep="\n", flush=True)
 
     run(main(config, ready))
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("standby")(standby)

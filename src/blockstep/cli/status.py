@@ -6,9 +6,8 @@ import json
 import time
 from typing import Annotated, Any
 
-import typer
-
 from blockstep.cli.control import Json, PairName, Qmp, execute, find_sockets
+from blockstep.cli.words import Option
 from blockstep.errors import BlockstepError
 from blockstep.units import format_duration, format_size
 
@@ -19,9 +18,9 @@ EXIT_CODES = {"healthy": 0, "degraded": 1, "at-risk": 2}
 def status(
     pair: PairName = None,
     json_: Json = False,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until interrupted.")] = False,
+    watch: Annotated[bool, Option("--watch", "-w", help="Again and again, until interrupted.")] = False,
     qmp: Qmp = None,
-) -> None:
+) -> int:
     """Show how the pairs of this host are.
 
     Exit codes: 0 healthy, 1 degraded, 2 at risk, 3 error; the worst of several.
@@ -37,13 +36,13 @@ def status(
                 answers.append({"error": str(error), "control": str(path)})
                 worst = 3
         if json_:
-            typer.echo(json.dumps(answers[0] if len(answers) == 1 else answers, indent=2))
+            print(json.dumps(answers[0] if len(answers) == 1 else answers, indent=2))
         else:
-            typer.echo("\n\n".join(describe(answer) for answer in answers))
+            print("\n\n".join(describe(answer) for answer in answers))
         if not watch:
-            raise typer.Exit(worst)
+            return worst
+        print(flush=True)
         time.sleep(1)
-        typer.echo()
 
 
 def describe(status: dict[str, Any]) -> str:
@@ -84,8 +83,3 @@ def describe_work(work: dict[str, Any]) -> str:
     left = f", {format_duration(work['time-left'])} left" if work["time-left"] >= 0 else ""
     return (f"{work['kind']} {done:.1f} %: {format_size(work['current'])} of {format_size(work['total'])} "
             f"at {format_size(work['speed'])}/s{left}")
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("status")(status)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from blockstep.cli.control import PairName, Qmp, execute, find_socket
+from blockstep.cli.words import Option
 
 
 def stop(
     pair: PairName = None,
-    role: Annotated[str | None, typer.Option(metavar="primary|standby", help="Which side, if both run here.")] = None,
-    quit_: Annotated[bool, typer.Option("--quit", help="End the program as well: exports are drained, disks "
+    role: Annotated[str | None, Option(metavar="primary|standby", help="Which side, if both run here.")] = None,
+    quit_: Annotated[bool, Option("--quit", help="End the program as well: exports are drained, disks "
                      "flushed.")] = False,
     qmp: Qmp = None,
 ) -> None:
@@ -20,12 +19,7 @@ def stop(
     path = find_socket(pair, role, qmp)
     if quit_:
         execute(path, "quit")
-        typer.echo("stopping")
+        print("stopping")
     else:
         execute(path, "replication-stop", timeout=60.0)
-        typer.echo("replication has ended")
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("stop")(stop)
+        print("replication has ended")

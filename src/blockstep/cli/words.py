@@ -10,6 +10,7 @@ gives up, and `typer_app` makes of the same annotations what can explain it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class Option:
-    """``names``: as ``-f``, ``--format``; without one it is called as the parameter. ``noted``: see `Order`."""
+    """``names``: as ``-f``, ``--format``; without one it is called as the parameter, and a switch can be turned off as
+    well (``--no-format``). ``noted``: see `Order`."""
 
     def __init__(self, *names: str, metavar: str | None = None, help: str = "", noted: bool = False) -> None:
         self.names, self.metavar, self.help, self.noted = names, metavar, help, noted
@@ -43,7 +45,7 @@ class _NotUnderstood(Exception):
 
 
 class _Parameter:
-    """``kind``: bool, int, str or the tuple of the words that are possible; ``many``: a list of them."""
+    """``kind``: bool, int, str, Path or the tuple of the words that are possible; ``many``: a list of them."""
 
     def __init__(self, name: str, annotation: Any) -> None:
         self.name = name
@@ -63,7 +65,7 @@ class _Parameter:
                 raise _NotUnderstood from None
         if isinstance(self.kind, tuple) and text not in self.kind:
             raise _NotUnderstood
-        return text
+        return Path(text) if self.kind is Path else text
 
 
 def parsed(command: Command, words: Sequence[str], dashed: bool = False) -> dict[str, Any] | None:
@@ -79,6 +81,7 @@ class _Reader:
         self._dashed = dashed
         self._command = command
         self._options: dict[str, _Parameter] = {}
+        self._off: set[str] = set()
         self._arguments: list[_Parameter] = []
         self._order = ""
         for name, annotation in get_type_hints(command, include_extras=True).items():
@@ -88,9 +91,13 @@ class _Reader:
                 parameter = _Parameter(name, annotation)
                 if isinstance(parameter.info, Argument):
                     self._arguments.append(parameter)
-                else:
-                    for option in parameter.info.names or (f"--{name.replace('_', '-')}",):
-                        self._options[option] = parameter
+                    continue
+                word = name.replace("_", "-")
+                for option in parameter.info.names or (f"--{word}",):
+                    self._options[option] = parameter
+                if parameter.kind is bool and not parameter.info.names:
+                    self._options[f"--no-{word}"] = parameter
+                    self._off.add(f"--no-{word}")
 
     def read(self, words: list[str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -118,7 +125,7 @@ class _Reader:
                     if word.startswith("--"):
                         raise _NotUnderstood
                     words.insert(0, f"-{value}")
-                found[parameter.name] = True
+                found[parameter.name] = name not in self._off
             else:
                 if value is None:
                     if not words:
@@ -158,11 +165,11 @@ def typer_app(name: str, help: str, commands: Mapping[str, Command], dashed: Seq
     app = typer.Typer(name=name, no_args_is_help=True, rich_markup_mode=None, help=help)
     for word, command in commands.items():
         settings = {"ignore_unknown_options": True} if word in dashed else None
-        app.command(word, context_settings=settings)(_for_typer(command))
+        app.command(word, context_settings=settings)(for_typer(command))
     return app
 
 
-def _for_typer(command: Command) -> Command:
+def for_typer(command: Command) -> Command:
     """The same command; one with a parameter for the order inside of another that keeps it."""
     import inspect
 

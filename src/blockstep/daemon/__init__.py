@@ -1,13 +1,9 @@
 """The programs: each composes graph, replication, exports and control socket, starts and stops them.
 
-    service   what they share: runtime directory, control socket, signals, systemd notification
+    service   what they share: control socket, signals, systemd notification
     export    ``blockstep export``: one disk over NBD
     standby   ``blockstep standby``
     primary   ``blockstep primary``
 """
 
-from blockstep import drivers as _drivers
-
-_drivers.load()
-
-__all__: list[str] = []
+from blockstep import drivers as _drivers  # noqa: F401  makes them known

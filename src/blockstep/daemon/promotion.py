@@ -15,21 +15,6 @@ from pathlib import Path
 
 from blockstep.errors import OptionError
 
-STATE_SUFFIX = ".promoted"
-
-
-def state_directory() -> Path:
-    """Where state goes that outlives a reboot, unless the user says otherwise.
-
-    ``$STATE_DIRECTORY`` (systemd), ``/var/lib/blockstep`` for root, ``$XDG_STATE_HOME/blockstep`` or
-    ``~/.local/state/blockstep``: the first that applies.
-    """
-    if directory := os.environ.get("STATE_DIRECTORY"):
-        return Path(directory.split(":")[0])
-    if os.geteuid() == 0:
-        return Path("/var/lib/blockstep")
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "blockstep"
-
 
 def check(note: Path, pair: str) -> None:
     """Raises OptionError if the standby was promoted, and says what to do."""

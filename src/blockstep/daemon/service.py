@@ -1,4 +1,4 @@
-"""What the programs share: where their sockets are, the control socket, readiness and a clean stop.
+"""What the programs share: the control socket, readiness and a clean stop.
 
 A program is a coroutine that starts everything and then waits in `Service.wait` until it is told to stop: by
 SIGTERM, SIGINT or SIGHUP, or by the command ``quit``. Another SIGTERM or SIGHUP changes nothing: a stop that is broken
@@ -21,24 +21,6 @@ from blockstep.aio.memory import keep_freed_memory
 from blockstep.qmp.commands import core, introspection
 from blockstep.qmp.schema import Event, Registry
 from blockstep.qmp.server import Server
-
-#: Suffix of control sockets in the runtime directory.
-QMP_SUFFIX = ".qmp"
-
-
-def runtime_directory() -> Path:
-    """Where sockets go unless the user says otherwise.
-
-    ``$RUNTIME_DIRECTORY`` (systemd), ``/run/blockstep`` for root, ``$XDG_RUNTIME_DIR/blockstep``, or
-    ``/tmp/blockstep-UID``: the first that applies.
-    """
-    if directory := os.environ.get("RUNTIME_DIRECTORY"):
-        return Path(directory.split(":")[0])
-    if os.geteuid() == 0:  # also in a login session: the units of systemd are in the same place
-        return Path("/run/blockstep")
-    if directory := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(directory) / "blockstep"
-    return Path(f"/tmp/blockstep-{os.geteuid()}")
 
 
 def make_parent(path: Path) -> None:

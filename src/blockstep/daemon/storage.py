@@ -11,6 +11,7 @@ is flushed, and all nodes are closed; the monitors go last, so that they hear of
 
 from __future__ import annotations
 
+from blockstep import drivers
 from blockstep.daemon.service import Service
 from blockstep.inventory.inventory import Inventory
 from blockstep.qmp.commands import (
@@ -63,6 +64,7 @@ class StorageDaemon(Service):
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__(name)
+        drivers.load()  # any of them may be asked for while the disks are in use
         self.inventory = Inventory()
         self.inventory.colo.name = self.name or ""
         self.qmp: Server = Server(Registry.of(*AREAS), self, version=self.version)
