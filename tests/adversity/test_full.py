@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from blockstep.errors import BlockstepError
-from blockstep.testing.pair import Pair, Side
+from blockstep.testing.pair import Pair
 from blockstep.units import KiB, MiB
-from tests.scenarios import scenario
+from tests.scenarios import limit_files, scenario
 
 
 @scenario
@@ -102,11 +102,6 @@ async def test_a_buffer_that_spills_takes_what_memory_does_not(tmp_path: Path) -
         assert await pair.proven(pair.standby) == 10
         await pair.standby.until(state="promoted")
         assert await pair.proven(pair.standby) == 10
-
-
-def limit_files(side: Side, size: int) -> None:
-    """From now on no file of the process can be written beyond ``size`` bytes (EFBIG): a disk that fails there."""
-    resource.prlimit(side.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 @scenario

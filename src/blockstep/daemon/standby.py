@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, Literal
 
+from blockstep.aio.pool import in_thread
 from blockstep.daemon import promotion
 from blockstep.daemon.disks import missing_last, serve, uris
 from blockstep.daemon.service import Service
@@ -81,6 +82,7 @@ class Standby(Service):
             await self.link.listen(self.version, tls)
             await self._serve_views()
             await self.serve_qmp(self.config.qmp, qmp.commands, looking.commands)
+            await in_thread(promotion.reserve, self.config.state)
         except BaseException:
             await self.close()
             raise

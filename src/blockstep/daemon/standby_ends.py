@@ -64,7 +64,7 @@ class Ends:
         now = self._now
         now.promoted_to = to
         try:
-            await in_thread(promotion.write, self._note, self._pair, now.epoch, to)
+            await self._write_down([] if to == "latest" else list(now.disks))
             await self._revoke()
             with self._saying_which():
                 await self._registry.stop_all(failover=to == "checkpoint")
@@ -101,9 +101,18 @@ class Ends:
 
     async def _see_merged(self) -> None:
         await self._merged()
+        await self._write_down_what_is_left()
         left = self._now.what_is_left()
         self._announce("failed" if left else "done", left)
         self._tell()
+
+    async def _write_down(self, unmerged: list[str]) -> None:
+        await in_thread(promotion.write, self._note, self._pair, self._now.epoch, self._now.promoted_to, unmerged)
+
+    async def _write_down_what_is_left(self) -> None:
+        now = self._now
+        with contextlib.suppress(OSError):  # then the note stays as it is, and says of too many that they are torn
+            await self._write_down([] if now.keeps_latest else [disk.spec.name for disk in now.unfinished])
 
     def _announce(self, stage: Literal["begun", "done", "failed"], reason: str = "") -> None:
         self._emit(qmp.ReplicationFailover(pair=self._pair, stage=stage, to=self._now.promoted_to,
@@ -150,6 +159,10 @@ class Ends:
             await buffer.merged()
         if self._merging:
             await self._merging
+        if now.promoted_to:
+            await self._write_down_what_is_left()
+        else:
+            promotion.give_back(self._note)
         torn = [] if now.keeps_latest else now.unfinished
         return [ReplicationError(disk.filter.name, "stop", f"the disk is not at a checkpoint: {disk.filter.error}")
                 for disk in torn]
@@ -166,7 +179,9 @@ class Ends:
             await buffers[0].merged()
 
     def _must_run(self, step: str) -> None:
-        if not self._now.running or self._now.declines():
+        if self._now.declines():
+            raise ReplicationError(self._pair, step, f"it has ended already: it is {self._now.state}")
+        if not self._now.running:
             raise ReplicationError(self._pair, step, f"there is no checkpoint to stand on (it is {self._now.state})")
 
     def _must_be_whole(self, step: str) -> None:
