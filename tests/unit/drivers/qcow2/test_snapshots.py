@@ -69,7 +69,7 @@ def clean(path: Path) -> bool:
     return found is not None and not (found.get("corruptions") or found.get("leaks") or found["check-errors"])
 
 
-_SHARING = [kind for kind in KINDS if kind not in ("refcount-1", "external", "external-raw")]
+_SHARING = [kind for kind in KINDS if kind != "refcount-1" and not kind.startswith("external")]
 
 
 def _no_bitmaps(path: Path) -> None:
