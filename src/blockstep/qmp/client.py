@@ -14,8 +14,9 @@ programs that run long or must not hang is added here, through its public hooks 
 - *The end.* The library's own way out first flushes to the peer, and so waits for ever for a stopped one. Over TLS it
   moves the limits of asyncio's transport to do that, which waits for ever as well, or, if the connection is gone,
   logs that ``protocol.pause_writing() failed``. There is nothing to flush for: who closes waits for no answer.
-- *Errors.* A refusal is `CommandRefused` with QMP's class and description; a peer that is gone is
-  `ConnectionLost`; one that talks something else than QMP is `ProtocolError`.
+- *Errors.* A refusal is `CommandRefused` with QMP's class and description; one instead of the greeting, which the
+  library does not understand, is `PeerRefused`; a peer that is gone is `ConnectionLost`; one that talks something else
+  than QMP is `ProtocolError`.
 - *Events.* The library keeps every event that it ever received in a history and its queues without bound, and an
   iteration over events never ends, not even with the connection. Here each subscription has a queue of at most
   `EVENT_QUEUE`; one that falls further behind ends with EventsLost; all end when the connection does.
@@ -50,7 +51,7 @@ from qemu.qmp import (
 )
 from qemu.qmp.events import EventListener
 
-from blockstep.errors import ConnectionLost, ProtocolError
+from blockstep.errors import ConnectionLost, PeerRefused, ProtocolError
 from blockstep.qmp.errors import CommandRefused
 
 #: Where a server listens: the path of a unix socket, or (host, port).
@@ -80,6 +81,13 @@ class _Client(QMPClient):
 
     async def _bh_flush_writer(self) -> None:
         """A step of the library's disconnect that is left out: see the module."""
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        """The library's hook for what comes: a server that does not want us answers before anything was asked."""
+        error = msg.get("error")
+        if self.greeting is None and isinstance(error, dict) and isinstance(error.get("desc"), str):
+            raise PeerRefused(error["desc"])
+        return msg
 
 
 class _Tap(EventListener):
@@ -227,8 +235,8 @@ async def connect(address: Address, *, timeout: float = 10.0,
     """Connect, negotiate, and close at the end of the block.
 
     ``timeout`` in seconds bounds the connecting as a whole and is the default for each call. ``ssl`` is for TCP.
-    Raises ConnectionLost if the server cannot be reached or hangs up, ProtocolError if it speaks no QMP,
-    TimeoutError if all that takes too long.
+    Raises ConnectionLost if the server cannot be reached or hangs up, PeerRefused if it takes no more connections,
+    ProtocolError if it speaks no QMP, TimeoutError if all that takes too long.
     """
     connection = await open_connection(address, timeout=timeout, ssl=ssl)
     try:
@@ -267,6 +275,8 @@ def _failed(address: Address, cause: Exception) -> Exception:
                               cause.errno or errno.ENOTCONN)
     if isinstance(cause, EOFError):
         return ConnectionLost(f"{_shown(address)}: the peer hung up before it had greeted")
+    if isinstance(cause, PeerRefused):
+        return PeerRefused(f"{_shown(address)}: {cause}")
     return ProtocolError(f"{_shown(address)}: this is no QMP server: {cause}")
 
 

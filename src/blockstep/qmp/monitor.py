@@ -84,7 +84,8 @@ class Connection(asyncio.Protocol):
             return
         if len(self._listener.monitors) >= self._listener.max_monitors:
             self._finishing = True
-            transport.write(wire.encode_error("GenericError", "this socket has all the monitors that it takes"))
+            most = self._listener.max_monitors
+            transport.write(wire.encode_error("GenericError", f"this socket takes {most} monitors, and they are here"))
             transport.close()
             return
         self._listener.monitors.add(self)

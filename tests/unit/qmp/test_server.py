@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from blockstep.errors import PeerRefused
 from blockstep.qmp import monitor as monitors
+from blockstep.qmp.client import open_connection
 from blockstep.qmp.server import Server
 from tests.unit.qmp.support import (
     REGISTRY,
@@ -221,6 +223,8 @@ def test_one_monitor_too_many_is_told_so_and_a_place_that_is_free_again_is_given
         assert (await third.line())["error"]["class"] == "GenericError"
         assert await third.at_end()
         third.close()
+        with pytest.raises(PeerRefused, match=f"^{path}: this socket takes 2 monitors"):
+            await open_connection(path)
         first.close()
         await until(lambda: len(server.monitors) == 1)
         fourth = await dial(path)
