@@ -49,7 +49,7 @@ def describe(status: dict[str, Any]) -> str:
     """A status for people: one fact a word, silent about what is normal."""
     if "error" in status:
         control = f"{status['control']}: "
-        return control + status["error"].removeprefix(control)
+        return f"{control}{status['error'].removeprefix(control)}"
     role, peer = status["role"].upper(), status["peer"]
     lines = [f"pair {status['pair']}   {role} here · {peer or 'no other side'}   {status['state']}"]
     lines.append(f"  {status['health']}" + (f": {status['reason']}" if status["reason"] else ""))
