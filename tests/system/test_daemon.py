@@ -161,8 +161,8 @@ async def test_one_command_line_starts_either_daemon(tmp_path: Path, image: Path
         "--chardev", f"socket,id=control,path={qmp},server=on,wait=off", "--monitor", "chardev=control,pretty=off",
         "--pidfile", tmp_path / "pid"]
     with started(command, nbd, qmp, env=environment()) as process:
-        assert int((tmp_path / "pid").read_text()) == process.pid
         async with connect(qmp) as monitor:
+            assert int((tmp_path / "pid").read_text()) == process.pid  # nobody is answered before it is there
             exports = {each["id"]: each for each in await monitor.execute("query-block-exports")}
             assert exports == {
                 "one": {"id": "one", "type": "nbd", "node-name": "top", "shutting-down": False},

@@ -42,7 +42,7 @@ Open disks, export them over NBD, and be told what to do over QMP. Options are c
   --qmp unix:PATH[,pretty=on|off]                                 --chardev and --monitor in one
   --qmp tcp:HOST:PORT[,tls-creds=ID][,pretty=on|off]              ... on a TCP port
   --qmp stdio[,pretty=on|off]                                     ... on standard input and output
-  --pidfile PATH        write the process id to a file when everything is served
+  --pidfile PATH        write the process id to a file when every socket listens
   --daemonize           go into the background when everything is served
   --name NAME           the name that query-name tells
   --help, -h            this; `--blockdev help`, `--blockdev DRIVER,help`, `--object TYPE,help`, ... parts of it

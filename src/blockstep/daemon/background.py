@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import sys
 from collections.abc import Callable
 
@@ -21,7 +22,8 @@ from blockstep.errors import BlockstepError
 
 
 class PidFile:
-    """The process id in a file, locked. Raises BlockstepError if another living program holds it; OSError."""
+    """The process id in a file, locked. Raises BlockstepError if another living program holds it, or if it is no file
+    but a device, say; OSError. What was there is left alone then, and nothing new is."""
 
     def __init__(self, path: str) -> None:
         self._path = os.path.abspath(path)
@@ -37,8 +39,15 @@ class PidFile:
             if self._is_the_file():
                 break
             os.close(self._fd)  # the one before us has just removed it
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.close(self._fd)
+            raise BlockstepError("this is no regular file")
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Remove the file and let go of it."""

@@ -1,8 +1,8 @@
 """Character devices of the storage daemon: what monitors are connected to.
 
-A device with ``server=on`` listens from its ``--chardev`` on; whoever connects is greeted when a ``--monitor`` names
-it. So a socket is there, with mode 0600, before anything that is told about it; and ``wait=on`` can hold up what
-follows until somebody has connected. Any number of clients may be connected at a time.
+A device with ``server=on`` listens from its ``--chardev`` on; whoever connects is greeted if a ``--monitor`` names it,
+when all options are done. So a socket is there, with mode 0600, before anything that is told about it; and ``wait=on``
+can hold up what follows until somebody has connected. Any number of clients may be connected at a time.
 
 Without it the device connects to somebody who listens, as programs do that start QEMU and want to be sure to whom they
 talk. There is one monitor then; when it hangs up, nobody comes in its place.
@@ -97,9 +97,8 @@ class Chardev:
             loop.remove_reader(self._sock)
 
     def take(self) -> socket.socket:
-        """The socket, once. Raises OptionError if a monitor has it."""
-        if self._sock is None:
-            raise OptionError("chardev", self.options.id, "a character device that no other monitor uses")
+        """The socket, once."""
+        assert self._sock is not None
         sock, self._sock = self._sock, None
         if self._streams is not None:
             self._streams.start()

@@ -3,6 +3,9 @@
 That order is the user's: ``--object`` before what names it, ``--blockdev`` bottom up, ``--nbd-server`` before
 ``--export``. Each option is done when the next one begins. The first that fails ends the program, and nothing of it is
 left behind.
+
+Sockets listen from their option on, but whoever connects is served when all options are done and the pidfile is
+written: nobody finds a half of what the command line says, and who is answered can read the process id.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ async def main(config: DaemonConfig, ready: Callable[[], None]) -> None:
     """Be the daemon, until a signal or the command ``quit``.
 
     ``ready`` is called when everything is served. Raises BlockstepError or OSError: an option was wrong or could not
-    be carried out; or, at the end, a disk could not be flushed.
+    be carried out, or another program has the pidfile; or, at the end, a disk could not be flushed.
     """
     program = StorageDaemon(config.name)
     startup = Startup(program, config.passed, config.background)
@@ -67,6 +70,7 @@ async def main(config: DaemonConfig, ready: Callable[[], None]) -> None:
             if await _unless_told_to_stop(program, startup.run(config.steps)):
                 if config.pidfile is not None:
                     pidfile = _pidfile(config.pidfile)
+                await startup.serve()
                 ready()
                 await program.wait()
         finally:
@@ -101,24 +105,36 @@ def _pidfile(path: str) -> PidFile:
 
 
 class Startup:
-    """Carries options out, for a program."""
+    """Carries options out, for a program: `run`, then `serve`; at the end `close`."""
 
     def __init__(self, program: StorageDaemon, passed: Mapping[str, int], background: bool = False) -> None:
         self._program, self._inventory = program, program.inventory
         self._passed, self._background = dict(passed), background
         self.chardevs: dict[str, Chardev] = {}
+        self._monitors: dict[str, bool] = {}  # id of its character device -> whether it is pretty
         self._actions: dict[str, Callable[[str], Coroutine[Any, Any, None]]] = {
             "object": self._object, "blockdev": self._blockdev, "nbd-server": self._nbd_server,
             "export": self._export, "chardev": self._chardev, "monitor": self._monitor, "qmp": self._qmp}
 
     async def run(self, steps: Sequence[tuple[str, str]]) -> None:
-        """All of them. Raises BlockstepError that shows the option which failed."""
+        """All of them. Nobody is served yet. Raises BlockstepError that shows the option which failed."""
+        self._inventory.exports.hold_clients()
         for option, text in steps:
             try:
                 await self._actions[option](text)
             except (BlockstepError, OSError) as error:
                 shown = text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
                 raise BlockstepError(f"--{option} {shown}: {describe(error)}") from error
+
+    async def serve(self) -> None:
+        """Serve those who have connected, and all who come."""
+        for name, pretty in self._monitors.items():
+            chardev = self.chardevs[name]
+            if chardev.listens:
+                await self._program.qmp.start_socket(chardev.take(), chardev.tls, pretty=pretty)
+            else:
+                await self._program.qmp.attach(chardev.take(), pretty=pretty)
+        self._inventory.exports.accept_clients()
 
     def close(self) -> None:
         """Remove what the file system has of the character devices."""
@@ -176,11 +192,9 @@ class Startup:
         if options.chardev not in self.chardevs:
             known = f": {', '.join(self.chardevs)}" if self.chardevs else ""
             raise OptionError("chardev", options.chardev, f"the id of a --chardev before it{known}")
-        chardev = self.chardevs[options.chardev]
-        if not chardev.listens:
-            await self._program.qmp.attach(chardev.take(), pretty=options.pretty)
-            return
-        await self._program.qmp.start_socket(chardev.take(), chardev.tls, pretty=options.pretty)
+        if options.chardev in self._monitors:
+            raise OptionError("chardev", options.chardev, "a character device that no other monitor uses")
+        self._monitors[options.chardev] = options.pretty
 
     async def _qmp(self, text: str) -> None:
         tree = _qmp_words(text)

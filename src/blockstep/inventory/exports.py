@@ -183,6 +183,7 @@ class ExportTable:
         self._exports: dict[str, BlockExport] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._guests_held = False
+        self._accepting = True
         #: Where the server listens, with the port that port 0 became; passed sockets without a name are left out.
         self.addresses: list[Address] = []
 
@@ -207,7 +208,7 @@ class ExportTable:
                               "verify-peer of the credentials lets in only clients whom the CA knows")
         context = None if tls_creds is None else self._credentials(tls_creds)
         server = Server(tls="off" if context is None else "required", tls_context=context,
-                        max_connections=max_connections)
+                        max_connections=max_connections, accepting=self._accepting)
         self._server, self._tls = server, context is not None  # from here on a second start is refused
         listening: list[Address] = []
         try:
@@ -222,6 +223,16 @@ class ExportTable:
             raise
         self.addresses = listening
         return listening
+
+    def hold_clients(self) -> None:
+        """Let those who connect wait, until `accept_clients`: while it is being made what they are to find."""
+        self._accepting = False
+
+    def accept_clients(self) -> None:
+        """Serve those who wait, and all who come."""
+        self._accepting = True
+        if self._server is not None:
+            self._server.accept()
 
     async def stop_server(self, deadline: float = STOP_DEADLINE) -> None:
         """Accept nobody any more, answer what was received, cut off who has not ended after ``deadline`` seconds.

@@ -53,9 +53,9 @@ class Server:
     """An NBD server. Make it in a running event loop."""
 
     def __init__(self, *, tls: TlsMode = "off", tls_context: ssl.SSLContext | None = None, max_connections: int = 0,
-                 limits: Limits | None = None, memory: int = 1 << 30,
+                 limits: Limits | None = None, memory: int = 1 << 30, accepting: bool = True,
                  on_client: Callable[[ClientEvent], None] | None = None) -> None:
-        """``max_connections`` 0: no limit. ``limits`` hold for each connection.
+        """``max_connections`` 0: no limit. ``limits`` hold for each connection. ``accepting``: see `accept`.
 
         ``memory``: bytes that all connections together may hold for payloads of more than 256 KiB; a client whose
         payload finds no room is not read from until there is, and is cut off if there is none for long.
@@ -77,6 +77,7 @@ class Server:
         self._paths: list[tuple[str, tuple[int, int]]] = []
         self._loop = asyncio.get_running_loop()
         self._stopped = False
+        self._accepting = accepting
 
     # Exports.
 
@@ -158,9 +159,16 @@ class Server:
     def _listen(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._listeners.append(sock)
-        self._loop.add_reader(sock, self._accept, sock)
+        if self._accepting:
+            self._loop.add_reader(sock, self._accept, sock)
 
     # Connections.
+
+    def accept(self) -> None:
+        """Serve those who connect, and those who have: they wait while a server is not ``accepting``."""
+        self._accepting = True
+        for listener in self._listeners:
+            self._accept_again(listener)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
