@@ -16,7 +16,7 @@ from pathlib import Path
 from subprocess import Popen
 
 from blockstep.drivers.create import CreateOverlay
-from blockstep.testing.processes import QMP, blockstep, run, started
+from blockstep.testing.processes import QMP, blockstep, monitored, run
 from tests.peers import need
 
 
@@ -31,12 +31,8 @@ class Program:
     def started(self, directory: Path, name: str, *disks: tuple[str, str]) -> Iterator[tuple[QMP, Popen[bytes]]]:
         """A process with ``disks``, each (name, options as ``key=value,...``). Its socket is ``NAME.qmp``."""
         path = directory / f"{name}.qmp"
-        with started(self._command(path, disks), path) as process:
-            qmp = QMP(path)
-            try:
-                yield qmp, process
-            finally:
-                qmp.close()
+        with monitored(self._command(path, disks), path) as (qmp, process):
+            yield qmp, process
 
     def _command(self, path: Path, disks: tuple[tuple[str, str], ...]) -> list[str | Path]:
         if self.name == "qemu":

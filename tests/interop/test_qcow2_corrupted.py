@@ -137,10 +137,10 @@ async def test_a_monitor_is_told_as_by_qemu(tmp_path: Path, program: list[str | 
     image(path, lambda image: image.l1 | COPIED)
     place = Damage(path).l1
     before = path.read_bytes()
-    command = [*program, "--blockdev", f"qcow2,node-name=disk,file.driver=file,file.filename={path}",
-               "--nbd-server", f"addr.type=unix,addr.path={nbd}", "--export", "nbd,id=one,node-name=disk,writable=on",
-               "--chardev", f"socket,id=control,path={qmp},server=on,wait=off", "--monitor", "chardev=control"]
-    with started(command, nbd, qmp, env=environment()):
+    command = [*program, "--chardev", f"socket,id=control,path={qmp},server=on,wait=off", "--monitor", "control",
+               "--blockdev", f"qcow2,node-name=disk,file.driver=file,file.filename={path}",
+               "--nbd-server", f"addr.type=unix,addr.path={nbd}", "--export", "nbd,id=one,node-name=disk,writable=on"]
+    with started(command, nbd, env=environment()):  # the monitor listens before it does
         async with connect(qmp) as monitor:
             events = monitor.events("BLOCK_IMAGE_CORRUPTED")
             client = await Client.connect(UnixAddress(str(nbd)), "disk")

@@ -31,12 +31,10 @@ def of_qemu(directory: Path) -> tuple[Schema, Schema]:
     """The schemas of the storage daemon and of the emulator."""
     peers.need("qemu-storage-daemon", "qemu-system-x86_64")
     path = directory / "qsd.qmp"
-    with peers.started(["qemu-storage-daemon", "--chardev", f"socket,id=c,path={path},server=on,wait=off",
-                        "--monitor", "chardev=c"], path):
-        qmp = peers.QMP(path)
+    with peers.monitored(["qemu-storage-daemon", "--chardev", f"socket,id=c,path={path},server=on,wait=off",
+                          "--monitor", "chardev=c"], path) as (qmp, _):
         version = qmp.greeting["version"]["qemu"]
         storage = qmp.execute("query-qmp-schema")
-        qmp.close()
     if (version["major"], version["minor"]) != VERSION:
         pytest.skip(f"the page is about QEMU {VERSION[0]}.{VERSION[1]}")
     with peers.qemu_system(directory) as emulator:

@@ -148,7 +148,8 @@ async def test_one_command_line_starts_either_daemon(tmp_path: Path, image: Path
     folder = certificates.make(tmp_path / "pki", "server", "client")
     nbd, qmp = tmp_path / "nbd", tmp_path / "qmp"
     command = [
-        *program, "--object", f"tls-creds-x509,id=tls,endpoint=server,dir={folder},verify-peer=off",
+        *program, "--chardev", f"socket,id=control,path={qmp},server=on,wait=off", "--monitor",
+        "chardev=control,pretty=off", "--object", f"tls-creds-x509,id=tls,endpoint=server,dir={folder},verify-peer=off",
         "--object", '{"qom-type": "throttle-group", "id": "group", "limits": {"bps-total": 1000000000}}',
         "--object", "secret,id=word,data=eA==,format=base64",
         "--blockdev", f"driver=file,node-name=file,filename={image},cache.direct=off,discard=unmap,locking=off",
@@ -157,10 +158,8 @@ async def test_one_command_line_starts_either_daemon(tmp_path: Path, image: Path
         "--blockdev", "null-co,node-name=zeroes,size=65536,read-zeroes=on",
         "--nbd-server", f"addr.type=unix,addr.path={nbd},tls-creds=tls,max-connections=3",
         "--export", "nbd,id=one,node-name=top,name=disk,writable=on,description=A disk",
-        "--export", "type=nbd,id=two,node-name=zeroes",
-        "--chardev", f"socket,id=control,path={qmp},server=on,wait=off", "--monitor", "chardev=control,pretty=off",
-        "--pidfile", tmp_path / "pid"]
-    with started(command, nbd, qmp, env=environment()) as process:
+        "--export", "type=nbd,id=two,node-name=zeroes", "--pidfile", tmp_path / "pid"]
+    with started(command, nbd, env=environment()) as process:  # the monitor listens before it does
         async with connect(qmp) as monitor:
             assert int((tmp_path / "pid").read_text()) == process.pid  # nobody is answered before it is there
             exports = {each["id"]: each for each in await monitor.execute("query-block-exports")}

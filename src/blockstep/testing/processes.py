@@ -1,19 +1,20 @@
 """Other programs, started for a test or a benchmark: ready when they are needed, gone when the block ends.
 
-A server is ready when it accepts a connection, and not a fixed time after its start: `started` tries until it
-does, and fails at once, with what the program printed, when it ends before that. What it prints goes to a file
+A server is ready when it accepts a connection, and not a fixed time after its start: `started` and `monitored` try
+until it does, and fail at once, with what the program printed, when it ends before that. What it prints goes to a file
 without a name, so that a talkative program never waits for somebody to read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,17 +41,51 @@ class ProcessFailed(BlockstepError):
 def started(command: Sequence[str | Path], *listens_on: Address, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A process that lives as long as the block; the block starts when it accepts connections everywhere it should.
 
-    ``options`` go to Popen. At the end of the block the process gets SIGTERM, then SIGKILL if it does not go.
-    Raises ProcessFailed.
+    ``options`` go to Popen. At the end of the block the process gets SIGTERM, then SIGKILL if it does not go. A monitor
+    of QEMU is nothing to wait for here, see `monitored`. Raises ProcessFailed.
     """
+    with _running(command, options) as (process, failed):
+        for address in listens_on:
+            _first_connection(address, process, failed).close()
+        yield process
+
+
+@contextmanager
+def monitored(command: Sequence[str | Path], path: Path, **options: Any) -> Iterator[tuple[
+        QMP, subprocess.Popen[bytes]]]:
+    """`started`, for a program with a QMP monitor on a unix socket: yields a connection to it, and the process.
+
+    That connection is the only one that is made. A monitor of QEMU serves one client at a time, and greets the next one
+    twice if the first was gone before it was greeted.
+    """
+    with _running(command, options) as (process, failed):
+        connection = _first_connection(path, process, failed)
+        try:
+            qmp = QMP(connection)
+        except (EOFError, OSError) as error:
+            connection.close()
+            raise failed(f"hung up before it had greeted: {error}") from None
+        try:
+            yield qmp, process
+        finally:
+            qmp.close()
+
+
+@contextmanager
+def _running(command: Sequence[str | Path], options: dict[str, Any]) -> Iterator[tuple[
+        subprocess.Popen[bytes], Callable[[str], ProcessFailed]]]:
+    """A process that lives as long as the block; and the error that tells what it did, with what it has printed."""
     words = [str(word) for word in command]
     with tempfile.TemporaryFile() as output:
+
+        def failed(what: str) -> ProcessFailed:
+            output.seek(0)
+            return ProcessFailed(words, what, output.read().decode(errors="replace"))
+
         options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, **options}
         process = subprocess.Popen(words, **options)
         try:
-            for address in listens_on:
-                _wait_listening(address, process, words, output)
-            yield process
+            yield process, failed
         finally:
             stop(process)
 
@@ -102,18 +137,17 @@ def accepts(address: Address) -> bool:
     return True
 
 
-def _wait_listening(address: Address, process: subprocess.Popen[bytes], words: list[str], output: Any) -> None:
+def _first_connection(address: Address, process: subprocess.Popen[bytes],
+                      failed: Callable[[str], ProcessFailed]) -> socket.socket:
     deadline = time.monotonic() + START_LIMIT
     pause = 0.001
-    while not accepts(address):
-        what = ""
+    while True:
+        with contextlib.suppress(OSError):
+            return connect(address)
         if process.poll() is not None:
-            what = f"ended with {process.returncode} before it listened on {address}"
-        elif time.monotonic() > deadline:
-            what = f"does not listen on {address} after {START_LIMIT:g} s"
-        if what:
-            output.seek(0)
-            raise ProcessFailed(words, what, output.read().decode(errors="replace"))
+            raise failed(f"ended with {process.returncode} before it listened on {address}")
+        if time.monotonic() > deadline:
+            raise failed(f"does not listen on {address} after {START_LIMIT:g} s")
         time.sleep(pause)
         pause = min(pause * 2, 0.05)
 
@@ -152,11 +186,15 @@ def blockstep(*arguments: str | Path) -> list[str | Path]:
 class QMP:
     """A blocking QMP client: one command at a time, events kept aside in `events`."""
 
-    def __init__(self, address: Address) -> None:
-        self._socket = connect(address)
+    def __init__(self, peer: Address | socket.socket) -> None:
+        """``peer``: where it listens, or a connection to it. Raises OSError, EOFError when the peer hangs up."""
+        self._socket = peer if isinstance(peer, socket.socket) else connect(peer)
         self._file = self._socket.makefile("rwb")
         self.events: list[dict[str, Any]] = []
-        self.greeting = json.loads(self._file.readline())["QMP"]
+        greeting = self._file.readline()
+        if not greeting:
+            raise EOFError("the peer hung up")
+        self.greeting = json.loads(greeting)["QMP"]
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, **arguments: Any) -> Any:
@@ -196,9 +234,5 @@ def qemu_system(directory: Path, *arguments: str | Path, name: str = "qemu") -> 
     path = directory / f"{name}.qmp"
     command: list[str | Path] = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none",
                                  "-S", "-qmp", f"unix:{path},server=on,wait=off", *arguments]
-    with started(command, path) as process:
-        qmp = QMP(path)
-        try:
-            yield qmp, process
-        finally:
-            qmp.close()
+    with monitored(command, path) as (qmp, process):
+        yield qmp, process
