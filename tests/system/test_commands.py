@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import select
+import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from blockstep.testing.pair import Pair, environment
+from blockstep.testing.processes import blockstep as blockstep_command
+from blockstep.testing.processes import started
 from blockstep.units import MiB
 from tests.scenarios import scenario
 
@@ -201,3 +207,22 @@ async def test_the_demo_proves_what_it_says(tmp_path: Path, arguments: tuple[str
     assert code == 0, error
     assert "proven:" in said
     assert "checkpoint 2" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_a_demonstration_that_is_broken_off_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
+    words = blockstep_command("demo", "--disks", "1", "--size", "4M")
+    with started(words, env={**environment(), "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE) as demo:
+        assert demo.stdout
+        printed = iter(demo.stdout.readline, b"")
+        steps = (line for line in printed if b": process " in line)
+        with ExitStack() as stack:
+            lives = [os.pidfd_open(int(next(steps).rpartition(b" ")[2])) for _ in range(2)]
+            for life in lives:
+                stack.callback(os.close, life)
+            demo.send_signal(number)
+            assert demo.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
+            for life in lives:
+                assert select.select([life], [], [], 20)[0]
+        assert number == signal.SIGKILL or not any(tmp_path.iterdir())
+        demo.stdout.close()

@@ -133,3 +133,20 @@ def test_a_reader_that_has_gone_is_no_news(words: str) -> None:
 
 def test_nobody_needs_a_standard_output() -> None:
     assert ended(">&-", "--version") == (0, "")
+
+
+#: Ctrl-C when the command line imports its first module.
+INTERRUPTED = """
+import sys
+from blockstep import cli
+class Interrupt:
+    def find_spec(*_): raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt)
+cli.main()
+"""
+
+
+def test_an_interrupt_while_modules_are_imported_is_quiet() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, "status"], capture_output=True, text=True, timeout=20,
+                          env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -74,11 +74,11 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """The entry point. Errors are one line on standard error."""
-    from blockstep.errors import BlockstepError
-
     wanted, *words = sys.argv[1:] or [""]
     error_code = 1 if wanted == "img" else ERROR
     try:
+        from blockstep.errors import BlockstepError  # inside: Ctrl-C may come while modules are imported
+
         code = _carry_out(wanted, words)
         if code is None:
             code = _explain(wanted, error_code)

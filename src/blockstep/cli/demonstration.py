@@ -7,6 +7,8 @@ many writes they have seen. After several checkpoints, and in the middle of its 
 The proof does not believe any of the two (`blockstep.testing.numbered`): it works out what the disks must be after
 n writes, where n is what is found on the standby, and compares digests of every byte. n must be at least what had
 been acknowledged when the last checkpoint was asked for, and at most what had been sent when it was answered.
+
+However it ends, the two processes end with it; and what it made on disk is gone, but after a SIGKILL.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from blockstep.cli.signals import run_unless_told
 from blockstep.errors import BlockstepError
 from blockstep.images.convert import Conversion, convert
 from blockstep.images.opened import ImageName
@@ -33,9 +36,13 @@ from blockstep.units import format_duration, format_size
 
 def show(image: Path | None, format: str, disks: int, size: int, checkpoints: int) -> None:
     """All of it. ``size``: of each disk in bytes, if there is no image. Raises BlockstepError if it is not proven."""
+    run_unless_told(_show(image, format, disks, size, checkpoints))
+
+
+async def _show(image: Path | None, format: str, disks: int, size: int, checkpoints: int) -> None:
     directory = Path(tempfile.mkdtemp(prefix="blockstep-demo-"))
     try:
-        asyncio.run(_Demo(directory, Console(), image, format, disks, size, checkpoints).run())
+        await _Demo(directory, Console(), image, format, disks, size, checkpoints).run()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

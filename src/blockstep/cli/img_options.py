@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
+from blockstep.cli.signals import run_unless_told
 from blockstep.cli.words import Argument, Option
 from blockstep.errors import BlockstepError, OptionError
 from blockstep.images import CacheMode
@@ -47,30 +48,10 @@ class Failed(Exception):
 def run(work: Coroutine[Any, Any, T], error_code: int = 1) -> T:
     """Do the work in an event loop. Errors are one line on standard error, and the exit code.
 
-    SIGTERM, SIGINT and SIGHUP cancel it: files that are not complete are taken away, as after an error.
+    At a signal files that are not complete are taken away, as after an error; see `run_unless_told`.
     """
-    import asyncio
-    import signal
-
-    caught: list[int] = []
-
-    async def until_told() -> T:
-        task = asyncio.ensure_future(work)
-        loop = asyncio.get_running_loop()
-
-        def told(number: int) -> None:
-            caught.append(number)
-            task.cancel()
-
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                loop.add_signal_handler(number, told, number)
-        return await task
-
     try:
-        return asyncio.run(until_told())
-    except asyncio.CancelledError:
-        sys.exit(128 + caught[0] if caught else 1)
+        return run_unless_told(work)
     except Failed as failed:
         sys.exit(failed.code)
     except (BlockstepError, OSError) as error:

@@ -10,8 +10,9 @@
         writes.prove(await pair.standby.read_disks())
 
 A `Side` is one process with its control connection. Its sockets lie in the pair's directory, its output in a file
-beside them. Whatever the processes do, `Pair` ends them with the block. Nothing here sleeps and hopes: what is
-waited for has a deadline, and what did not come is raised with the last status.
+beside them. Whatever the processes do, `Pair` ends them with the block; and they end with the process that has started
+them, also when that is killed. Nothing here sleeps and hopes: what is waited for has a deadline, and what did not come
+is raised with the last status.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ START_LIMIT: Final = 20.0
 LIMIT: Final = 15.0
 _POLL: Final = 0.01
 
+#: prctl(PR_SET_PDEATHSIG, SIGKILL), which the standard library does not have.
+_END_WITH_PARENT: Final = f"import ctypes; ctypes.CDLL(None).prctl(1, {signal.SIGKILL:d}); "
+
 Status = dict[str, Any]
 
 
@@ -71,7 +75,7 @@ class Side:
         it ends before that.
         """
         command = blockstep_command(role, "--socket", directory / f"{role}.nbd", "--qmp", directory / f"{role}.qmp",
-                                    *options)
+                                    *options, before=_END_WITH_PARENT)
         if role == "standby":
             command += ["--state", str(directory / "standby.promoted")]
         for name, path in disks.items():

@@ -178,9 +178,12 @@ def free_ports(count: int = 1, host: str = "127.0.0.1") -> int:
             return int(first)
 
 
-def blockstep(*arguments: str | Path) -> list[str | Path]:
-    """The words of a blockstep command line, run by this interpreter from the package that it imports."""
-    return [sys.executable, "-c", "import sys; from blockstep.cli import main; sys.exit(main())", *arguments]
+def blockstep(*arguments: str | Path, before: str = "") -> list[str | Path]:
+    """The words of a blockstep command line, run by this interpreter from the package that it imports.
+
+    ``before``: statements that it executes before, each with a semicolon.
+    """
+    return [sys.executable, "-c", f"{before}import sys; from blockstep.cli import main; sys.exit(main())", *arguments]
 
 
 class QMP:
