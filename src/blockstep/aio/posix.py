@@ -43,6 +43,7 @@ _ZERO_RANGE, _PUNCH_HOLE, _KEEP_SIZE = 0x10, 0x02, 0x01  # <linux/falloc.h>
 _IN_MEMORY: Final = {0x01021994, 0x858458F6}  # tmpfs, ramfs: <linux/magic.h>
 _UNSUPPORTED: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
 _BLKGETSIZE64: Final = 0x80081272  # <linux/fs.h>
+_BLKROGET: Final = 0x125E
 #: Where the lock of a writer lies: a byte that no disk reaches and no other program is known to lock.
 _LOCK_BYTE: Final = (1 << 62) + 0x626C6B
 
@@ -241,7 +242,7 @@ class OpenFile:
 
     def __init__(self, filename: str, *, writable: bool, direct: bool = False, locking: Locking = "auto",
                  create: bool = False) -> None:
-        """Raises OSError that names the file: ENOENT, EACCES, EBUSY (locked), EINVAL (no O_DIRECT here) ..."""
+        """Raises OSError that names the file: ENOENT, EACCES, EROFS, EBUSY (locked), EINVAL (no O_DIRECT here) ..."""
         self.filename = filename
         self.locking = locking
         self.writable = writable
@@ -314,11 +315,19 @@ def _open_storage(filename: str, flags: int) -> int:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise OSError(errno.EINVAL, "neither a regular file nor a block device", filename)
+        if flags & os.O_RDWR and stat.S_ISBLK(mode) and _is_read_only(fd):
+            raise OSError(errno.EROFS, "the block device is read-only: open it read-only, or make it writable with "
+                                       "'blockdev --setrw'", filename)
         os.set_blocking(fd, True)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def _is_read_only(fd: int) -> bool:
+    """Whether writes to a block device fail: that it could be opened for them does not say."""
+    return bool(struct.unpack("@i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))[0])
 
 
 def _flags(writable: bool, direct: bool) -> int:

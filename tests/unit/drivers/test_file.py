@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import itertools
 import os
+import stat
+import struct
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -367,6 +371,47 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path, name: str, code: int) ->
         asyncio.run(opened(Graph(), tmp_path / name))
     assert caught.value.errno == code
     assert caught.value.filename == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("how", ["loop", "injected"])
+def test_a_read_only_block_device_is_not_opened_for_writing(
+        image: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    if how == "loop":
+        device = loop_device(image)
+        subprocess.run(["blockdev", "--setro", device], check=True)
+    else:
+        device, ioctl = image, fcntl.ioctl
+        monkeypatch.setattr(stat, "S_ISBLK", lambda mode: True)
+        monkeypatch.setattr(fcntl, "ioctl", lambda fd, request, argument: (
+            struct.pack("@i", 1) if request == 0x125E else ioctl(fd, request, argument)))
+
+    async def scenario() -> None:
+        graph = Graph()
+        with pytest.raises(OSError, match="read-only: open it read-only, or make it writable with 'blockdev --setrw'"
+                           ) as caught:
+            await opened(graph, device)
+        assert (caught.value.errno, caught.value.filename) == (errno.EROFS, str(device))
+        node = await opened(graph, device, **{"auto-read-only": True})
+        assert node.read_only
+        with pytest.raises(OSError, match="setrw"):
+            await graph.reopen([(node, {"read-only": False})])
+        await graph.close(node)
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        if how == "loop":
+            subprocess.run(["losetup", "-d", device], check=True)
+
+
+def loop_device(image: Path) -> Path:
+    """A loop device over the image, or a skip where there are none."""
+    image.write_bytes(bytes(MiB))
+    try:
+        made = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no loop devices here: {error}")
+    return Path(made.stdout.strip())
 
 
 def test_a_character_device_is_no_disk() -> None:
