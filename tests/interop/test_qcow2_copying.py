@@ -24,11 +24,12 @@ OPTIONS = ("compat=1.1", "compat=0.10", "compat=1.1,cluster_size=512", "compat=1
 
 
 def source(path: Path, rnd: random.Random, length: int = SIZE) -> bytes:
-    """A file with data, zeroes, a hole, and an end before the disk's."""
+    """A file with data, zeroes, and a hole at its end."""
     data = b"".join(rnd.choice((rnd.randbytes(size), bytes(size)))
                     for size in (512 * rnd.randrange(1, 200) for _ in range(length // 51200 + 1)))
     data = data[:length - rnd.choice((0, 0, 700))]
     path.write_bytes(data)
+    os.truncate(path, length)
     return data.ljust(length, b"\0")
 
 

@@ -204,3 +204,13 @@ async def test_what_cannot_be_served_is_one_line_and_code_3(tmp_path: Path, argu
     assert error.lower() in said.lower()
     assert said.startswith("blockstep: ")
     assert len(said.splitlines()) == 1
+
+
+@scenario
+async def test_a_file_that_was_deleted_while_it_was_served_is_told_of(tmp_path: Path, image: Path) -> None:
+    async with exporting(image, "--socket", tmp_path / "sock", stderr=subprocess.PIPE) as server:
+        image.unlink()
+        server.process.terminate()
+        _, said = await server.process.communicate()
+        assert said.decode().startswith(f"blockstep: {image} was deleted: its data end with this program")
+        assert server.process.returncode == 0

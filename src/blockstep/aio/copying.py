@@ -6,13 +6,14 @@ fresh memory for each read costs a page fault per 4 KiB, as much as the copy its
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from typing import Final
 
 from bitarray import bitarray
 
-from blockstep.aio.posix import Buffer, write_whole
+from blockstep.aio.posix import Buffer, EndOfFile, write_whole
 
 #: Zeroes within data are looked for in pieces of this size.
 PIECE: Final = 64 << 10
@@ -55,10 +56,10 @@ def zero_runs(data: Buffer, piece: int = PIECE) -> list[tuple[int, bool]]:
 
 
 def copy_pieces(of: tuple[int, int], to: tuple[int, int], length: int, piece: int) -> list[tuple[int, bool]]:
-    """Copy ``length`` bytes between two places (descriptor, offset). What the one file has no more reads as zeroes.
+    """Copy ``length`` bytes between two places (descriptor, offset).
 
     Returns runs of (length, whether they are zeroes): those, in pieces of ``piece`` bytes (0: none are looked for), are
-    *not* written. Raises OSError; how much was written then is not known.
+    *not* written. Raises OSError, EndOfFile for one; how much was written then is not known.
     """
     runs: list[tuple[int, bool]] = []
     step = max(_STEP // piece * piece, piece) if piece else _STEP
@@ -91,6 +92,5 @@ def _fill(of: tuple[int, int], view: memoryview) -> None:
     while done < len(view):
         count = os.preadv(of[0], (view[done:],), of[1] + done)
         if not count:
-            view[done:] = bytes(len(view) - done)
-            return
+            raise EndOfFile(errno.EIO, f"the file ends at {of[1] + done} bytes, before what is copied")
         done += count

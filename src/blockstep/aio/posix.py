@@ -27,7 +27,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 Buffer = bytes | bytearray | memoryview
 Locking = Literal["on", "off", "auto"]
@@ -130,11 +130,28 @@ def quick_io(fd: int) -> tuple[Reader, Writer]:
 # --- whole ranges; these wait ---
 
 
+class EndOfFile(OSError):
+    """A file ends before what was to be read of it (EIO)."""
+
+
 def read_whole(fd: int, length: int, offset: int) -> Buffer:
+    """Exactly ``length`` bytes. Raises EndOfFile."""
+    data, count = _read(fd, length, offset)
+    if count < length:
+        raise EndOfFile(errno.EIO, f"the file ends at {offset + count} bytes, before what is read")
+    return data
+
+
+def read_padded(fd: int, length: int, offset: int) -> Buffer:
     """Exactly ``length`` bytes; what lies beyond the end of the file reads as zeroes."""
+    return _read(fd, length, offset)[0]
+
+
+def _read(fd: int, length: int, offset: int) -> tuple[Buffer, int]:
+    """``length`` bytes, and how many of them are the file's; the rest is zero."""
     data = os.pread(fd, length, offset)
     if len(data) == length:
-        return data
+        return data, length
     buffer = bytearray(length)
     done = len(data)
     buffer[:done] = data
@@ -144,7 +161,7 @@ def read_whole(fd: int, length: int, offset: int) -> Buffer:
             if not count:
                 break
             done += count
-    return buffer
+    return buffer, done
 
 
 def write_whole(fd: int, data: Buffer, offset: int, flags: int = 0) -> None:
@@ -230,6 +247,13 @@ def length_of(fd: int) -> int:
 # --- open files ---
 
 
+class Fault(NamedTuple):
+    """What somebody else has done to a file that is open."""
+
+    text: str  #: which file, what happened, what to do
+    lasting: bool  #: what is lost stays lost, even if the file looks right again
+
+
 class OpenFile:
     """A file that can be opened anew under the same descriptor number.
 
@@ -248,6 +272,8 @@ class OpenFile:
         self.writable = writable
         self.direct = direct
         self.fd = _open_storage(filename, _flags(writable, direct) | (os.O_CREAT if create else 0))
+        # Names of descriptors mean something else once these are closed; programs may leave their directory.
+        self._path = None if filename.startswith(("/dev/fd/", "/proc/")) else os.path.abspath(filename)
         try:
             self._lock = self._take_lock() if writable else -1
         except BaseException:
@@ -259,6 +285,41 @@ class OpenFile:
         os.close(self.fd)
         if self._lock >= 0:
             os.close(self._lock)
+
+    def shortened(self, length: int) -> OSError:
+        """The error (EIO) of a read for which the file, once of ``length`` bytes, is too short now."""
+        return OSError(errno.EIO, self._shortened(length))
+
+    def _shortened(self, length: int) -> str:
+        now = length_of(self.fd)
+        return f"{self._path or self.filename} was shortened from {length} to {now} bytes: what was there is lost"
+
+    def fault(self, length: int) -> Fault | None:
+        """Whether the file, of ``length`` bytes or more, is still what it was, and still under its name.
+
+        May wait for the filesystem. A name that cannot be looked at says nothing.
+        """
+        mine, path = os.fstat(self.fd), self._path
+        is_device = stat.S_ISBLK(mine.st_mode)
+        there = None
+        if path is not None:
+            try:
+                there = os.stat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError:
+                path = None
+        if path is not None and not is_device and not mine.st_nlink:
+            also = ", and another file put in its place" if there else ""
+            return Fault(f"{path} was deleted{also}: its data end with this program; copy "
+                         f"/proc/{os.getpid()}/fd/{self.fd} before that", True)
+        if length_of(self.fd) < length:
+            return Fault(self._shortened(length), True)
+        if path is None or (there and (there.st_rdev == mine.st_rdev if is_device else os.path.samestat(there, mine))):
+            return None
+        if there or is_device:
+            return Fault(f"{path} is not the one in use any more: put that back before this program ends", False)
+        return Fault(f"{path} was moved away: put it back before this program ends", False)
 
     def prepare_reopen(self, writable: bool, direct: bool) -> tuple[Callable[[], None], Callable[[], None]]:
         """Open it in another way; returns (commit, abort). Nothing may be in flight at the commit."""

@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
 
 from blockstep.aio.inline import submit
+from blockstep.aio.posix import Fault
 from blockstep.block.node import Child, Node, NodeOptions, NodeRef
 from blockstep.block.permissions import Role
 from blockstep.errors import OptionError
@@ -170,6 +171,10 @@ class Driver(Node):
         None if there is no such place, and for filters. Good until the next write to the range, change of the
         options or make_empty. Copying *to* the place would go past the node: do not.
         """
+        return None
+
+    def storage_fault(self) -> Fault | None:
+        """What somebody else has done to the node's own storage since it was opened. May wait: for a thread."""
         return None
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:

@@ -39,6 +39,8 @@ def failover(
             point = f"at checkpoint {answer['epoch']}" if to == "checkpoint" else "with the latest data of the primary"
             print(f"promoted {point} after {format_duration(answer['seconds'])}; the disks can be used:",
                   *answer["exports"], sep="\n", flush=True)
+        for fault in answer["faults"]:
+            print(f"blockstep: {fault}", file=sys.stderr, flush=True)
         if wait and to == "checkpoint":
             answer["merged"] = await _follow(qmp, show=not json_)
         return answer

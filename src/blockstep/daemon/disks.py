@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from blockstep.images.opened import ImageName
 from blockstep.jobs.job import Job
 from blockstep.nbd.server import Server, passed_sockets
 from blockstep.nbd.uri import Address, InetAddress, NbdUri, UnixAddress
-from blockstep.qmp.commands.replication import WorkStatus
+from blockstep.qmp.commands.replication import Health, WorkStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,14 @@ def _address_of(fd: int) -> Address | None:
 def uris(addresses: Sequence[Address], names: Iterable[str], tls: bool) -> list[str]:
     """The NBD URIs of exports at each address. ``tls``: they demand it."""
     return [str(NbdUri(address, name, tls=tls)) for name in names for address in addresses]
+
+
+def with_faults(health: tuple[Health, str], faults: Mapping[str, str]) -> tuple[Health, str]:
+    """A health and its reason, for a pair some disks of which have `faults` (see `daemon.files`)."""
+    if not faults:
+        return health
+    reasons = [f"disk '{name}': {fault}" for name, fault in faults.items()]
+    return "at-risk", "; ".join([*reasons, health[1]] if health[1] else reasons)
 
 
 def work_status(kind: Literal["sync", "resync", "failover"], jobs: Sequence[Job]) -> WorkStatus:

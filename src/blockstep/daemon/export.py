@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Literal
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import NONE, READ, WRITE
 from blockstep.daemon.disks import serve, uris
+from blockstep.daemon.files import Files
 from blockstep.daemon.service import Service
 from blockstep.images.opened import ImageName
 from blockstep.inventory.notices import tell
@@ -52,6 +54,8 @@ async def main(config: ExportConfig, ready: Callable[[list[str]], None]) -> None
     options = await image.node_options(writable=not config.read_only)
     node = await graph.open({**options, "node-name": "disk", "discard": config.discard})
     backend = graph.attach_backend(node, "export", READ | (NONE if config.read_only else WRITE))
+    files = Files(lambda: _tell_faults(files))
+    files.watch("disk", node)
     server = Server(tls=config.tls, tls_context=tls, max_connections=config.max_connections)
     try:
         server.add(Export(config.name, backend))
@@ -60,9 +64,15 @@ async def main(config: ExportConfig, ready: Callable[[list[str]], None]) -> None
         await service.wait()
     finally:
         await server.stop()
+        await files.close()
         try:
             if not config.read_only:
                 await backend.flush()
         finally:
             await graph.detach_backend(backend)
             await graph.close(node)
+
+
+def _tell_faults(files: Files) -> None:
+    for fault in files.faults.values():
+        print(f"blockstep: {fault}", file=sys.stderr, flush=True)

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any, Literal
 
 from blockstep.daemon.disks import missing_last, serve, uris
+from blockstep.daemon.files import Files
 from blockstep.daemon.primary_checkpoints import Checkpoints, ended
 from blockstep.daemon.primary_setup import PrimaryConfig, PrimaryDisk, open_disk
 from blockstep.daemon.primary_standby import StandbySide
@@ -59,7 +60,9 @@ class Primary(Service):
         self.sync = Sync(self.graph, self.jobs, self.disks)
         self.checkpoints = Checkpoints(config, self.disks, self.standby, self._post, lambda: self.coordinator.state,
                                        self.emit, clock)
-        self._status = PrimaryStatus(config, self.disks, self.coordinator, self.checkpoints, self.sync, clock)
+        self._files = Files(lambda: self.emit(self._status.event()))
+        self._status = PrimaryStatus(config, self.disks, self.coordinator, self.checkpoints, self.sync, self._files,
+                                     clock)
         self._server: NbdServer | None = None
         self._addresses: list[Address] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -80,6 +83,7 @@ class Primary(Service):
                 disk.link.on_fail = partial(self._link_failed, spec.name)
                 disk.link.on_written = self.checkpoints.written
                 self.disks[spec.name] = disk
+                self._files.watch(spec.name, self.graph.find(f"{spec.name}-disk"))
             for spec in self.config.disks:  # in the user's order
                 self.disks[spec.name] = self.disks.pop(spec.name)
             tls = server_context(self.config.export_tls, verify_peer=True) if self.config.export_tls else None
@@ -114,6 +118,7 @@ class Primary(Service):
             task.cancel()
         if self._cleanup:
             await self._cleanup
+        await self._files.close()
         lost: list[OSError | None] = []
         for name, disk in self.disks.items():
             storage = self.graph.find(f"{name}-disk")
@@ -267,6 +272,10 @@ class Primary(Service):
                     connection.has_grown(size)
 
     # --- how it is ---
+
+    async def look(self) -> None:
+        """Find out how the disks' files are."""
+        await self._files.look()
 
     def status(self) -> qmp.PairStatus:
         """The truth, at once."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from blockstep.daemon.disks import with_faults
+from blockstep.daemon.files import Files
 from blockstep.daemon.primary_checkpoints import Checkpoints
 from blockstep.daemon.primary_setup import PrimaryConfig, PrimaryDisk
 from blockstep.daemon.primary_sync import Sync
@@ -15,12 +17,15 @@ class PrimaryStatus:
     """Reads what the parts of a primary know; changes nothing."""
 
     def __init__(self, config: PrimaryConfig, disks: Mapping[str, PrimaryDisk], coordinator: c.Coordinator,
-                 checkpoints: Checkpoints, sync: Sync, clock: Callable[[], float]) -> None:
+                 checkpoints: Checkpoints, sync: Sync, files: Files, clock: Callable[[], float]) -> None:
         self._config, self._disks, self._coordinator = config, disks, coordinator
-        self._checkpoints, self._sync, self._clock = checkpoints, sync, clock
+        self._checkpoints, self._sync, self._files, self._clock = checkpoints, sync, files, clock
 
     def health(self) -> tuple[qmp.Health, str]:
         """How it is, and why it is not healthy."""
+        return with_faults(self._health(), self._files.faults)
+
+    def _health(self) -> tuple[qmp.Health, str]:
         coordinator = self._coordinator
         if coordinator.state in (c.State.OFFLINE, c.State.FENCED, c.State.STOPPED):
             return "at-risk", coordinator.reason
@@ -54,7 +59,8 @@ class PrimaryStatus:
     def _disk_status(self, name: str, disk: PrimaryDisk) -> qmp.DiskStatus:
         state = "replicating" if disk.link.on else "syncing" if disk.job else self._coordinator.state.value
         return qmp.DiskStatus(name=name, format=disk.spec.format, size=disk.link.length, state=state,
-                              behind=disk.link.behind, buffer_used=0, buffer_limit=0, reason="")
+                              behind=disk.link.behind, buffer_used=0, buffer_limit=0,
+                              reason=self._files.faults.get(name, ""))
 
     def event(self) -> qmp.ReplicationState:
         """The state as it is announced."""

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 from blockstep.aio.pool import in_thread
 from blockstep.daemon import promotion
 from blockstep.daemon.disks import missing_last, serve, uris
+from blockstep.daemon.files import Files
 from blockstep.daemon.service import Service
 from blockstep.daemon.standby_ends import Ends
 from blockstep.daemon.standby_link import PrimarysSide
@@ -51,7 +52,8 @@ class Standby(Service):
         self.inventory = Inventory()
         self.inventory.on_event = self._happened
         self.graph, self.jobs, self.registry = self.inventory.graph, self.inventory.jobs, self.inventory.replication
-        self.situation = Situation(config, clock)
+        self._files = Files(self._tell)
+        self.situation = Situation(config, clock, self._files)
         self.link = PrimarysSide(self.situation, self.graph, self.registry, self._tell, self.status,
                                  self._refused)
         self.ends = Ends(self.situation, self.registry, self.link.revoke, self.emit, self._tell)
@@ -76,6 +78,7 @@ class Standby(Service):
                 disk = await open_disk(self.graph, self.config, spec)
                 disk.filter.on_error = partial(self._not_saved, disk)
                 self.disks[spec.name] = disk
+                self._files.watch(spec.name, self.graph.find(f"{spec.name}-secondary"))
             for spec in self.config.disks:  # in the user's order
                 self.disks[spec.name] = self.disks.pop(spec.name)
             tls = server_context(self.config.tls, verify_peer=True) if self.config.tls else None
@@ -105,6 +108,7 @@ class Standby(Service):
         if self._view_server:
             await self._view_server.stop()
         torn = await self.ends.close()
+        await self._files.close()
         lost: list[OSError | None] = []
         for disk in self.disks.values():
             if disk.filter.stage is not Stage.NONE:
@@ -128,7 +132,10 @@ class Standby(Service):
         """Promote: see `qmp.replication_failover`."""
         started = self._clock()
         await self.ends.fail_over(to)
-        return qmp.Promoted(epoch=self.situation.epoch, seconds=self._clock() - started, exports=self.exports)
+        seconds = self._clock() - started
+        await self.look()
+        faults = [f"disk '{name}': {fault}" for name, fault in self._files.faults.items()]
+        return qmp.Promoted(epoch=self.situation.epoch, seconds=seconds, exports=self.exports, faults=faults)
 
     async def resize(self, disk: str, size: int) -> None:
         """A promoted standby's disks can grow; before that it follows its primary."""
@@ -152,6 +159,10 @@ class Standby(Service):
     def exports(self) -> list[str]:
         """The NBD URIs of the views."""
         return uris(self._addresses, self.disks, tls=self.config.view_tls is not None)
+
+    async def look(self) -> None:
+        """Find out how the disks' files are."""
+        await self._files.look()
 
     def status(self) -> qmp.PairStatus:
         """The truth, at once."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from blockstep.daemon.disks import work_status
+from blockstep.daemon.disks import with_faults, work_status
+from blockstep.daemon.files import Files
 from blockstep.daemon.standby_setup import StandbyConfig, StandbyDisk
 from blockstep.drivers.replication import Stage
 from blockstep.jobs.job import Job
@@ -23,8 +24,8 @@ from blockstep.qmp.schema import Monitor
 class Situation:
     """What a standby knows of itself: its parts write here what they do, and `Standby.status` reads it."""
 
-    def __init__(self, config: StandbyConfig, clock: Callable[[], float]) -> None:
-        self.config, self.clock = config, clock
+    def __init__(self, config: StandbyConfig, clock: Callable[[], float], files: Files) -> None:
+        self.config, self.clock, self.files = config, clock, files
         self.disks: dict[str, StandbyDisk] = {}
         #: The connection of the primary that is attached.
         self.primary: Monitor | None = None
@@ -92,6 +93,9 @@ class Situation:
 
     def health(self) -> tuple[qmp.Health, str]:
         """How it is, and why it is not healthy."""
+        return with_faults(self._health(), self.files.faults)
+
+    def _health(self) -> tuple[qmp.Health, str]:
         state = self.state
         if state == "failover-failed" or (state == "stopped" and self.unfinished):
             return "at-risk", self.what_is_left()
@@ -146,10 +150,11 @@ class Situation:
 
     def _disk_status(self, name: str, disk: StandbyDisk) -> qmp.DiskStatus:
         ended = self.declines() and not self.promoting
+        reasons = [self.files.faults.get(name, ""), *([self.lacks(disk)] if ended else disk.errors[:1])]
         return qmp.DiskStatus(
             name=name, format=disk.spec.format, size=disk.view.length, state=self._disk_state(disk), behind=0,
             buffer_used=disk.buffer.used if disk.buffer else 0, buffer_limit=self.config.buffer_limit,
-            reason=self.lacks(disk) if ended else "; ".join(disk.errors[:1]))
+            reason="; ".join(filter(None, reasons)))
 
     def _disk_state(self, disk: StandbyDisk) -> str:
         if disk.filter.stage is Stage.DONE:

@@ -21,7 +21,7 @@ and a failure is written down in the thread that met it. What is left is a FUA w
 was told would have to be held up, between the kernel and the next line, until the other has been answered.
 ``cache.no-flush`` gives all of that up: flush and FUA then mean nothing.
 
-The end of the file may lie before the node's end (somebody shortened it): what is missing reads as zeroes.
+A file that somebody has shortened fails reads of what is missing (EIO); it does not read as zeroes.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from blockstep.aio.copying import copy_pieces
 from blockstep.aio.pool import in_thread, made_in_thread
 from blockstep.aio.posix import (
     INLINE,
+    EndOfFile,
+    Fault,
     Locking,
     OpenFile,
     Reader,
@@ -144,11 +146,14 @@ class File(Driver):
         return await found if found.__class__ is CoroutineType else found  # type: ignore[return-value]
 
     async def _read_waiting(self, offset: int, length: int) -> Buffer:
-        if self._alignment > 1:
-            return await in_thread(_read_direct, self.fd, length, offset, self._alignment)
-        if length > INLINE:
-            return await in_thread(read_whole, self.fd, length, offset)
-        return await self._cold.read(self.fd, length, offset)
+        try:
+            if self._alignment > 1:
+                return await in_thread(_read_direct, self.fd, length, offset, self._alignment)
+            if length > INLINE:
+                return await in_thread(read_whole, self.fd, length, offset)
+            return await self._cold.read(self.fd, length, offset)
+        except EndOfFile:
+            raise self._file.shortened(self.length) from None
 
     def begin_write(self, offset: int, data: Buffer) -> Awaitable[None] | None:
         if len(data) <= INLINE and self._write(self.fd, data, offset) == len(data):
@@ -248,7 +253,13 @@ class File(Driver):
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         if self._is_device:
             return [Extent(length)]
-        return await in_thread(file_status, self.fd, offset, length)
+        extents = await in_thread(file_status, self.fd, offset, length)
+        if extents[-1].zero and length_of(self.fd) < offset + sum(extent.length for extent in extents):
+            raise self._file.shortened(self.length)
+        return extents
+
+    def storage_fault(self) -> Fault | None:
+        return self._file.fault(self.length)
 
     def raw_range(self, offset: int, length: int) -> tuple[int, int] | None:
         return self.fd, offset
@@ -270,7 +281,12 @@ class File(Driver):
                 await self.write_zeroes(self.length, length - self.length, MAY_UNMAP)
             self.length = length
             return
-        await in_thread(os.ftruncate, self.fd, length)
+        before, self.length = self.length, min(self.length, length)  # never more than the file has
+        try:
+            await in_thread(os.ftruncate, self.fd, length)
+        except OSError:
+            self.length = before
+            raise
         self.length = length
 
     async def prepare_reopen(self, options: Mapping[str, Any]) -> Prepared:
@@ -338,18 +354,20 @@ def _read_direct(fd: int, length: int, offset: int, alignment: int) -> Buffer:
     start = offset & -alignment
     end = -(-(offset + length) // alignment) * alignment
     view = memoryview(mmap.mmap(-1, end - start))
-    _fill(fd, view, start)
+    if _fill(fd, view, start) < offset - start + length:
+        raise EndOfFile(errno.EIO, "the file ends before what is read")
     return view[offset - start:offset - start + length]
 
 
-def _fill(fd: int, view: memoryview, offset: int) -> None:
-    """Read into all of ``view``; what lies beyond the end of the file is left alone."""
+def _fill(fd: int, view: memoryview, offset: int) -> int:
+    """Read into all of ``view``, and return how much; what lies beyond the end of the file is left alone."""
     done = 0
     while done < len(view):
         count = os.preadv(fd, (view[done:],), offset + done)
         done += count
         if not count or count & 511:  # an odd count is the end of the file
-            return
+            break
+    return done
 
 
 def _write_direct(fd: int, data: Buffer, offset: int, start: int, end: int, alignment: int, sync: int) -> None:

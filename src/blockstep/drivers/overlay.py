@@ -35,11 +35,14 @@ from typing import Any, ClassVar, Final
 from blockstep.aio.pool import in_background, in_thread, made_in_thread
 from blockstep.aio.posix import (
     INLINE,
+    EndOfFile,
+    Fault,
     Locking,
     Reader,
     Writer,
     punch_hole,
     quick_io,
+    read_padded,
     read_whole,
     write_whole,
 )
@@ -209,12 +212,17 @@ class Overlay(Driver):
                 data = self._read(self._fd, length, offset + self._base)
                 if len(data) == length:
                     return data
-            return await in_thread(read_whole, self._fd, length, offset + self._base)
+            try:
+                return await in_thread(read_whole, self._fd, length, offset + self._base)
+            except EndOfFile:
+                if self._image is None:
+                    raise
+                raise self._image.file.shortened(self._base + self.length) from None
         pieces = []
         for run, spilled in self._spilled.extents(offset, length):
             if spilled:
                 assert self._spill is not None
-                pieces.append(await in_thread(read_whole, self._spill, run, offset))
+                pieces.append(await in_thread(read_padded, self._spill, run, offset))
             else:
                 pieces.append(read_whole(self._fd, run, offset))
             offset += run
@@ -435,6 +443,9 @@ class Overlay(Driver):
     def _not_held(self, offset: int, length: int) -> Extent:
         nothing = self.backing is None or self.backing.node.length <= offset
         return Extent(length, data=False, zero=nothing, allocated=False)
+
+    def storage_fault(self) -> Fault | None:
+        return self._image.file.fault(self._base + self.length) if self._image else None
 
     # --- emptying ---
 

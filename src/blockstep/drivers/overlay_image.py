@@ -35,7 +35,16 @@ import struct
 import zlib
 from typing import Final
 
-from blockstep.aio.posix import Locking, OpenFile, data_runs, length_of, punch_hole, read_whole, write_whole
+from blockstep.aio.posix import (
+    Locking,
+    OpenFile,
+    data_runs,
+    length_of,
+    punch_hole,
+    read_padded,
+    read_whole,
+    write_whole,
+)
 from blockstep.block.bitmap import Bitmap
 from blockstep.units import MiB, TiB
 
@@ -177,7 +186,7 @@ class OverlayImage:
             os.close(directory)
 
     def _load(self) -> None:
-        header = read_whole(self.fd, _HEADER.size + _CRC.size, 0)
+        header = read_padded(self.fd, _HEADER.size + _CRC.size, 0)
         magic, version, self.cluster_size, self.data_offset, map0, map1, self._map_size = _HEADER.unpack_from(header)
         if magic != _MAGIC:
             raise self._bad("is not an overlay image")
@@ -186,7 +195,7 @@ class OverlayImage:
         if _CRC.unpack_from(header, _HEADER.size)[0] != zlib.crc32(header[:_HEADER.size]):
             raise self._bad("is damaged: the checksum of its header is wrong")
         self._maps = map0, map1
-        states = [state for slot in (0, 1) if (state := _parse_state(read_whole(self.fd, _BLOCK, _slot(slot))))]
+        states = [state for slot in (0, 1) if (state := _parse_state(read_padded(self.fd, _BLOCK, _slot(slot))))]
         if not states:
             raise self._bad("is damaged: neither of its two states has a right checksum")
         self.generation, self.length, self._map = max(states)

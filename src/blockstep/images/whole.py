@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from blockstep.aio.posix import OpenFile, length_of, read_whole, write_whole
+from blockstep.aio.posix import OpenFile, length_of, read_padded, write_whole
 from blockstep.errors import OptionError
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ class WholeFile:
         self.length = length_of(file.fd)
 
     def read(self, offset: int, length: int) -> bytes | bytearray | memoryview:
-        """Exactly ``length`` bytes."""
-        return read_whole(self._fd, length, offset)
+        """Exactly ``length`` bytes; zeroes behind the end of the file."""
+        return read_padded(self._fd, length, offset)
 
     def write(self, offset: int, data: bytes) -> None:
         """Also behind the end of the file."""

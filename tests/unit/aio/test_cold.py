@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from blockstep.aio.cold import BATCH, LOOK, SMALL, THREADS, ColdReads
+from blockstep.aio.posix import EndOfFile
 
 
 def nothing(fd: int, length: int, offset: int) -> bytes:
@@ -41,11 +42,12 @@ def test_each_read_gets_its_own_bytes_however_many_there_are(tmp_path: Path) -> 
         os.close(fd)
 
 
-def test_what_lies_beyond_the_end_of_the_file_is_zero(tmp_path: Path) -> None:
+def test_a_read_beyond_the_end_of_the_file_fails(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(b"abc")
     fd = os.open(tmp_path / "disk", os.O_RDONLY)
     try:
-        assert bytes(asyncio.run(in_threads().read(fd, 5, 1))) == b"bc\0\0\0"
+        with pytest.raises(EndOfFile, match="ends at 3 bytes"):
+            asyncio.run(in_threads().read(fd, 5, 1))
     finally:
         os.close(fd)
 

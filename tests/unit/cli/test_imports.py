@@ -38,7 +38,7 @@ ASKING = OURS | {"cli.control", "places", "qmp", "qmp.client", "qmp.errors"}
 ANSWER: dict[str, Any] = {
     "pair": "web", "role": "primary", "peer": "", "state": "replicating", "health": "healthy", "reason": "",
     "checkpoint": None, "checkpoint-every": 0, "checkpoint-bytes": 0, "ack": "local", "work": None, "disks": [],
-    "exports": ["nbd://here/a"], "epoch": 3, "pause": 0.001, "seconds": 0.01}
+    "exports": ["nbd://here/a"], "epoch": 3, "pause": 0.001, "seconds": 0.01, "faults": []}
 
 
 def imported(directory: Path, *words: str | Path, code: int = 0) -> tuple[set[str], set[str]]:

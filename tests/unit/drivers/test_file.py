@@ -11,6 +11,7 @@ import stat
 import struct
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 import blockstep.drivers  # noqa: F401
 from blockstep.aio import posix
 from blockstep.aio.cold import ColdReads
+from blockstep.aio.copying import copy_pieces
 from blockstep.aio.pool import in_thread
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Extent
 from blockstep.block.graph import Graph
@@ -115,13 +117,139 @@ def test_misaligned_direct_writes_to_one_block_do_not_undo_each_other(image: Pat
     asyncio.run(scenario())
 
 
-def test_what_somebody_cut_off_reads_as_zeroes(image: Path) -> None:
+@pytest.mark.parametrize("how", ["cached", "direct"])
+def test_reads_of_what_somebody_cut_off_fail_and_name_the_file(image: Path, how: str) -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image, **(direct(image) if how == "direct" else {}))
+        await node.pwrite(0, b"x" * 5000)
+        os.truncate(image, 4096)
+        assert bytes(await node.pread(4000, 96)) == b"x" * 96
+        for offset, length in ((4000, 97), (200_000, 5), (0, SIZE)):
+            with pytest.raises(OSError, match=f"{image} was shortened from {SIZE} to 4096 bytes") as caught:
+                await node.pread(offset, length)
+            assert caught.value.errno == errno.EIO
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_what_somebody_cut_off_is_no_hole(image: Path) -> None:
     async def scenario() -> None:
         graph = Graph()
         node = await opened(graph, image)
-        await node.pwrite(0, b"x" * 100)
-        os.truncate(image, 50)
-        assert bytes(await node.pread(0, 100)) == b"x" * 50 + bytes(50)
+        os.truncate(image, MiB // 8)
+        assert await node.block_status(0, MiB // 8) == [Extent(MiB // 8, data=False, zero=True)]
+        with pytest.raises(OSError, match="was shortened"):
+            await node.block_status(0, SIZE)
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_what_somebody_cut_off_is_not_copied_as_zeroes(tmp_path: Path) -> None:
+    (tmp_path / "of").write_bytes(b"x" * MiB)
+    of, to = os.open(tmp_path / "of", os.O_RDWR), os.open(tmp_path / "to", os.O_RDWR | os.O_CREAT)
+    try:
+        os.truncate(of, MiB - 1)
+        with pytest.raises(posix.EndOfFile):
+            copy_pieces((of, 0), (to, 0), MiB, 65536)
+    finally:
+        os.close(of)
+        os.close(to)
+
+
+# --- what somebody else does to the file ---
+
+
+def put_another_there(path: Path) -> None:
+    path.with_name("new").write_bytes(bytes(SIZE))
+    path.with_name("new").rename(path)
+
+
+def exchange(path: Path) -> None:
+    path.rename(path.with_name("old"))
+    put_another_there(path)
+
+
+@pytest.mark.parametrize(("do", "said", "lasting"), [
+    (Path.unlink, "was deleted: its data end with this program; copy /proc/", True),
+    (put_another_there, "was deleted, and another file put in its place: ", True),
+    (lambda path: os.truncate(path, 100), f"was shortened from {SIZE} to 100 bytes: ", True),
+    (lambda path: path.rename(path.with_name("old")), "was moved away: put it back", False),
+    (exchange, "is not the one in use any more: put that back", False),
+])
+def test_a_fault_of_the_file_is_told(image: Path, do: Callable[[Path], object], said: str, lasting: bool) -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+        assert node.storage_fault() is None
+        do(image)
+        fault = node.storage_fault()
+        assert fault is not None
+        assert fault.text.startswith(f"{image} {said}")
+        assert fault.lasting is lasting
+        if "copy " in fault.text:
+            copy = fault.text.partition("copy ")[2].partition(" ")[0]
+            assert Path(copy).read_bytes() == bytes(SIZE)
+        if not lasting:
+            image.with_name("old").replace(image)
+            assert node.storage_fault() is None
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_its_own_resize_is_no_fault(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults: list[posix.Fault | None] = []
+    ftruncate = os.ftruncate
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+
+        def looked_at(fd: int, length: int) -> None:
+            faults.append(node.storage_fault())
+            ftruncate(fd, length)
+            faults.append(node.storage_fault())
+
+        monkeypatch.setattr(os, "ftruncate", looked_at)
+        for length in (1000, MiB):
+            await node.truncate(length)
+            faults.append(node.storage_fault())
+        await graph.close(node)
+
+    asyncio.run(scenario())
+    assert faults == [None] * 6
+
+
+def test_of_a_passed_descriptor_only_the_length_is_looked_at(image: Path, tmp_path: Path) -> None:
+    passed = os.open(image, os.O_RDWR)
+    image.unlink()
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, Path(f"/dev/fd/{passed}"))
+        os.close(passed)
+        assert node.storage_fault() is None
+        os.truncate(node.fd, 5)
+        fault = node.storage_fault()
+        assert fault is not None
+        assert "was shortened" in fault.text
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_a_relative_name_is_looked_at_from_where_it_was_opened(
+        image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(image.parent)
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, Path(image.name))
+        monkeypatch.chdir("/")
+        assert node.storage_fault() is None
         await graph.close(node)
 
     asyncio.run(scenario())

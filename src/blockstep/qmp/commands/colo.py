@@ -127,7 +127,7 @@ async def replication_failover(context: Holder, args: pair.FailoverArguments) ->
     else:
         await inventory.colo.fail_over()
     return pair.Promoted(epoch=inventory.colo.epoch, seconds=time.monotonic() - began,
-                         exports=_uris(inventory, standby))
+                         exports=_uris(inventory, standby), faults=[])
 
 
 @commands.command("replication-stop")

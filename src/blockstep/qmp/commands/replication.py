@@ -102,11 +102,15 @@ class FailoverArguments(Arguments):
 
 
 class Promoted(Result):
-    """Result of replication-failover. ``seconds``: until the disks could be used."""
+    """Result of replication-failover. ``seconds``: until the disks could be used.
+
+    ``faults``: what has become of the files of the disks, one text a disk; the status has it too. Not by a daemon.
+    """
 
     epoch: int
     seconds: float
     exports: list[str]
+    faults: list[str]
 
 
 class ResizeArguments(Arguments):
@@ -120,6 +124,7 @@ class ResizeArguments(Arguments):
 class Pair(Protocol):
     """What these commands need of their context."""
 
+    async def look(self) -> None: ...
     def status(self) -> PairStatus: ...
     async def checkpoint(self) -> Committed: ...
     async def fail_over(self, to: Literal["checkpoint", "latest"]) -> Promoted: ...
@@ -129,7 +134,7 @@ class Pair(Protocol):
 
 @commands.event("REPLICATION_STATE")
 class ReplicationState(Event):
-    """The pair, as seen from this end, has entered another state."""
+    """The pair, as seen from this end, has another state, health or reason."""
 
     pair: str
     role: str
@@ -174,6 +179,7 @@ class ReplicationIoError(Event):
 @commands.command("query-replication")
 async def query_replication(context: Pair, args: Arguments) -> PairStatus:
     """How the pair is, as seen from this end. Never waits for the other end."""
+    await context.look()
     return context.status()
 
 

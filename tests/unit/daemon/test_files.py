@@ -1,0 +1,98 @@
+"""When files are looked at, and what becomes of what is seen."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blockstep.aio.posix import Fault
+from blockstep.block.driver import Driver
+from blockstep.block.graph import Graph
+from blockstep.daemon import files as module
+from blockstep.daemon.files import Files
+
+WELL, MOVED, DELETED = None, Fault("moved", False), Fault("deleted", True)
+
+
+class Storage(Driver):
+    """A node whose file is in a state that the test sets."""
+
+    def __init__(self) -> None:
+        self.name, self.children = "disk", {}
+        self.fault: Callable[[], Fault | None] = lambda: WELL
+
+    def storage_fault(self) -> Fault | None:
+        return self.fault()
+
+
+def test_they_are_looked_at_every_few_seconds_without_being_asked(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EVERY", 0.001)
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(512))
+
+    async def main() -> None:
+        seen = asyncio.Event()
+        files = Files(seen.set)
+        graph = Graph()
+        files.watch("disk", await graph.open({"driver": "file", "node-name": "disk", "filename": str(path)}))
+        path.unlink()
+        await asyncio.wait_for(seen.wait(), 10)
+        assert "was deleted" in files.faults["disk"]
+        await files.close()
+        await graph.close(graph.find("disk"))
+
+    asyncio.run(main())
+
+
+def test_a_fault_is_told_once_and_one_that_lasts_for_good() -> None:
+    async def main() -> None:
+        told: list[dict[str, str]] = []
+        storage, files = Storage(), Files(lambda: told.append(files.faults))
+        files.watch("disk", storage)
+        for fault in (WELL, MOVED, MOVED, WELL, DELETED, DELETED, WELL):
+            storage.fault = lambda fault=fault: fault
+            await files.look()
+        await files.close()
+        assert told == [{"disk": "moved"}, {}, {"disk": "deleted"}]
+
+    asyncio.run(main())
+
+
+def test_what_is_seen_from_the_thread_only_is_a_resize_half_done() -> None:
+    async def main() -> None:
+        storage, files = Storage(), Files(lambda: None)
+        storage.fault = lambda: WELL if threading.current_thread() is threading.main_thread() else DELETED
+        files.watch("disk", storage)
+        await files.look()
+        await files.close()
+        assert files.faults == {}
+
+    asyncio.run(main())
+
+
+def test_a_filesystem_that_hangs_holds_up_nobody_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.001)
+    answers, looks = threading.Event(), []
+
+    def hangs() -> Fault | None:
+        looks.append(threading.current_thread())
+        answers.wait(10)
+        return MOVED
+
+    async def main() -> None:
+        storage, files = Storage(), Files(lambda: None)
+        storage.fault = hangs
+        files.watch("disk", storage)
+        for _ in range(5):
+            await files.look()
+        assert (len(looks), files.faults) == (1, {})  # and no thread more than one
+        answers.set()
+        await files.close()
+        assert files.faults == {"disk": "moved"}
+
+    asyncio.run(main())
