@@ -133,6 +133,22 @@ def test_a_daemon_in_the_background_serves_when_its_parent_ends(tmp_path: Path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.img"]
 
 
+def test_a_daemon_in_the_background_needs_no_standard_streams_to_begin_with(tmp_path: Path, image: Path) -> None:
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(started(
+            [*closed, *blockstep("daemon", "--daemonize", *file_node(image), "--qmp", f"unix:{tmp_path}/qmp",
+                                 "--pidfile", tmp_path / "pid")], env=environment()))
+        assert ended(process) == 0
+        qmp = stack.enter_context(contextlib.closing(QMP(tmp_path / "qmp")))
+        fds = {fd: os.readlink(f"/proc/{(tmp_path / 'pid').read_text().strip()}/fd/{fd}") for fd in range(8)}
+        qmp.execute("quit")
+        with pytest.raises((EOFError, OSError)):
+            qmp.execute("query-status")
+    assert {fds[fd] for fd in (0, 1, 2)} == {"/dev/null"}
+    assert str(image) in fds.values()
+
+
 def test_a_daemon_that_cannot_serve_says_so_before_its_parent_ends(tmp_path: Path) -> None:
     said = failing("--daemonize", "--qmp", f"unix:{tmp_path}/qmp", "--pidfile", tmp_path / "pid",
                    "--blockdev", f"file,node-name=f,filename={tmp_path}/missing")

@@ -128,11 +128,25 @@ def test_a_reader_that_has_gone_is_no_news(words: str) -> None:
     with os.fdopen(writer, "w") as pipe:
         done = subprocess.run([sys.executable, "-m", "blockstep", words], stdout=pipe, stderr=subprocess.PIPE,
                               text=True, timeout=30, env=environment())
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_nobody_needs_a_standard_output() -> None:
+def test_nobody_needs_standard_input_output_and_error(tmp_path: Path) -> None:
     assert ended(">&-", "--version") == (0, "")
+    code, said = ended("<&- >&-", "shell", "--socket", str(tmp_path / "missing"))
+    assert code == cli.ERROR
+    assert said.startswith("blockstep: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", ">/dev/full 2>/dev/full"])
+def test_an_error_that_nobody_can_be_told_is_still_that_error(redirection: str, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    assert ended(redirection, "stop", "--qmp", missing) == (cli.ERROR, "")
+    assert ended(redirection, "img", "info", missing) == (1, "")
+    assert ended(redirection, "daemon", "--blockdev", f"file,node-name=n,filename={missing}") == (1, "")
+    assert ended(redirection, "daemon", "--nonsense") == (1, "")
+    assert ended(redirection, "status", "--nonsense") == (cli.ERROR, "")
 
 
 #: Ctrl-C when the command line imports its first module.

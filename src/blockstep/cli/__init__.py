@@ -1,7 +1,8 @@
 """The command line: one command a file. ``blockstep --help`` lists them.
 
-Exit codes: 0 done (for ``status``: healthy), 1 degraded, 2 at risk, 3 error; a usage error is 3 as well. Only
-``daemon`` has those of the program in whose place it stands: 0, and 1 for every error; and so has ``img``, see there.
+Exit codes: 0 done (for ``status``: healthy), 1 degraded, 2 at risk, 3 error; a usage error is 3 as well. As in shells
+130 after Ctrl-C, and 141 if whoever reads the output goes before its end. Only ``daemon`` has those of the program in
+whose place it stands: 0, and 1 for every error; and so has ``img``, see there.
 
 A command imports what it needs and no other's: whoever types ``failover`` is in a hurry, and a server serves its first
 request a good part of a second earlier for that. So this module imports nothing but the standard library until it
@@ -12,7 +13,6 @@ help asks of all of them, and the rest when it is called; and typer comes in whe
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
@@ -75,22 +75,27 @@ def __getattr__(name: str) -> Any:
 def main() -> None:
     """The entry point. Errors are one line on standard error."""
     wanted, *words = sys.argv[1:] or [""]
-    error_code = 1 if wanted == "img" else ERROR
+    error_code = 1 if wanted in ("img", "daemon") else ERROR
+    code: int | str | None
     try:
-        from blockstep.errors import BlockstepError  # inside: Ctrl-C may come while modules are imported
+        from blockstep import streams  # inside: Ctrl-C may come while modules are imported
+        from blockstep.errors import BlockstepError
 
-        code = _carry_out(wanted, words)
-        if code is None:
-            code = _explain(wanted, error_code)
-        print(end="", flush=True)  # what cannot be printed is an error as well; there may be no standard output
+        streams.open_missing()
+        try:
+            code = _carry_out(wanted, words)
+            if code is None:
+                code = _explain(wanted, error_code)
+        except SystemExit as ended:
+            code = ended.code
+        sys.stdout.flush()  # what cannot be printed is an error as well
     except KeyboardInterrupt:
-        code = 130
+        code = 128 + 2
     except BrokenPipeError:  # whoever read what is printed has gone; what is left of it goes nowhere
-        if sys.stdout is not None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        streams.forget(1)
+        code = 128 + 13
     except (BlockstepError, OSError) as error:
-        print(f"blockstep: {error}", file=sys.stderr)
+        streams.complain(f"blockstep: {error}")
         code = error_code
     sys.exit(code)
 
@@ -121,12 +126,16 @@ def _explain(wanted: str, error_code: int) -> int:
     """Help, or an error; or what a command did whose words only typer understands."""
     import typer
 
+    from blockstep.streams import complain
+
     try:
         code = make_app(*((wanted,) if wanted in COMMANDS else COMMANDS))(standalone_mode=False)
     except typer.Abort:
         return 130
+    except SystemExit:  # so it ends when whoever reads the help has gone, and only then
+        raise BrokenPipeError from None
     except typer.TyperException as error:
-        print(f"blockstep: {error.format_message()} (see --help)", file=sys.stderr)
+        complain(f"blockstep: {error.format_message()} (see --help)")
         return error_code
     return code if isinstance(code, int) else 0
 

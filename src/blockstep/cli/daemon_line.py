@@ -8,12 +8,12 @@ process goes into the background if it is to, and errors become one line and exi
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from blockstep.errors import BlockstepError
+from blockstep.streams import complain
 
 FAILED: Final = 1
 
@@ -93,10 +93,8 @@ def main(arguments: Sequence[str]) -> int:
         else:
             _serve(line)
     except (BlockstepError, OSError) as error:
-        print(f"blockstep: {error}", file=sys.stderr)
+        complain(f"blockstep: {error}")
         return FAILED
-    except KeyboardInterrupt:  # before there was a loop to handle it in good order
-        return 130
     return 0
 
 

@@ -6,7 +6,6 @@ are the options, and what is printed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
@@ -31,6 +30,7 @@ from blockstep.cli.img_options import (
 from blockstep.cli.words import Argument, Command, Option, parsed, typer_app
 from blockstep.errors import BlockstepError, OptionError
 from blockstep.images import AUTO
+from blockstep.streams import complain
 from blockstep.units import parse_size
 
 if TYPE_CHECKING:
@@ -117,23 +117,20 @@ def check_command(
     """Whether an image is consistent. Exit code: 0 yes, 2 corruptions, 3 only leaks, 63 its format has no checks."""
     from blockstep.images import check as checks
 
-    def told(text: str) -> None:
-        print(text, file=sys.stderr)
-
     async def fixed() -> CheckResult:
         from blockstep.images.opened import ImageName
 
         try:
-            return await checks.check_image(ImageName(filename, format), repair, told)
+            return await checks.check_image(ImageName(filename, format), repair, complain)
         except checks.NothingToCheck as error:
-            told(f"blockstep: {error}")
+            complain(f"blockstep: {error}")
             raise Failed(checks.NO_CHECKS) from None
 
     try:
         # To look only, nothing is needed of what images are opened with otherwise: that takes longer than most checks.
-        result = checks.look(filename, told) if repair is None and format == "qcow2" else run(fixed())
+        result = checks.look(filename, complain) if repair is None and format == "qcow2" else run(fixed())
     except (BlockstepError, OSError) as error:
-        told(f"blockstep: {error}")
+        complain(f"blockstep: {error}")
         return 1
     if output == "json":
         import json
@@ -174,8 +171,8 @@ def map_command(
                     line = ",\n"
                 elif entry.data and not entry.zero:
                     if entry.offset is None:
-                        print("blockstep: the image has external, encrypted or compressed clusters: --output json "
-                              "can show them", file=sys.stderr)
+                        complain("blockstep: the image has external, encrypted or compressed clusters: --output json "
+                                 "can show them")
                         raise Failed(1)
                     print(f"{_hex(entry.start):<16}{_hex(entry.length):<16}{_hex(entry.offset):<16}{entry.filename}")
         if output == "json":
@@ -265,7 +262,7 @@ def convert_command(
 
     def unreadable(offset: int, error: OSError) -> None:
         if not quiet:
-            print(f"blockstep: warning: error while reading offset {offset}: {error.strerror}", file=sys.stderr)
+            complain(f"blockstep: warning: error while reading offset {offset}: {error.strerror}")
 
     async def work() -> None:
         if _help_on_options(target_format, options):

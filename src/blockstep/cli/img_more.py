@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 from blockstep.cli.img_options import (
@@ -20,6 +19,7 @@ from blockstep.cli.img_options import (
 )
 from blockstep.cli.words import Argument, Option
 from blockstep.errors import OptionError
+from blockstep.streams import complain
 from blockstep.units import parse_size
 
 
@@ -95,6 +95,6 @@ def dd_command(
     async def work() -> None:
         wanted = operands(words)
         if not await dd(ImageName(wanted.source, format, image_opts), ImageName(wanted.target, target_format), wanted):
-            print(f"blockstep: {wanted.source}: cannot skip to specified offset", file=sys.stderr)
+            complain(f"blockstep: {wanted.source}: cannot skip to specified offset")
 
     run(work())

@@ -14,6 +14,7 @@ from blockstep.cli.signals import run_unless_told
 from blockstep.cli.words import Argument, Option
 from blockstep.errors import BlockstepError, OptionError
 from blockstep.images import CacheMode
+from blockstep.streams import complain
 
 T = TypeVar("T")
 Output = Literal["human", "json"]
@@ -55,7 +56,7 @@ def run(work: Coroutine[Any, Any, T], error_code: int = 1) -> T:
     except Failed as failed:
         sys.exit(failed.code)
     except (BlockstepError, OSError) as error:
-        print(f"blockstep: {error}", file=sys.stderr)
+        complain(f"blockstep: {error}")
         sys.exit(error_code)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
+
+from blockstep.streams import complain
 
 
 def tell(event: str, data: Mapping[str, Any]) -> None:
@@ -18,7 +19,7 @@ def tell(event: str, data: Mapping[str, Any]) -> None:
                f"{data['msg']}"
     else:
         return
-    print(f"blockstep: {text}", file=sys.stderr, flush=True)
+    complain(f"blockstep: {text}")
 
 
 def tell_changes(event: str, data: Mapping[str, Any]) -> None:

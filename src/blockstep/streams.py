@@ -1,0 +1,33 @@
+"""Standard input, output and error: whoever starts a program may have closed them, or let nobody read."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def open_missing() -> None:
+    """Open what is closed of the three on /dev/null, for this process and those that it starts.
+
+    Otherwise the next file that is opened gets the number: a disk into which a message is printed, or that is closed
+    when the process goes into the background.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
+def complain(text: str) -> None:
+    """Print a line on standard error. If that cannot be, nobody is to be told, and it is no reason to fail."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        forget(2)
+
+
+def forget(number: int) -> None:
+    """Standard output (1) or error (2) goes nowhere from now on, and so does what was held back of it."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
