@@ -169,17 +169,15 @@ async def test_what_a_primary_says_is_not_taken_from_a_stranger(tmp_path: Path) 
         await pair.start()
         await pair.primary.until(health="healthy")
         await pair.write(20)
-        stranger = socket.create_connection(sockets(pair)["control"])
-        stranger.settimeout(5)
-        file = stranger.makefile("rwb")
-        file.readline()
-        for command, arguments in (("qmp_capabilities", {}), ("pair-checkpoint", {"epoch": 999}),
-                                   ("replication-failover", {}), ("quit", {})):
-            file.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-            file.flush()
-            answer = json.loads(file.readline())
-            assert ("return" in answer) is (command == "qmp_capabilities"), answer
-        stranger.close()
+        with socket.create_connection(sockets(pair)["control"]) as stranger, stranger.makefile("rwb") as file:
+            stranger.settimeout(5)
+            file.readline()
+            for command, arguments in (("qmp_capabilities", {}), ("pair-checkpoint", {"epoch": 999}),
+                                       ("replication-failover", {}), ("quit", {})):
+                file.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+                file.flush()
+                answer = json.loads(file.readline())
+                assert ("return" in answer) is (command == "qmp_capabilities"), answer
         assert await pair.proven(pair.standby) == 0
         assert (await pair.primary.status())["health"] == "healthy"
         assert (await pair.standby.status())["checkpoint"]["epoch"] < 999

@@ -100,7 +100,8 @@ async def test_nodes_are_exported_and_monitors_served_as_the_options_say(tmp_pat
         await other.close()
         with socket.socket(socket.AF_UNIX) as pretty:
             pretty.connect(str(second))
-            assert pretty.makefile().readline() == "{\n"
+            with pretty.makefile() as lines:
+                assert lines.readline() == "{\n"
         assert int((tmp_path / "pid").read_text()) == process.pid
         process.terminate()
         assert ended(process) == 0

@@ -194,11 +194,15 @@ class QMP:
         self._socket = peer if isinstance(peer, socket.socket) else connect(peer)
         self._file = self._socket.makefile("rwb")
         self.events: list[dict[str, Any]] = []
-        greeting = self._file.readline()
-        if not greeting:
-            raise EOFError("the peer hung up")
-        self.greeting = json.loads(greeting)["QMP"]
-        self.execute("qmp_capabilities")
+        try:
+            greeting = self._file.readline()
+            if not greeting:
+                raise EOFError("the peer hung up")
+            self.greeting = json.loads(greeting)["QMP"]
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """The command's return value. An underscore in an argument's name stands for a hyphen.

@@ -58,8 +58,7 @@ async def exchange(sock: socket.socket, context: ssl.SSLContext) -> bytes:
         assert len(sock.recv(18, socket.MSG_WAITALL)) == 18
         sock.sendall(struct.pack(">I", 3) + option_bytes(c.OPT_STARTTLS))
         assert sock.recv(20, socket.MSG_WAITALL)[12:16] == b"\0\0\0\1"
-        with context.wrap_socket(sock, server_hostname="localhost") as tls:
-            file = tls.makefile("rwb")
+        with context.wrap_socket(sock, server_hostname="localhost") as tls, tls.makefile("rwb") as file:
             file.write(option_bytes(c.OPT_GO, info("")))
             file.flush()
             assert len(file.read(20 + 12 + 20)) == 52
