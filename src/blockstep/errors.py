@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 #: How much of a bad value its error shows.
@@ -124,6 +126,20 @@ class ConnectionLost(OSError):
     def __init__(self, reason: str, code: int = errno.ENOTCONN) -> None:
         super().__init__(code, explained(code, reason))
         self.reason = reason
+
+
+@contextmanager
+def noting(error: BaseException) -> Iterator[None]:
+    """Clean up after ``error``, which is the one that is told: what goes wrong within becomes a note on it."""
+    try:
+        yield
+    except Exception as second:
+        error.add_note(f"and then: {second}")
+
+
+def told(error: BaseException) -> str:
+    """The text of an error, and its notes."""
+    return "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
 
 
 def explained(code: int, reason: str = "") -> str:

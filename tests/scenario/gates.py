@@ -131,6 +131,7 @@ class GatedImage(Driver):
     async def truncate(self, length: int) -> None:
         await self.gates.passes(self.name, "truncate", length, 0)
         await super().truncate(length)
+        await self.gates.passes(self.name, "truncate-done", length, 0)
 
     async def prepare_empty(self) -> Prepared:
         await self.gates.passes(self.name, "make_empty", 0, 0)
@@ -182,6 +183,7 @@ class GatedDisk(Driver):
         del self.data[length:]
         self.data.extend(bytes(length - len(self.data)))
         self.length = length
+        await self.gates.passes(self.name, "truncate-done", length, 0)
 
     async def _change(self, event: str, offset: int, data: Buffer) -> None:
         await self.gates.passes(self.name, event, offset, len(data))

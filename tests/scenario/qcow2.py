@@ -97,6 +97,7 @@ class GatedQcow2(GatedImage, Qcow2):
             await Qcow2.truncate(self, length)
         finally:
             self.gates = gates
+        await self.gates.passes(self.name, "truncate-done", length, 0)
 
     async def _flush_if(self, flags: int) -> None:
         if flags & FUA:

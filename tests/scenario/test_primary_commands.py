@@ -6,15 +6,18 @@ import asyncio
 import errno
 import gc
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from blockstep.block.driver import Driver
 from blockstep.daemon.primary import Primary, PrimaryConfig
 from blockstep.daemon.standby import Standby
+from blockstep.errors import BlockstepError
 from blockstep.nbd.uri import InetAddress, UnixAddress
-from tests.scenario.pair import a_disk, until, with_pair
+from tests.scenario.pair import SIZE, a_disk, until, with_pair
 
 pytestmark = pytest.mark.usefixtures("four_disks")
 
@@ -49,6 +52,67 @@ def test_many_requests_at_a_time_are_few_checkpoints(tmp_path: Path) -> None:
         epoch = primary.coordinator.epoch
         answers = await asyncio.gather(*(primary.checkpoint() for _ in range(8)))
         assert {answer.epoch for answer in answers} == {epoch + 1}
+
+    with_pair(tmp_path, test)
+
+
+def faulty(node: Driver, *lengths: int, grows: bool = False) -> Callable[[], None]:
+    """Let it fail to get these lengths, ``grows``: when it has a greater one already. Returns what ends that."""
+    truncate = node.truncate
+
+    async def fail(length: int) -> None:
+        if length not in lengths:
+            await truncate(length)
+            return
+        if grows and length > node.length:
+            await truncate(length)
+        raise OSError(errno.EIO, f"{node.name} is faulty")
+
+    node.truncate = fail  # type: ignore[method-assign]
+    return lambda: delattr(node, "truncate")
+
+
+@pytest.mark.parametrize("part", ["active", "hidden", "secondary"])
+def test_a_growth_that_cannot_be_taken_back_on_the_standby_is_told_until_the_next_one(
+    tmp_path: Path, part: str
+) -> None:
+    async def test(primary: Primary, standby: Standby) -> None:
+        await primary.open()
+        await until(lambda: primary.status().health == "healthy")
+        heal = [faulty(primary.graph.find("a-disk"), 2 * SIZE), faulty(standby.graph.find(f"a-{part}"), SIZE)]
+        with pytest.raises(BlockstepError, match=rf"\(a-disk is faulty\).*'a-{part}' .*\(a-{part} is faulty\)"):
+            await primary.resize("a", 2 * SIZE)
+        told = primary.status()
+        assert told.health == "degraded"
+        assert told.disks[0].reason in told.reason
+        assert told.disks[0].reason.startswith(f"it has {SIZE} bytes on this side, and disk 'a' of the standby cannot")
+        assert [disk.size for disk in told.disks] == [SIZE, SIZE]
+        await primary.checkpoint()
+        for each in heal:
+            each()
+        await primary.resize("a", 3 * SIZE)
+        assert primary.status().health == standby.status().health == "healthy"
+        assert [side.status().disks[0].size for side in (primary, standby)] == [3 * SIZE] * 2
+
+    with_pair(tmp_path, test)
+
+
+def test_a_disk_that_grew_and_failed_takes_its_standby_along(tmp_path: Path) -> None:
+    async def test(primary: Primary, standby: Standby) -> None:
+        await primary.open()
+        await until(lambda: primary.status().health == "healthy")
+        heal = faulty(primary.graph.find("a-disk"), 2 * SIZE, SIZE, grows=True)
+        with pytest.raises(BlockstepError, match=f"could not have {SIZE} again.*it has {2 * SIZE} bytes on this side"):
+            await primary.resize("a", 2 * SIZE)
+        assert f"a resize failed, and it has {2 * SIZE} bytes on this side" in primary.status().reason
+        disk = primary.disks["a"].backend
+        await disk.pwrite(2 * SIZE - 5, b"write")
+        await until(lambda: primary.status().health == "healthy")
+        assert [side.status().disks[0].size for side in (primary, standby)] == [2 * SIZE] * 2
+        await primary.checkpoint()
+        assert bytes(await standby.disks["a"].view.pread(2 * SIZE - 5, 5)) == b"write"
+        heal()
+        await primary.resize("a", 3 * SIZE)
 
     with_pair(tmp_path, test)
 

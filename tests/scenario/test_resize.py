@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from blockstep.errors import OperationBlocked, OptionError, ReplicationError
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
-from blockstep.replication.resize import check_growth
+from blockstep.replication.resize import check_growth, disks_of, unevenness
+from tests.scenario.pair import until
 from tests.scenario.standby import LENGTH, Disk, Request, Rig, Shape, run
 
 #: What follows runs over both kinds of disks.
@@ -133,6 +134,83 @@ def test_a_disk_that_cannot_grow_leaves_all_as_they_were(failing: str, length: i
         assert {node.length for node in (buffer.active, buffer.hidden, buffer.secondary)} == {LENGTH}
         assert buffer.cbw.done.length == LENGTH
         await play(rig, disk, model, [*around, ("grow", 0, 777), *around])
+        await rig.close()
+
+    run(main)
+
+
+#: For whose bitmap there is no memory, and for whose L1 table no room.
+ABSURD = 8_000_000 << 40
+
+
+@over_four_disks
+def test_an_absurd_length_leaves_all_as_they_were_and_the_next_one_works(tmp_path: Path) -> None:
+    async def main() -> None:
+        for directory in (None, tmp_path):
+            rig = await Rig.open(shape=Shape(directory=directory))
+            [disk] = rig.disks
+            await rig.registry.start_all("secondary")
+            model = Model(bytes(disk.secondary.data))
+            around = [("primary", 50, 40), ("view", 30, 20)]
+            await play(rig, disk, model, around)
+            with pytest.raises(OSError, match=f"'a-active' cannot have {ABSURD} bytes"):
+                await rig.registry.resize(disk.filter, ABSURD)
+            assert {node.length for node in disks_of(disk.filter)} == {LENGTH}
+            await play(rig, disk, model, [*around, ("grow", 0, 777), *around, ("checkpoint", 0, 1)])
+            await rig.close()
+
+    run(main)
+
+
+@over_four_disks
+@pytest.mark.parametrize("failing", ["a-active", "a-hidden", "a-secondary"])
+def test_a_disk_that_fails_when_it_has_grown_is_put_back_with_the_others(failing: str) -> None:
+    async def main() -> None:
+        rig = await Rig.open()
+        [disk] = rig.disks
+        await rig.registry.start_all("secondary")
+        model = Model(bytes(disk.secondary.data))
+        around = [("primary", 50, 40), ("view", 30, 20)]
+        await play(rig, disk, model, around)
+        rig.gates.fail(failing, "truncate-done", errno.EIO)
+        with pytest.raises(OSError, match="injected into truncate-done"):
+            await rig.registry.resize(disk.filter, LENGTH + 5000)
+        assert {node.length for node in disks_of(disk.filter)} == {LENGTH}
+        await play(rig, disk, model, [*around, ("grow", 0, 777), *around, ("checkpoint", 0, 1)])
+        await rig.close()
+
+    run(main)
+
+
+@over_four_disks
+@pytest.mark.parametrize(("kept", "failing"), [("a-active", "a-hidden"), ("a-active", "a-secondary"),
+                                               ("a-hidden", "a-secondary")])
+def test_what_cannot_be_put_back_is_told_harms_nobody_and_goes_with_the_next_resize(kept: str, failing: str) -> None:
+    async def main() -> None:
+        rig = await Rig.open()
+        [disk] = rig.disks
+        await rig.registry.start_all("secondary")
+        model = Model(bytes(disk.secondary.data))
+        around = [("primary", 50, 40), ("view", 30, 20), ("checkpoint", 0, 1), ("primary", 50, 40)]
+        await play(rig, disk, model, around)
+        assert not unevenness(disk.filter)
+        rig.gates.close(failing)
+        growing = asyncio.create_task(rig.registry.resize(disk.filter, LENGTH + 5000))
+        await until(lambda: rig.gates.waiting)
+        rig.gates.fail(failing, "truncate", errno.ENOSPC)
+        rig.gates.fail(kept, "truncate", errno.EIO)
+        rig.gates.open()
+        with pytest.raises(OSError, match=f"'{kept}' has {LENGTH + 5000} bytes now, and could not have {LENGTH} again"):
+            await growing
+        assert f"'{kept}' has {LENGTH + 5000} bytes" in unevenness(disk.filter)
+        assert disk.primary.length == LENGTH
+        await disk.primary.pwrite(LENGTH - 100, b"p" * 100)
+        assert (await disk.read_view())[:LENGTH] == model.view
+        model.latest[-100:] = b"p" * 100
+        await rig.registry.resize(disk.filter, LENGTH + 777)
+        model.grow(LENGTH + 777)
+        assert not unevenness(disk.filter)
+        await play(rig, disk, model, [*around, ("grow", 0, 9000), ("checkpoint", 0, 1)])
         await rig.close()
 
     run(main)

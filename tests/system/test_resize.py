@@ -151,6 +151,52 @@ async def test_a_primary_alone_grows_and_its_standby_when_it_comes(tmp_path: Pat
         assert await content(pair.standby, ODD - 5000, 5000) == fill(4, 5000)
 
 
+@of_any_kind
+@scenario
+async def test_an_absurd_length_is_refused_by_name_and_the_next_one_works(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await healthy(pair)
+        with pytest.raises(CommandRefused, match=r"'disk0-active' cannot .*; the disk has 1048576 bytes, as before"):
+            await pair.primary.execute("block_resize", device="disk0", size=8_000_000 << 40)
+        assert await lengths(pair) == [MiB] * 6
+        assert (await pair.standby.status())["health"] == "healthy"
+        await goes_on(pair)
+        await pair.primary.execute("block_resize", device="disk0", size=ODD)
+        assert await lengths(pair) == [ODD] * 6
+
+
+@scenario
+async def test_a_standby_that_grew_before_a_crash_says_what_would_fit(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await healthy(pair)
+        pair.standby.kill()
+        await pair.primary.until(state="offline")
+        await pair.standby.close()
+        pair.sides.remove(pair.standby)
+        with open(tmp_path / "disk0.standby", "r+b") as file:
+            file.truncate(ODD)
+        await pair.start_standby(link=pair.link)
+        await pair.primary.until(lambda status: f"blockstep resize disk0 {ODD}" in status["reason"])
+        await pair.primary.execute("block_resize", device="disk0", size=ODD)
+        await pair.primary.until(health="healthy")
+        assert await lengths(pair) == [ODD] * 6
+
+
+@scenario
+async def test_a_primary_that_comes_back_without_its_growth_takes_the_standbys_back(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await healthy(pair)
+        await pair.primary.execute("block_resize", device="disk0", size=ODD)
+        pair.primary.kill()
+        await pair.primary.close()
+        pair.sides.remove(pair.primary)
+        with open(tmp_path / "disk0.primary", "r+b") as file:
+            file.truncate(MiB)
+        await pair.start_primary()
+        await pair.primary.until(health="healthy")
+        assert await lengths(pair) == [MiB] * 6
+
+
 async def goes_on(pair: Pair) -> None:
     """The pair replicates as before."""
     async with pair.writing():

@@ -26,6 +26,7 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Final, Literal, NamedTuple
 
@@ -245,6 +246,26 @@ def length_of(fd: int) -> int:
 
 
 # --- open files ---
+
+
+@contextmanager
+def naming(filename: str) -> Iterator[None]:
+    """Give an OSError that is raised within, and names no file, the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = filename
+        raise
+
+
+def set_length(fd: int, length: int, filename: str) -> None:
+    """Cut a file off, or let it grow by a hole. Raises OSError that names the file and the length."""
+    try:
+        os.ftruncate(fd, length)
+    except (OSError, OverflowError) as error:
+        code = error.errno or errno.EIO if isinstance(error, OSError) else errno.EFBIG
+        raise OSError(code, f"{os.strerror(code)}: it cannot have {length} bytes", filename) from None
 
 
 class Fault(NamedTuple):

@@ -16,6 +16,7 @@ knows what it would have to say, so it is shown, and can be removed, and nothing
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 from bitarray import bitarray
 
 from blockstep.block.driver import Prepared
-from blockstep.errors import OperationBlocked, OptionError
+from blockstep.errors import OperationBlocked, OptionError, explained
 
 if TYPE_CHECKING:
     from blockstep.block.driver import Driver
@@ -37,7 +38,10 @@ _GRANULARITIES: Final = (512, 1 << 31)
 
 
 class Bitmap:
-    """One bit for each cluster of ``granularity`` bytes (a power of two) of ``length`` bytes."""
+    """One bit for each cluster of ``granularity`` bytes (a power of two) of ``length`` bytes.
+
+    Making one raises OSError (ENOMEM) that says how much memory there would have to be.
+    """
 
     __slots__ = ("_memory", "bits", "granularity", "length", "shift")
 
@@ -47,7 +51,11 @@ class Bitmap:
         self.length = length
         self.granularity = granularity
         self.shift = granularity.bit_length() - 1
-        self._memory, self.bits = _zeroed(-(-length // granularity))
+        try:
+            self._memory, self.bits = _zeroed(-(-length // granularity))
+        except OSError as error:
+            raise OSError(error.errno, explained(error.errno or errno.ENOMEM, (
+                f"a bitmap over {length} bytes takes {length // granularity // 8} bytes of memory"))) from None
 
     def clear(self) -> None:
         """Reset all bits, in constant time."""
@@ -65,14 +73,22 @@ class Bitmap:
         """Be what ``other`` is, of the same granularity, in constant time. Nobody uses that one any more."""
         self.length, self._memory, self.bits = other.length, other._memory, other.bits
 
+    def prepare_resize(self, length: int) -> Callable[[], None]:
+        """Get the memory to follow a disk to another length; what is new will not be set. Raises OSError (ENOMEM).
+
+        Nothing has changed until the returned function is called, which cannot fail.
+        """
+        new = Bitmap(length, self.granularity)
+
+        def commit() -> None:
+            new.merge(self)
+            self.take_over(new)
+
+        return commit
+
     def resize(self, length: int) -> None:
-        """Follow a disk whose length has changed; what is new is not set."""
-        count = -(-length // self.granularity)
-        memory, bits = _zeroed(count)
-        keep = min(count, len(self.bits))
-        for start, end in _runs(self.bits, 0, keep):
-            bits[start:end] = True
-        self._memory, self.bits, self.length = memory, bits, length
+        """Follow a disk whose length has changed; what is new is not set. Raises OSError; then nothing changed."""
+        self.prepare_resize(length)()
 
     def set(self, offset: int, length: int) -> None:
         """Set the bits of all clusters that the range touches."""
@@ -95,11 +111,13 @@ class Bitmap:
         return self.bits.find(1, first, end) >= 0
 
     def merge(self, other: Bitmap) -> None:
-        """Set what ``other`` has set; the granularities may differ."""
+        """Set what ``other`` has set, as far as this one goes; the granularities may differ."""
         if other.granularity == self.granularity and other.length == self.length:
             self.bits |= other.bits
         else:
             for offset, length in other.dirty():
+                if offset >= self.length:
+                    break
                 self.set(offset, min(length, self.length - offset))
 
     def count(self) -> int:
@@ -202,11 +220,6 @@ class CountedBitmap(Bitmap):
         self._forget()
         self._touch(0, self.length)
 
-    def resize(self, length: int) -> None:
-        super().resize(length)
-        self._forget()
-        self._touch(0, self.length)
-
 
 class DirtyBitmap(Bitmap):
     """A named bitmap of what has been written to a node since it was cleared."""
@@ -244,10 +257,6 @@ class DirtyBitmap(Bitmap):
             if offset + length > self.length:
                 self.resize(offset + length)
             self.set(offset, length)
-
-    def resize(self, length: int) -> None:
-        if not self.inconsistent:
-            super().resize(length)
 
     def remove(self) -> None:
         """Stop watching the node."""

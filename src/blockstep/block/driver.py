@@ -195,7 +195,11 @@ class Driver(Node):
         return None
 
     async def truncate(self, length: int) -> None:
-        """Change the size; what is added reads as zeroes."""
+        """Change the size; what is added reads as zeroes. Called through `Node.resize`.
+
+        Raises OSError; then a disk that was to grow is as it was. One that was to shrink may have the new length:
+        what is cut off has no way back.
+        """
         raise not_supported("resize")
 
     async def prepare_empty(self) -> Prepared:

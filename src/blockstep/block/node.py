@@ -109,7 +109,7 @@ class Child:
         self.begin_read = node.begin_read
         self.flush = node.flush
         self.block_status = node.block_status
-        self.truncate = node.truncate
+        self.truncate = node.resize
         if node.watchers:
             self.begin_write = node.watched_pwrite
             self.submit_write = node.watched_submit_write
@@ -145,6 +145,8 @@ class Node:
 
     if TYPE_CHECKING:  # the data half, in Driver
         pwrite: Callable[..., Awaitable[None]]
+        truncate: Callable[[int], Awaitable[None]]
+        length: int
         write_zeroes: Callable[..., Awaitable[None]]
         discard: Callable[..., Awaitable[None]]
 
@@ -278,6 +280,16 @@ class Node:
             for watcher in self.watchers:
                 if watcher not in self._indifferent:
                     watcher.wrote(offset, length)
+
+    async def resize(self, length: int) -> None:
+        """`Driver.truncate`, and the dirty bitmaps follow; all of it or nothing. Nothing is in flight."""
+        follow = [bitmap.prepare_resize(length) for bitmap in self.bitmaps.values() if not bitmap.inconsistent]
+        try:
+            await self.truncate(length)
+        finally:
+            if self.length == length:  # also when it failed, and could not be put back
+                for commit in follow:
+                    commit()
 
     # --- events ---
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import RESIZE
@@ -19,8 +18,5 @@ async def resize(graph: Graph, node: Driver, length: int) -> None:
     try:
         async with graph.drained(node):
             await door.edge.truncate(length)
-            for bitmap in node.bitmaps.values():
-                if isinstance(bitmap, DirtyBitmap):
-                    bitmap.resize(length)
     finally:
         await graph.detach_backend(door)

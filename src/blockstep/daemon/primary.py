@@ -39,9 +39,10 @@ from blockstep.nbd.uri import Address
 from blockstep.qmp.client import Connection
 from blockstep.qmp.commands import looking
 from blockstep.qmp.commands import replication as qmp
+from blockstep.qmp.errors import CommandRefused
 from blockstep.replication import coordinator as c
 from blockstep.replication.link import LOOKS
-from blockstep.replication.resize import check_growth
+from blockstep.replication.resize import check_growth, resize_together
 
 __all__ = ["Primary", "PrimaryConfig", "main"]
 
@@ -245,8 +246,8 @@ class Primary(Service):
     async def resize(self, disk: str, size: int) -> None:
         """A disk grows: on the standby first, if there is one, then here; both or none.
 
-        If this side fails and the standby cannot be put back, the error says so; that is made good when it is
-        attached again.
+        If one fails and the other cannot be put back, the error says so, and so does the status until it is made good:
+        by the next resize, or when the standby is attached again.
         """
         if disk not in self.disks:
             raise NodeNotFound(disk)
@@ -256,20 +257,37 @@ class Primary(Service):
             check_growth(before, size)
             for node in (one.link, self.graph.find(f"{disk}-disk")):
                 node.check_operation("resize")
-            await self.standby.resize(disk, size)
             try:
+                await self.standby.resize(disk, size)
                 async with self.graph.drained(one.link):
-                    await one.link.truncate(size)
+                    await resize_together([one.link], size)
             except OSError as error:
-                reason = f"disk '{disk}' of this side cannot grow: {error.strerror or error}"
-                try:
-                    await self.standby.resize(disk, before)
-                except BlockstepError as also:
-                    reason += f"; {also}"
-                raise BlockstepError(reason) from error
+                left = await self._take_back(disk, before)
+                raise BlockstepError(f"disk '{disk}' of this side cannot grow: {error.strerror or error}; "
+                                     f"{left}") from error
+            except BlockstepError as error:
+                raise BlockstepError(f"{error}; {await self._take_back(disk, before)}") from error
+            one.wrong = ""
             for connection in (one.standby, one.sync):
                 if connection:
                     connection.has_grown(size)
+
+    async def _take_back(self, disk: str, before: int) -> str:
+        """After a growth that failed: let the standby's disk be as this side's. Returns how it is then, in words."""
+        one = self.disks[disk]
+        left = f"it has {one.link.length} bytes on this side"
+        if one.link.length != before:
+            self._post(c.Failed(f"disk '{disk}': a resize failed, and {left}: the standby has to follow"))
+            return left
+        try:
+            await self.standby.resize(disk, before)
+        except BlockstepError as error:
+            one.wrong = f"{left}, and {error}"
+            if not isinstance(error.__cause__, CommandRefused):
+                self._post(c.Failed(f"disk '{disk}': a resize failed: {one.wrong}"))
+            self.emit(self._status.event())
+            return one.wrong
+        return f"the disk has {before} bytes, as before"
 
     # --- how it is ---
 

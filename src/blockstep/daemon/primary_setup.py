@@ -60,6 +60,8 @@ class PrimaryDisk:
     #: The sync that runs, and what it is to copy (None: everything).
     job: CatchUp | None = None
     bitmap: DirtyBitmap | None = None
+    #: After a resize that failed: what could not be taken back on the standby.
+    wrong: str = ""
 
 
 async def open_disk(graph: Graph, config: PrimaryConfig, spec: DiskSpec) -> PrimaryDisk:

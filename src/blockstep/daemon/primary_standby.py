@@ -75,6 +75,7 @@ class StandbySide:
         self._spawn(self._watch(control))
         self.room = answer["buffer-limit"] // 2
         for disk in self._disks.values():
+            disk.wrong = ""
             disk.link.queue = min(config.queue, self.room // 2) if self.room else config.queue
         return answer
 
@@ -111,13 +112,17 @@ class StandbySide:
         return await self.control.execute(command, arguments, timeout=max(self._config.max_stall, 1.0))
 
     async def resize(self, disk: str, size: int) -> None:
-        """Let the standby's disk follow, if there is a standby. Raises BlockstepError."""
+        """Let the standby's disk follow, if there is a standby. Raises BlockstepError.
+
+        Its cause is CommandRefused if the standby has ended with it.
+        """
         if self.control is None:
             return
         try:
-            await self.ask("pair-resize", disk=disk, size=size)
+            await self.ask("pair-resize", disk=disk, size=size, now=self._disks[disk].link.length)
         except (OSError, BlockstepError, TimeoutError) as error:
-            why = getattr(error, "strerror", None) or str(error) or "no answer in time"
+            why = error.description if isinstance(error, CommandRefused) else (
+                getattr(error, "strerror", None) or str(error) or "no answer in time")
             raise BlockstepError(f"disk '{disk}' of the standby cannot get {size} bytes: {why}") from error
 
     # --- going ---

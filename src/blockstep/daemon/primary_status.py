@@ -31,8 +31,9 @@ class PrimaryStatus:
             return "at-risk", coordinator.reason
         if not coordinator.protected:
             return "degraded", coordinator.reason or "the first checkpoint is being taken"
-        if coordinator.reason:
-            return "degraded", coordinator.reason
+        wrong = [f"disk '{name}': {disk.wrong}" for name, disk in self._disks.items() if disk.wrong]
+        if coordinator.reason or wrong:
+            return "degraded", "; ".join(filter(None, [coordinator.reason, *wrong]))
         age, every = self._age(), self._config.checkpoint_every
         if every and age > 3 * every + self._config.max_stall:
             return "degraded", f"the last checkpoint is {age:.1f} s old"
@@ -60,7 +61,7 @@ class PrimaryStatus:
         state = "replicating" if disk.link.on else "syncing" if disk.job else self._coordinator.state.value
         return qmp.DiskStatus(name=name, format=disk.spec.format, size=disk.link.length, state=state,
                               behind=disk.link.behind, buffer_used=0, buffer_limit=0,
-                              reason=self._files.faults.get(name, ""))
+                              reason="; ".join(filter(None, [self._files.faults.get(name, ""), disk.wrong])))
 
     def event(self) -> qmp.ReplicationState:
         """The state as it is announced."""

@@ -35,7 +35,7 @@ from blockstep.nbd.tls import server_context
 from blockstep.nbd.uri import Address
 from blockstep.qmp.commands import looking
 from blockstep.qmp.commands import replication as qmp
-from blockstep.replication.resize import check_growth
+from blockstep.replication.resize import check_growth, resize_together
 
 __all__ = ["Standby", "StandbyConfig", "main"]
 
@@ -147,7 +147,7 @@ class Standby(Service):
             raise OperationBlocked(disk, "resize", "this is a standby; a resize is asked of its primary")
         check_growth(top.length, size)
         async with self.graph.drained(top):
-            await top.truncate(size)
+            await resize_together([top], size)
 
     async def stop_replication(self) -> None:
         """The view becomes what the primary wrote last, and no primary is taken any more."""

@@ -37,7 +37,7 @@ from blockstep.qmp.commands import replication as qmp
 from blockstep.qmp.schema import Monitor, Registry
 from blockstep.qmp.server import Server as QmpServer
 from blockstep.replication.registry import ReplicationRegistry
-from blockstep.replication.resize import check_growth
+from blockstep.replication.resize import check_growth, disks_of
 
 
 class PrimarysSide:
@@ -153,8 +153,9 @@ class PrimarysSide:
         if set(mine) != set(theirs):
             raise OptionError("disks", ", ".join(sorted(theirs)), f"those of this standby: {', '.join(sorted(mine))}")
         for name, size in theirs.items():
-            if mine[name] > size and now.disks[name].former_length != size:
-                raise OptionError(f"size of disk '{name}'", size, f"{mine[name]} bytes, as the standby's is")
+            if size < now.disks[name].primary_length:
+                raise OptionError(f"size of disk '{name}'", size, f"{mine[name]} bytes, as the standby's is; let the "
+                                  f"primary's grow to that (blockstep resize {name} {mine[name]})")
         self._wanted_instance = args.instance
         if args.instance != self._instance:
             # From here on it may write to the disks: whoever committed before cannot tell what differs any more.
@@ -192,12 +193,14 @@ class PrimarysSide:
             disk.errors.clear()
         self._tell()
 
-    async def resize_for_primary(self, disk: str, size: int, monitor: Monitor) -> None:
+    async def resize_for_primary(self, args: qmp.PairResizeArguments, monitor: Monitor) -> None:
         """A disk, its buffers and its view grow, or get back the length before they did; all or none."""
         self._must_be_primary(monitor, "resize")
-        if disk not in self._now.disks:
-            raise OptionError("disk", disk, f"one of {', '.join(self._now.disks)}")
-        await self._resize(disk, size)
+        if args.disk not in self._now.disks:
+            raise OptionError("disk", args.disk, f"one of {', '.join(self._now.disks)}")
+        check_growth(args.now, args.size)
+        self._now.disks[args.disk].primary_length = args.now
+        await self._resize(args.disk, args.size)
 
     async def _fit(self, sizes: dict[str, int]) -> None:
         """Follow what became of the primary's disks while it was away."""
@@ -208,16 +211,15 @@ class PrimarysSide:
                 length = self._now.disks[name].view.length
                 raise OptionError(f"size of disk '{name}'", size, f"{length} bytes, as the "
                                   f"standby's is, which cannot grow: {error.strerror or error}") from error
+            self._now.disks[name].primary_length = size
 
     async def _resize(self, name: str, size: int) -> None:
-        disk = self._now.disks[name]
-        before = disk.view.length
-        if size == before:
-            return
-        if size != disk.former_length:
-            check_growth(before, size)
-        await self._registry.resize(disk.filter, size)
-        disk.former_length = before if size > before else None
+        filter = self._now.disks[name].filter
+        if any(disk.length != size for disk in disks_of(filter)):
+            try:
+                await self._registry.resize(filter, size)
+            finally:
+                self._tell()
 
     def _must_be_primary(self, monitor: Monitor, step: str) -> None:
         if self._now.declines() or monitor is not self._now.primary:

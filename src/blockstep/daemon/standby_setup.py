@@ -23,10 +23,11 @@ from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE
 from blockstep.daemon.disks import DiskSpec
 from blockstep.drivers.create import CreateQcow2
-from blockstep.drivers.replication import Replication
+from blockstep.drivers.replication import Replication, Stage
 from blockstep.errors import OptionError
 from blockstep.nbd.uri import Address, InetAddress
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
+from blockstep.replication.resize import unevenness
 
 #: Of buffers that are qcow2 images, in bytes: a first write of 4 KiB saves no more than that. L1 tables have an end
 #: (8 TiB with clusters of 4 KiB), so that disks from half of that on have other ones.
@@ -77,8 +78,17 @@ class StandbyDisk:
     #: The name under which the primary that is attached finds it.
     link_name: str = ""
     errors: list[str] = field(default_factory=list)
-    #: Its length before it grew last: a primary whose disk could not follow may have it back.
-    former_length: int | None = None
+    #: What the primary's disk had when that was last heard of: what has grown beyond may be taken back.
+    primary_length: int = 0
+
+    def __post_init__(self) -> None:
+        self.primary_length = self.view.length
+
+    @property
+    def wrong(self) -> list[str]:
+        """What is the matter with it; the first is the most important."""
+        uneven = unevenness(self.filter) if self.filter.stage in (Stage.NONE, Stage.RUNNING) else ""
+        return [uneven, *self.errors] if uneven else self.errors
 
     @property
     def buffer(self) -> HiddenDiskBuffer | None:

@@ -101,7 +101,7 @@ class Situation:
             return "at-risk", self.what_is_left()
         if state in ("promoted", "failover", "stopped"):
             return "degraded", "it has no standby of its own"
-        reasons = [f"disk '{name}': {error}" for name, disk in self.disks.items() for error in disk.errors[:1]]
+        reasons = [f"disk '{name}': {wrong}" for name, disk in self.disks.items() for wrong in disk.wrong[:1]]
         if state in ("waiting", "syncing"):
             return "at-risk", "; ".join([self.last_error or "there is no checkpoint yet", *reasons])
         if state == "lost":
@@ -150,7 +150,7 @@ class Situation:
 
     def _disk_status(self, name: str, disk: StandbyDisk) -> qmp.DiskStatus:
         ended = self.declines() and not self.promoting
-        reasons = [self.files.faults.get(name, ""), *([self.lacks(disk)] if ended else disk.errors[:1])]
+        reasons = [self.files.faults.get(name, ""), *([self.lacks(disk)] if ended else disk.wrong[:1])]
         return qmp.DiskStatus(
             name=name, format=disk.spec.format, size=disk.view.length, state=self._disk_state(disk), behind=0,
             buffer_used=disk.buffer.used if disk.buffer else 0, buffer_limit=self.config.buffer_limit,

@@ -53,6 +53,7 @@ from blockstep.aio.posix import (
     punch_hole,
     quick_io,
     read_whole,
+    set_length,
     write_whole,
     zero_range,
 )
@@ -276,14 +277,15 @@ class File(Driver):
         """See `Driver`. A block device can only be given the length that it has got itself by other means."""
         if self._is_device:
             if length_of(self.fd) != length:
-                raise not_supported(f"resize of a block device of {length_of(self.fd)} bytes to {length} bytes")
+                raise not_supported(f"resize of the block device '{self.options.filename}' of {length_of(self.fd)} "
+                                    f"bytes to {length} bytes")
             if length > self.length:
                 await self.write_zeroes(self.length, length - self.length, MAY_UNMAP)
             self.length = length
             return
         before, self.length = self.length, min(self.length, length)  # never more than the file has
         try:
-            await in_thread(os.ftruncate, self.fd, length)
+            await in_thread(set_length, self.fd, length, self.options.filename)
         except OSError:
             self.length = before
             raise

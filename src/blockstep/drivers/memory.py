@@ -11,7 +11,7 @@ import os
 from typing import ClassVar, Final
 
 from blockstep.aio.pool import in_thread
-from blockstep.aio.posix import INLINE, punch_hole, read_whole, write_whole
+from blockstep.aio.posix import INLINE, punch_hole, read_whole, set_length, write_whole
 from blockstep.block.driver import MAY_UNMAP, ZEROES, Buffer, Driver, Extent
 from blockstep.block.node import NodeOptions
 from blockstep.block.registry import register
@@ -42,7 +42,11 @@ class Memory(Driver):
         if self.options.size < 0:
             raise OptionError("size", self.options.size, "0 or more bytes")
         self.fd = os.memfd_create("blockstep-memory")
-        os.ftruncate(self.fd, self.options.size)
+        try:
+            set_length(self.fd, self.options.size, self.name)
+        except OSError:
+            os.close(self.fd)
+            raise
         self.length = self.options.size
 
     async def close(self) -> None:
@@ -76,5 +80,5 @@ class Memory(Driver):
         return self.fd, offset
 
     async def truncate(self, length: int) -> None:
-        os.ftruncate(self.fd, length)
+        set_length(self.fd, length, self.name)
         self.length = length

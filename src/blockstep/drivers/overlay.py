@@ -44,6 +44,7 @@ from blockstep.aio.posix import (
     quick_io,
     read_padded,
     read_whole,
+    set_length,
     write_whole,
 )
 from blockstep.aio.rangelock import RangeLock
@@ -54,7 +55,7 @@ from blockstep.block.permissions import Role
 from blockstep.block.registry import register
 from blockstep.drivers.overlay_image import OverlayImage
 from blockstep.drivers.overlay_saver import OverlaySaver
-from blockstep.errors import OptionError
+from blockstep.errors import OptionError, noting
 
 _DEFAULT_CLUSTER: Final = 4096
 _CLUSTERS: Final = (512, 2 << 20)
@@ -470,32 +471,52 @@ class Overlay(Driver):
         return Prepared(commit, abort)
 
     async def truncate(self, length: int) -> None:
-        """See `Driver`. Of an image, durable at return."""
+        """See `Driver`. Of an image, durable at return. Also one that was to shrink and did not is as it was."""
+        before = self.length
+        await self._set_length(length)
+        if self.backing is not None and (stop := min(length, self.backing.node.length)) > before:
+            try:
+                await self.write_zeroes(before, stop - before)
+            except BaseException as error:
+                with noting(error):
+                    await self._set_length(before)
+                raise
+
+    async def _set_length(self, length: int) -> None:
         token = self._lock.try_take(0, _UNLIMITED) or await self._lock.take(0, _UNLIMITED)
         try:
-            before = self.length
+            before, maps = self.length, (self._map, self._zero, self._spilled)
             if self._image:
                 self._image.check_room(length)
+            fresh = (_resized(self._map, length), self._zero and _resized(self._zero, length),
+                     self._spilled and _resized(self._spilled, length))
             if length > before:
-                os.ftruncate(self._fd, self._base + length)
-            self.length = length
-            for bitmap in (self._map, self._zero, self._spilled):
-                if bitmap is not None:
-                    bitmap.resize(length)
-            self._bits = self._map.bits
-            self.used = _cluster_bytes(self._map)
-            self._spilled_bytes = _cluster_bytes(self._spilled) if self._spilled else 0
-            if self._saver is not None:
-                self._saver.resized()
-                await self._saver.save()
-            if length < before:
-                await in_thread(os.ftruncate, self._fd, self._base + length)
-                if self._spill is not None:
-                    await in_thread(os.ftruncate, self._spill, length)
+                await in_thread(self._set_file_length, length)
+            try:
+                await self._follow(length, fresh)
+                if length < before:
+                    await in_thread(self._set_file_length, length)
+            except BaseException as error:
+                with noting(error):
+                    await self._follow(before, maps)
+                    await in_thread(self._set_file_length, before)
+                raise
         finally:
             self._lock.give_back(token)
-        if self.backing is not None and (stop := min(length, self.backing.node.length)) > before:
-            await self.write_zeroes(before, stop - before)
+
+    async def _follow(self, length: int, maps: tuple[Bitmap, Bitmap | None, Bitmap | None]) -> None:
+        self.length, (self._map, self._zero, self._spilled) = length, maps
+        self._bits = self._map.bits
+        self.used = _cluster_bytes(self._map)
+        self._spilled_bytes = _cluster_bytes(self._spilled) if self._spilled else 0
+        if self._saver is not None:
+            self._saver.resized()
+            await self._saver.save()
+
+    def _set_file_length(self, length: int) -> None:
+        if self._spill is not None:
+            set_length(self._spill, length, f"the spill file of '{self.name}'")
+        set_length(self._fd, self._base + length, self.name if self._image is None else self._image.file.filename)
 
     # --- an image ---
 
@@ -524,7 +545,11 @@ def _full(what: str) -> OSError:
 
 def _memory_file(length: int) -> int:
     fd = os.memfd_create("blockstep-overlay")
-    os.ftruncate(fd, length)
+    try:
+        set_length(fd, length, "an overlay in memory")
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -535,6 +560,12 @@ def _unlinked_file(directory: str) -> int:
         fd, path = tempfile.mkstemp(dir=directory)
         os.unlink(path)
         return fd
+
+
+def _resized(bitmap: Bitmap, length: int) -> Bitmap:
+    other = Bitmap(length, bitmap.granularity)
+    other.merge(bitmap)
+    return other
 
 
 def _cluster_bytes(bitmap: Bitmap) -> int:

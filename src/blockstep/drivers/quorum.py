@@ -340,18 +340,23 @@ class Quorum(Driver):
 
     async def truncate(self, length: int) -> None:
         """All children or none: those that have grown are cut again if another could not; shrinking has no way back."""
-        before, edges = self.length, self._edges
+        before, edges, wrong = self.length, self._edges, list[str]()
         token = await self._lock.take(0, max(before, length))
         try:
             results = await together([edge.truncate(length) for edge in edges])
             errors = [error for error in results if error is not None]
             if errors and length > before:
                 grown = [edge for edge, error in zip(edges, results, strict=True) if error is None]
-                await together([edge.truncate(before) for edge in grown])
+                kept = await together([edge.truncate(before) for edge in grown])
+                wrong = [f"'{edge.node.name}' could not be cut again: {error}"
+                         for edge, error in zip(grown, kept, strict=True) if error is not None]
         finally:
             self._lock.give_back(token)
         if errors:
-            raise _most_common(errors)
+            first = _most_common(errors)
+            for each in wrong:
+                first.add_note(each)
+            raise first
 
     def _settle(self, operation: str, offset: int, length: int, edges: list[Child], results: list[Any]) -> None:
         """After a change: report those that failed, raise if they are too many, note what they have missed."""

@@ -27,7 +27,7 @@ from blockstep.drivers.replication import Mode, Replication, Stage
 from blockstep.errors import BlockstepError, ReplicationError
 from blockstep.jobs.registry import JobRegistry
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
-from blockstep.replication.resize import resize_together
+from blockstep.replication.resize import disks_of, resize_together
 
 
 class ReplicationRegistry:
@@ -163,18 +163,14 @@ class ReplicationRegistry:
 
         What is new reads as zeroes. Goes past the blockers on the top node, which are there so that nobody else
         does. Raises ReplicationError in a stage in which the disks are being merged or have been; OSError of a
-        disk that cannot get the length; then nothing changed.
+        disk that cannot get the length; then nothing changed, except where the error says so (`unevenness`).
         """
         async with self._turn:
             if filter.mode != "secondary" or filter.stage not in (Stage.NONE, Stage.RUNNING):
                 raise ReplicationError(filter.name, "resize", f"not in mode {filter.mode}, stage {filter.stage.value}")
-            active = filter.file.node
-            hidden = active.children["backing"].node
-            secondary = hidden.children["backing"].node
-            base = filter.buffer.cbw if isinstance(filter.buffer, HiddenDiskBuffer) else secondary
-            disks = [active, hidden, base] if length > filter.length else [base, hidden, active]
-            async with self._graph.drained(filter, secondary):
-                await resize_together(disks, length)
+            disks = disks_of(filter)
+            async with self._graph.drained(filter, disks[-1]):
+                await resize_together(disks if length > min(disk.length for disk in disks) else disks[::-1], length)
 
     # --- one filter ---
 

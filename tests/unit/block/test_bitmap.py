@@ -13,6 +13,7 @@ import blockstep.drivers  # noqa: F401
 from blockstep.block.bitmap import LONGEST_NAME, Bitmap, CountedBitmap, DirtyBitmap, find_bitmap
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
+from blockstep.block.resize import resize
 from blockstep.errors import OperationBlocked, OptionError
 from blockstep.units import KiB, TiB
 from tests.disks import Ram, ram
@@ -173,6 +174,20 @@ def test_a_dirty_bitmap_follows_a_disk_that_grows() -> None:
         await disk.truncate(100_000)
         await user.pwrite(99_999, b"x")
         assert members(bitmap) == {0, 195}
+
+    asyncio.run(main())
+
+
+def test_a_disk_whose_dirty_bitmap_has_no_memory_to_follow_keeps_its_length() -> None:
+    async def main() -> None:
+        graph = Graph()
+        disk = await ram(graph, "disk", 1000)
+        bitmap = DirtyBitmap(disk, "b0", disk.length, CLUSTER)
+        with pytest.raises(OSError, match="a bitmap over 4611686018427387904 bytes"):
+            await resize(graph, disk, 1 << 62)
+        assert disk.length == bitmap.length == 1000
+        await resize(graph, disk, 100_000)
+        assert disk.length == bitmap.length == 100_000
 
     asyncio.run(main())
 

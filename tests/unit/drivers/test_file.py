@@ -605,7 +605,7 @@ def test_a_device_follows_its_own_growth_and_shows_zeroes_there(
     async def main() -> None:
         graph = Graph()
         node = await graph.open({"driver": "file", "filename": str(path), "discard": "unmap"})
-        with pytest.raises(OSError, match="resize of a block device of 10000 bytes to 20000 bytes"):
+        with pytest.raises(OSError, match=r"resize of the block device .* of 10000 bytes to 20000 bytes"):
             await node.truncate(20_000)
         assert node.length == 10_000
         with open(path, "ab") as file:

@@ -20,7 +20,7 @@ from blockstep.block.driver import FUA, Buffer
 from blockstep.block.graph import Graph
 from blockstep.block.node import NodeOptions
 from blockstep.block.registry import register
-from blockstep.drivers import overlay_image
+from blockstep.drivers import overlay, overlay_image
 from blockstep.drivers.memory import Memory
 from blockstep.drivers.overlay import Overlay
 from blockstep.errors import OptionError
@@ -264,6 +264,57 @@ def test_what_a_resize_adds_reads_as_zeroes_whatever_is_below(kind: str, tmp_pat
         await node.truncate(SIZE + 1000)
         assert bytes(await node.pread(9_980, SIZE + 1000 - 9_980)) == \
             b"b" * 10 + b"y" * 10 + bytes(SIZE + 1000 - 10_000)
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("length", [SIZE + 70_000, 5000])
+@pytest.mark.parametrize("step", ["save", "file"])
+def test_a_resize_that_fails_leaves_the_image_as_it_was(
+    step: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "image"
+
+    def fail_once(place: Any, name: str) -> None:
+        call = getattr(place, name)
+
+        def fail(*args: Any) -> Any:
+            monkeypatch.setattr(place, name, call)
+            raise OSError(errno.ENOSPC, "injected")
+
+        monkeypatch.setattr(place, name, fail)
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, b"b" * SIZE, filename=str(path), create=True)
+        await node.pwrite(SIZE - 10, b"x" * 10)
+        await node.write_zeroes(0, CLUSTER)
+        before, size = bytes(await node.pread(0, SIZE)), path.stat().st_size
+        fail_once(*{"save": (overlay_image.OverlayImage, "sync_new_state"), "file": (overlay, "set_length")}[step])
+        with pytest.raises(OSError, match="injected") as caught:
+            await node.truncate(length)
+        assert not hasattr(caught.value, "__notes__")
+        assert (node.length, path.stat().st_size) == (SIZE, size)
+        assert bytes(await node.pread(0, SIZE)) == before
+        await graph.close(node)
+        node = await opened(graph, b"b" * SIZE, filename=str(path))
+        assert bytes(await node.pread(0, SIZE)) == before
+        await node.truncate(length)
+        assert node.length == length
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_zeroes_in_a_growth_that_find_no_room_take_it_back() -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, b"b" * SIZE, size=10, limit=0)
+        assert bytes(await node.pread(0, 10)) == b"b" * 10
+        with pytest.raises(OSError, match="holds its limit"):
+            await node.truncate(SIZE)
+        assert (node.length, bytes(await node.pread(0, 10))) == (10, b"b" * 10)
         await graph.close(node)
 
     asyncio.run(scenario())

@@ -17,7 +17,7 @@ from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, RESIZE, WRITE
 from blockstep.drivers.blkdebug import Blkdebug
 from blockstep.drivers.quorum import Missed, Quorum
-from blockstep.errors import GraphError, OptionError, PermissionConflict
+from blockstep.errors import GraphError, OptionError, PermissionConflict, told
 from blockstep.testing.conformance import fails
 from tests.disks import Ram, faulty, ram
 
@@ -352,6 +352,25 @@ def test_truncate_reaches_all_children_or_none() -> None:
         await fails(rig.user.truncate(2 * SIZE), errno.ENOSPC)
         assert [disk.length for disk in rig.disks] == [SIZE + 5] * 2
         assert rig.user.length == SIZE + 5
+
+    asyncio.run(main())
+
+
+def test_a_child_that_cannot_be_cut_again_is_named_with_the_first_error() -> None:
+    async def main() -> None:
+        rig = await Rig.make(SIZE, SIZE)
+        resize = rig.doors[0].truncate
+
+        async def only_grow(length: int) -> None:
+            if length == SIZE:
+                raise OSError(errno.EIO, "no way back")
+            await resize(length)
+
+        rig.doors[0].truncate = only_grow  # type: ignore[method-assign]
+        rig.doors[1].fail("truncate", errno.ENOSPC)
+        with pytest.raises(OSError, match="No space left") as caught:
+            await rig.user.truncate(2 * SIZE)
+        assert "'c0' could not be cut again: [Errno 5] no way back" in told(caught.value)
 
     asyncio.run(main())
 

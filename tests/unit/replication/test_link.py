@@ -515,3 +515,12 @@ def test_a_disk_that_cannot_grow_leaves_the_link_as_it_was() -> None:
     resized = Request(pair.link.truncate(8 * GRANULARITY))
     assert isinstance(resized.error, OSError)
     assert pair.link.length == pair.link.since.length == LENGTH
+
+
+def test_a_length_for_which_there_is_no_memory_leaves_the_link_and_its_disk_as_they_were() -> None:
+    pair = Pair()
+    resized = Request(pair.link.truncate(1 << 62))
+    assert isinstance(resized.error, OSError)
+    assert resized.error.errno == errno.ENOMEM
+    assert "a bitmap over 4611686018427387904 bytes takes 8796093022208 bytes of memory" in str(resized.error)
+    assert pair.link.length == pair.link.since.length == len(pair.local.data) == LENGTH

@@ -18,6 +18,7 @@ from blockstep.block.node import Child
 from blockstep.drivers.qcow2.format import AT_L1, MOST_L1, TABLES, encode_table, entries_for
 from blockstep.drivers.qcow2.reading import EVERYTHING
 from blockstep.drivers.qcow2.writing import Writer
+from blockstep.errors import noting
 
 
 class Resizer(Writer):
@@ -27,6 +28,21 @@ class Resizer(Writer):
         """See `Driver`. Durable at return."""
         if self.header.snapshot_count and self.header.version < 3:
             raise not_supported("resize of an image of version 2 with internal snapshots")
+        before, below_end = self.length, self._below_end
+        file_length = self.data_file.node.length if self.data_file else 0
+        try:
+            await self._set_length(length)
+        except BaseException as error:
+            if length > before:
+                with noting(error):
+                    if self.length != before:
+                        await self._set_length(before)
+                        self._below_end = below_end
+                    if self.data_file is not None and self.data_file.node.length != file_length:
+                        await self._shorten_data(self.data_file, file_length)
+            raise
+
+    async def _set_length(self, length: int) -> None:
         token = self._lock.try_take(0, EVERYTHING) or await self._lock.take(0, EVERYTHING)
         try:
             before = self.length
@@ -35,11 +51,11 @@ class Resizer(Writer):
                     await self._lengthen_data(self.data_file, before, length)
                 await self._lengthen_l1(length)
             await self._settle()
-            await self.file.pwrite(24, length.to_bytes(8, "big"))
-            await self.file.flush()
             self.length = length
             self.header = replace(self.header, size=length, l1_size=len(self._tables.l1),
                                   l1_table_offset=self._tables.l1_offset)
+            await self.file.pwrite(24, length.to_bytes(8, "big"))
+            await self.file.flush()
         finally:
             self._lock.give_back(token)
         if length < before:
@@ -95,8 +111,13 @@ class Resizer(Writer):
         grown.extend([0] * (needed - len(grown)))
         await self._write_all([(offset, encode_table(grown).ljust(clusters << bits, b"\0"))])
         await self.file.flush()
-        await self.file.pwrite(AT_L1, TABLES.pack(needed, offset, 0, 0)[:12])
-        await self.file.flush()
+        try:
+            await self.file.pwrite(AT_L1, TABLES.pack(needed, offset, 0, 0)[:12])
+            await self.file.flush()
+        except BaseException as error:  # the table that is written on must be the one that the header names
+            with noting(error):
+                await self.file.pwrite(AT_L1, TABLES.pack(len(tables.l1), tables.l1_offset, 0, 0)[:12])
+            raise
         old = range(tables.l1_offset >> bits, (tables.l1_offset >> bits) + -(-len(tables.l1) * 8 >> bits))
         tables.l1, tables.l1_offset = grown, offset
         refcounts.made_durable(list(old))

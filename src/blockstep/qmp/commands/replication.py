@@ -267,10 +267,11 @@ class CommitArguments(Arguments):
 
 
 class PairResizeArguments(Arguments):
-    """Arguments of pair-resize. ``size``: in bytes."""
+    """Arguments of pair-resize. ``size`` and ``now``, what the primary's disk has now: in bytes."""
 
     disk: str
     size: int
+    now: int
 
 
 class Peer(Protocol):
@@ -278,7 +279,7 @@ class Peer(Protocol):
 
     async def attach(self, args: AttachArguments, monitor: Monitor) -> Attached: ...
     async def commit(self, epoch: int, monitor: Monitor) -> None: ...
-    async def resize_for_primary(self, disk: str, size: int, monitor: Monitor) -> None: ...
+    async def resize_for_primary(self, args: PairResizeArguments, monitor: Monitor) -> None: ...
     def heard(self, monitor: Monitor) -> PairStatus: ...
 
 
@@ -301,10 +302,10 @@ async def pair_checkpoint(context: Peer, args: CommitArguments, monitor: Monitor
 async def pair_resize(context: Peer, args: PairResizeArguments, monitor: Monitor) -> None:
     """Give a disk, its buffers and its view another length, all or none, before the primary's disk gets it.
 
-    Only more than now, or again what it was before the last growth, if the primary's disk could not follow. The
+    Not less than the primary's disk has: so a growth that it could not follow can be taken back, and no more. The
     view has the new length at once; up to the next checkpoint its new part reads as zeroes.
     """
-    await context.resize_for_primary(args.disk, args.size, monitor)
+    await context.resize_for_primary(args, monitor)
 
 
 @peer_commands.command("pair-query")

@@ -1,20 +1,115 @@
-"""Growth over a backing node that grows as well."""
+"""Growth over a backing node that grows as well, and growth that fails at any moment."""
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Awaitable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from blockstep.block.driver import Buffer, Filter
 from blockstep.block.graph import Graph
-from blockstep.block.permissions import READ, RESIZE, WRITE
+from blockstep.block.node import NodeOptions, NodeRef
+from blockstep.block.permissions import READ, RESIZE, WRITE, Role
+from blockstep.block.registry import register
 from blockstep.drivers.create import CreateQcow2
+from blockstep.drivers.qcow2.check import check
+from blockstep.errors import told
 from blockstep.units import KiB
 from tests.disks import ram
 from tests.scenarios import scenario
 
 #: Not a whole number of clusters of any size.
 BEFORE = 300 * KiB + 77
+
+
+class FailingOptions(NodeOptions, tag="test-failing"):
+    file: NodeRef
+
+
+@register
+class Failing(Filter):
+    """A file of which one request fails, without effect: the one after ``good`` more."""
+
+    driver: ClassVar[str] = "test-failing"
+    Options = FailingOptions
+    child_roles: ClassVar[dict[str, Role]] = {"file": Role.FILTERED}
+    good: int | None = None
+
+    def _comes_by(self) -> None:
+        if self.good is not None:
+            self.good -= 1
+            if self.good < 0:
+                self.good = None
+                raise OSError(errno.ENOSPC, "injected")
+
+    async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        self._comes_by()
+        await super().pwrite(offset, data, flags)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        self._comes_by()
+        await super().write_zeroes(offset, length, flags)
+
+    async def truncate(self, length: int) -> None:
+        self._comes_by()
+        await super().truncate(length)
+
+    async def flush(self) -> None:
+        self._comes_by()
+        await super().flush()
+
+
+async def refusal(request: Awaitable[None]) -> OSError | None:
+    try:
+        await request
+    except OSError as error:
+        return error
+    return None
+
+
+def assert_whole(image: bytes) -> None:
+    result = check(lambda offset, length: image[offset:offset + length], len(image))
+    assert not result.corruptions, result
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@scenario
+async def test_a_growth_that_fails_at_any_moment_leaves_the_image_as_it_was(tmp_path: Path, raw: bool) -> None:
+    path, data = tmp_path / "disk.qcow2", tmp_path / "data"
+    beside = {"data_file": str(data), "data_file_raw": True} if raw else {}
+    after, good, failed = 2500 * KiB, 0, True
+    while failed:
+        CreateQcow2(filename=str(path), size=BEFORE, cluster_size=512, **beside).create()  # type: ignore[arg-type]
+        graph = Graph()
+        await ram(graph, "below", b"\x07" * 2 * BEFORE)
+        await graph.open({"driver": "file", "node-name": "plain", "filename": str(path)})
+        file = await graph.open({"driver": "test-failing", "node-name": "file", "file": "plain"})
+        assert isinstance(file, Failing)
+        node = await graph.open({"driver": "qcow2", "file": "file", "backing": None if raw else "below"})
+        user = graph.attach_backend(node, "user", READ | WRITE | RESIZE)
+        await user.pwrite(BEFORE - 5, b"here!")
+        await user.flush()
+        before = bytes(await user.pread(0, BEFORE))
+        file.good = good
+        error = await refusal(user.truncate(after))
+        failed, file.good = error is not None or file.good is None, None
+        if error is not None:
+            assert told(error) == "[Errno 28] injected"
+            assert user.length == BEFORE
+            assert bytes(await user.pread(0, BEFORE)) == before
+            if raw:
+                assert data.stat().st_size == BEFORE
+            await user.truncate(BEFORE + 1)
+            assert bytes(await user.pread(0, BEFORE + 1)) == before + b"\0"
+        await graph.detach_backend(user)
+        for name in (node.name, "file", "plain"):
+            await graph.close(graph.find(name))
+        assert_whole(path.read_bytes())
+        good += 1
+    assert good > 10
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
