@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -149,18 +150,22 @@ def test_an_error_that_nobody_can_be_told_is_still_that_error(redirection: str, 
     assert ended(redirection, "status", "--nonsense") == (cli.ERROR, "")
 
 
-#: Ctrl-C when the command line imports its first module.
+#: Ctrl-C when the command line imports the module of that name.
 INTERRUPTED = """
-import sys
+import os, signal, sys
 from blockstep import cli
+module = sys.argv.pop(1)
 class Interrupt:
-    def find_spec(*_): raise KeyboardInterrupt
+    def find_spec(name, *_):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupt)
 cli.main()
 """
 
 
-def test_an_interrupt_while_modules_are_imported_is_quiet() -> None:
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED, "status"], capture_output=True, text=True, timeout=20,
-                          env=environment())
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+@pytest.mark.parametrize("module", ["blockstep.streams", "blockstep.cli.export", "msgspec", "blockstep.daemon.export"])
+def test_an_interrupt_while_modules_are_imported_ends_the_program_at_once(module: str) -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, module, "export", "missing"], capture_output=True,
+                          text=True, timeout=20, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

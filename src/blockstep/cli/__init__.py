@@ -13,6 +13,7 @@ help asks of all of them, and the rest when it is called; and typer comes in whe
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
@@ -77,8 +78,13 @@ def main() -> None:
     wanted, *words = sys.argv[1:] or [""]
     error_code = 1 if wanted in ("img", "daemon") else ERROR
     code: int | str | None
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.default_int_handler:
+        # Until a command has its own way to end, nothing is to be taken away; and an exception in the middle of an
+        # import is a traceback, is lost, or brings a module down that is not written in Python.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        from blockstep import streams  # inside: Ctrl-C may come while modules are imported
+        from blockstep import streams
         from blockstep.errors import BlockstepError
 
         streams.open_missing()
@@ -90,13 +96,15 @@ def main() -> None:
             code = ended.code
         sys.stdout.flush()  # what cannot be printed is an error as well
     except KeyboardInterrupt:
-        code = 128 + 2
+        code = 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read what is printed has gone; what is left of it goes nowhere
         streams.forget(1)
-        code = 128 + 13
+        code = 128 + signal.SIGPIPE
     except (BlockstepError, OSError) as error:
         streams.complain(f"blockstep: {error}")
         code = error_code
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     sys.exit(code)
 
 

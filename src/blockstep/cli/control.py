@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from blockstep.cli.signals import run_unless_told
 from blockstep.cli.words import Argument, Option
 from blockstep.errors import OptionError
 from blockstep.places import QMP_SUFFIX, runtime_directory
@@ -58,15 +59,13 @@ def find_socket(pair: str | None, role: str | None, qmp: Path | None) -> Path:
 
 def ask(path: Path, talk: Callable[[Connection], Awaitable[T]], timeout: float = 10.0) -> T:
     """Connect to a control socket and run ``talk``. Raises ConnectionLost, CommandRefused, TimeoutError."""
-    import asyncio  # takes as long as all the rest, and the help does without
-
-    from blockstep.qmp.client import connect
+    from blockstep.qmp.client import connect  # takes as long as all the rest, and the help does without
 
     async def run() -> T:
         async with connect(path, timeout=timeout) as qmp:
             return await talk(qmp)
 
-    return asyncio.run(run())
+    return run_unless_told(run())
 
 
 def execute(path: Path, command: str, arguments: dict[str, Any] | None = None, timeout: float = 10.0) -> Any:
