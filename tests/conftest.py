@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, settings
 from blockstep.testing.pair import Pair
 from tests import peers
 
-# The same examples in every run, and no deadline per example: this suite runs on shared machines.
+# The same examples in every run (but for the constants that hypothesis finds in the modules imported until then), and
+# no deadline per example: this suite runs on shared machines.
 settings.register_profile("default", derandomize=True, deadline=None,
                           suppress_health_check=[HealthCheck.too_slow])
 # `make fuzz`: other examples in every run, and as many as one likes to wait for.

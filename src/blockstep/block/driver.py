@@ -139,9 +139,8 @@ class Driver(Node):
         """
         return self.pwrite(offset, data)
 
-    def submit_write(
-        self, offset: int, data: Buffer, flags: int, done: Callable[[BaseException | None], None]
-    ) -> None:
+    def submit_write(self, offset: int, data: Buffer, flags: int,
+                     done: Callable[[BaseException | None], None]) -> None:
         """`pwrite` for those who count: ``done(error or None)`` is called at its end, perhaps before this returns."""
         submit(self.pwrite(offset, data, flags), done)
 

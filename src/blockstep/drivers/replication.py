@@ -187,11 +187,8 @@ class Replication(Filter):
             except OSError as error:
                 self.fail(error)
             return
-        await self._write(
-            offset,
-            len(data),
-            lambda to, at, count: to.pwrite(at, memoryview(data)[at - offset : at - offset + count], flags),
-        )
+        await self._write(offset, len(data), lambda to, at, count: to.pwrite(
+            at, memoryview(data)[at - offset:at - offset + count], flags))
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         if self.mode == "primary":
@@ -239,9 +236,7 @@ class Replication(Filter):
         except OSError as error:
             self.fail(error)
 
-    async def _write_view(
-        self, buffer: DiskBuffer, offset: int, length: int, send: Send
-    ) -> None:
+    async def _write_view(self, buffer: DiskBuffer, offset: int, length: int, send: Send) -> None:
         mask = buffer.view_alignment - 1
         start, end = offset & ~mask, (offset + length + mask) & ~mask
         lock = buffer.view_lock
