@@ -26,7 +26,7 @@ from typing import ClassVar, Final, Literal
 
 from blockstep.aio.rangelock import RangeLock
 from blockstep.block.bitmap import Bitmap
-from blockstep.block.driver import Buffer, Filter
+from blockstep.block.driver import FAST, Buffer, Filter, not_supported
 from blockstep.block.node import Child, NodeOptions, NodeRef
 from blockstep.block.permissions import ALL, NONE, READ, RESIZE, WRITE, WRITE_UNCHANGED, Permission, Role
 from blockstep.block.registry import register
@@ -134,6 +134,8 @@ class CopyBeforeWrite(Filter):
             await self._locked(offset, len(data), lambda: self.file.pwrite(offset, data, flags))
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        if flags & FAST and not (self.broken or self._is_saved(offset, length)):
+            raise not_supported("fast zeroes: old content has to be saved")
         await self._locked(offset, length, lambda: self.file.write_zeroes(offset, length, flags))
 
     async def discard(self, offset: int, length: int) -> None:

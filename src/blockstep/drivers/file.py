@@ -58,7 +58,7 @@ from blockstep.aio.posix import (
     zero_range,
 )
 from blockstep.aio.rangelock import RangeLock
-from blockstep.block.driver import FUA, MAY_UNMAP, ZEROES, Buffer, Driver, Extent, Prepared, not_supported
+from blockstep.block.driver import FAST, FUA, MAY_UNMAP, ZEROES, Buffer, Driver, Extent, Prepared, not_supported
 from blockstep.block.node import LIVE_OPTIONS, NodeOptions
 from blockstep.block.registry import register
 from blockstep.errors import OptionError
@@ -242,7 +242,8 @@ class File(Driver):
     def _zero(self, offset: int, length: int, flags: int) -> bool:
         if flags & MAY_UNMAP and self.options.discard == "unmap" and punch_hole(self.fd, offset, length):
             return True
-        if zero_range(self.fd, offset, length):
+        # A device that cannot do it by itself has the kernel write zeroes: it does not say so beforehand.
+        if not (self._is_device and flags & FAST) and zero_range(self.fd, offset, length):
             return True
         # No way to keep the space: a hole is better than slow zeroes, if the caller can do with one.
         return bool(flags & MAY_UNMAP) and punch_hole(self.fd, offset, length)
@@ -254,10 +255,10 @@ class File(Driver):
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         if self._is_device:
             return [Extent(length)]
-        extents = await in_thread(file_status, self.fd, offset, length)
-        if extents[-1].zero and length_of(self.fd) < offset + sum(extent.length for extent in extents):
-            raise self._file.shortened(self.length)
-        return extents
+        try:
+            return await in_thread(file_status, self.fd, offset, length)
+        except EndOfFile:
+            raise self._file.shortened(self.length) from None
 
     def storage_fault(self) -> Fault | None:
         return self._file.fault(self.length)
@@ -325,12 +326,15 @@ class HostDevice(File):
 
 
 def file_status(fd: int, offset: int, length: int) -> list[Extent]:
-    """Where a file has data and where holes; waits for the filesystem's metadata."""
+    """Where a file has data and where holes; waits for the filesystem's metadata. Raises EndOfFile."""
     extents: list[Extent] = []
     for run, data in data_runs(fd, offset, offset + length):
         extents.append(Extent(run, data=data, zero=not data))
+        offset += run
         if len(extents) == _MOST_EXTENTS:
             break
+    if extents[-1].zero and os.fstat(fd).st_size < offset:
+        raise EndOfFile(errno.EIO, f"the file ends before {offset} bytes")
     return extents
 
 

@@ -49,7 +49,7 @@ from blockstep.aio.posix import (
 )
 from blockstep.aio.rangelock import RangeLock
 from blockstep.block.bitmap import Bitmap
-from blockstep.block.driver import FAST, FUA, ZEROES, Buffer, Driver, Extent, Prepared
+from blockstep.block.driver import FAST, FUA, ZEROES, Buffer, Driver, Extent, Prepared, not_supported
 from blockstep.block.node import LIVE_OPTIONS, Child, NodeOptions, NodeRef
 from blockstep.block.permissions import Role
 from blockstep.block.registry import register
@@ -365,7 +365,7 @@ class Overlay(Driver):
         for begin, piece in ((offset, start - offset), (stop, end - stop)):
             if piece:
                 await super().write_zeroes(begin, piece, 0)
-        await self._zero_clusters(start, stop)
+        await self._zero_clusters(start, stop, bool(flags & FAST))
         if flags & FUA:
             await self.flush()
 
@@ -377,13 +377,15 @@ class Overlay(Driver):
         if start < stop:
             await self._zero_clusters(start, stop)
 
-    async def _zero_clusters(self, start: int, stop: int) -> None:
+    async def _zero_clusters(self, start: int, stop: int, fast: bool = False) -> None:
         token = self._lock.try_take(start, stop) or await self._lock.take(start, stop)
         try:
             first, end = start >> self._shift, -(-stop // (1 << self._shift))
             if self._image is not None:
                 # What is held and a hole on the disk is zero, also after a crash: the map has one bit a cluster.
                 if not await in_thread(punch_hole, self._fd, start + self._base, stop - start):
+                    if fast:
+                        raise not_supported("fast zeroes, by this filesystem")
                     for at in range(start, stop, len(ZEROES)):
                         await self._put(at, _zeroes(min(len(ZEROES), stop - at)))
                     return

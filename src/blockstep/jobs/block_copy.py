@@ -31,14 +31,16 @@ from blockstep.aio.copying import PIECE, zero_runs
 from blockstep.aio.pool import in_thread
 from blockstep.aio.rangelock import RangeLock
 from blockstep.block.bitmap import Bitmap
-from blockstep.block.driver import MAY_UNMAP, Buffer, Driver, Extent
+from blockstep.block.driver import FAST, MAY_UNMAP, Buffer, Driver, Extent
 from blockstep.block.io import Backend, enter, leave
 from blockstep.block.node import Child
 from blockstep.block.status import status_through
 from blockstep.units import GiB, MiB
 
-#: The most that one request for zeroes covers. A peer may have to write them.
+#: The most that one request for zeroes covers, of a target that may have to write them, and where they are fast. For
+#: as long as it takes nobody can pause the copy, and a writer to the range may wait.
 ZEROES_AT_ONCE: Final = 64 * MiB
+FAST_ZEROES_AT_ONCE: Final = GiB
 #: How far ahead block status is asked, at least, where there is nothing but one long extent.
 _LOOK_AHEAD: Final = GiB
 #: A chunk in more extents than this is copied as a whole: one large request costs less than many small ones.
@@ -148,6 +150,7 @@ class BlockCopy:
         self._hint = Extent(1)
         self._offload = offload
         self._in_threads = in_threads
+        self._has_fast_zeroes = True  # until the target says no
         self._stopped = False
 
     async def copy(self, ranges: Ranges) -> None:
@@ -197,7 +200,10 @@ class BlockCopy:
                 try:
                     if not self._is_sparse(hint):
                         await self.control.throttle(length)
-                    done = await self._one(offset, length, hint)
+                    try:
+                        done = await self._one(offset, length, hint)
+                    except _NoHole:
+                        done = await self._by_chunks(offset, length)
                 finally:
                     self.in_flight -= length
                     if not done:
@@ -207,6 +213,16 @@ class BlockCopy:
         except BaseException:
             self._stopped = True
             raise
+
+    async def _by_chunks(self, offset: int, length: int) -> bool:
+        """As `_one`, of a long range that may have to be read."""
+        for at in range(offset, offset + length, self.chunk):
+            count = min(self.chunk, offset + length - at)
+            await self.control.pause_point()
+            await self.control.throttle(count)
+            if not await self._one(at, count, Extent(count, depth=0)):
+                return False
+        return True
 
     async def _next(self, ranges: Ranges) -> tuple[int, int, Extent] | None:
         """The next range to copy, and what is probably there: long where there is nothing to read, else a chunk."""
@@ -222,7 +238,8 @@ class BlockCopy:
                 return None
         limit = self.chunk
         if self._is_sparse(self._hint) and self.chunk < self._hint_end - offset:
-            limit = min(self._hint_end - offset, ZEROES_AT_ONCE) // self.granularity * self.granularity
+            most = FAST_ZEROES_AT_ONCE if self._has_fast_zeroes else ZEROES_AT_ONCE
+            limit = min(self._hint_end - offset, most) // self.granularity * self.granularity
         offset, length = ranges.take(limit)
         return offset, length, self._hint if offset + length <= self._hint_end else Extent(length, depth=0)
 
@@ -286,6 +303,8 @@ class BlockCopy:
             await self._data(offset, length, hint.depth)
             return
         extents = await self._status(offset, length)
+        if length > self.chunk and not all(self._is_sparse(extent) for extent in extents):
+            raise _NoHole
         if len(extents) > _FRAGMENTS:
             extents = [Extent(length, depth=0)]
         for extent in extents:
@@ -307,9 +326,23 @@ class BlockCopy:
                 return
             self.written.set(offset, length)
         try:
-            await self.target.write_zeroes(offset, length, MAY_UNMAP)
+            if length > ZEROES_AT_ONCE and await self._zero_fast(offset, length):
+                return
+            for at in range(offset, offset + length, ZEROES_AT_ONCE):
+                await self.target.write_zeroes(at, min(ZEROES_AT_ONCE, offset + length - at), MAY_UNMAP)
         except OSError as error:
             raise Failure("write", error) from error
+
+    async def _zero_fast(self, offset: int, length: int) -> bool:
+        """Whether the target does that without writing zeroes."""
+        try:
+            await self.target.write_zeroes(offset, length, MAY_UNMAP | FAST)
+        except OSError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
+            self._has_fast_zeroes = False
+            return False
+        return True
 
     async def _data(self, offset: int, length: int, depth: int) -> None:
         if self._offload and await self._kernel_copy(offset, length, depth):
@@ -391,6 +424,10 @@ class BlockCopy:
         if self.written is not None:
             self.written.set(offset, length)
         return True
+
+
+class _NoHole(Exception):
+    """A long range, taken for a hole, has data: the guest has written there since somebody looked."""
 
 
 class Failure(Exception):

@@ -431,6 +431,25 @@ def test_fast_zeroes_are_refused_where_they_would_be_slow(image: Path, monkeypat
     asyncio.run(scenario())
 
 
+def test_fast_zeroes_of_a_device_are_holes_as_the_kernel_may_write_the_others(
+        image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blockstep.drivers.file.is_block_device", lambda fd: True)
+    monkeypatch.setattr("blockstep.drivers.file.zero_range", lambda *_: pytest.fail("the kernel writes"))
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+        await node.pwrite(0, b"x" * SIZE)
+        with pytest.raises(OSError) as caught:
+            await node.write_zeroes(0, SIZE, FAST)
+        assert caught.value.errno == errno.ENOTSUP
+        await node.write_zeroes(0, SIZE, FAST | MAY_UNMAP)
+        assert not any(await node.pread(0, SIZE))
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
 def test_discard_gives_space_back_only_when_asked_to(image: Path) -> None:
     async def scenario(discard: str) -> int:
         graph = Graph()
@@ -529,7 +548,39 @@ def test_a_read_only_block_device_is_not_opened_for_writing(
         asyncio.run(scenario())
     finally:
         if how == "loop":
-            subprocess.run(["losetup", "-d", device], check=True)
+            release(device)
+
+
+def test_a_block_device_that_shrinks_or_loses_its_name(image: Path, tmp_path: Path) -> None:
+    device = loop_device(image)
+    name = tmp_path / "name"
+
+    async def scenario() -> None:
+        graph = Graph()
+        try:
+            os.mknod(name, stat.S_IFBLK | 0o600, device.stat().st_rdev)
+            node = await opened(graph, name)
+        except PermissionError as error:
+            pytest.skip(f"no device nodes here: {error}")
+        assert node.storage_fault() is None
+        name.rename(tmp_path / "other")
+        assert node.storage_fault() == posix.Fault(
+            f"{name} is not the one in use any more: put that back before this program ends", False)
+        os.mknod(name, stat.S_IFBLK | 0o600, device.stat().st_rdev)  # another node, of the same device
+        assert node.storage_fault() is None
+        os.truncate(image, MiB // 2)
+        await in_thread(subprocess.run, ["losetup", "--set-capacity", device], check=True)
+        fault = node.storage_fault()
+        assert fault is not None
+        assert fault.text.startswith(f"{name} was shortened from {MiB} to {MiB // 2} bytes")
+        with pytest.raises(OSError, match="was shortened"):
+            await node.pread(MiB // 2, 512)
+        await graph.close(node)
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        release(device)
 
 
 def loop_device(image: Path) -> Path:
@@ -540,6 +591,12 @@ def loop_device(image: Path) -> Path:
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no loop devices here: {error}")
     return Path(made.stdout.strip())
+
+
+def release(device: Path) -> None:
+    """Give a loop device back as it was: it would stay read-only."""
+    subprocess.run(["blockdev", "--setrw", device], check=True)
+    subprocess.run(["losetup", "-d", device], check=True)
 
 
 def test_a_character_device_is_no_disk() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import blockstep.drivers  # noqa: F401
 from blockstep.aio.inline import Completion
-from blockstep.block.driver import FUA, Buffer
+from blockstep.block.driver import FAST, FUA, Buffer
 from blockstep.block.graph import Graph
 from blockstep.block.node import NodeOptions
 from blockstep.block.registry import register
@@ -443,3 +443,21 @@ def test_a_read_only_image_can_become_writable_and_back(image: Path) -> None:
 
     asyncio.run(scenario())
     assert read_back(image) == b"4th--".ljust(SIZE, b"\0")
+
+
+def test_fast_zeroes_of_an_image_are_refused_where_they_would_be_written(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, None, filename=str(tmp_path / "image"), create=True, size=SIZE)
+        await node.pwrite(0, b"x" * SIZE)
+        monkeypatch.setattr("blockstep.drivers.overlay.punch_hole", lambda *_: False)
+        with pytest.raises(OSError, match="fast zeroes") as caught:
+            await node.write_zeroes(0, SIZE, FAST)
+        assert caught.value.errno == errno.ENOTSUP
+        assert bytes(await node.pread(0, SIZE)) == b"x" * SIZE
+        await node.write_zeroes(0, SIZE)
+        assert not any(await node.pread(0, SIZE))
+        await graph.close(node)
+
+    asyncio.run(scenario())

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from blockstep.aio.copying import zero_runs
 from blockstep.block.bitmap import Bitmap
-from blockstep.block.driver import Driver
+from blockstep.block.driver import FAST, MAY_UNMAP, Buffer, Driver, not_supported
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
+from blockstep.drivers.null import Null
 from blockstep.jobs.block_copy import BlockCopy, Control, Pass, Side
-from blockstep.units import KiB, MiB
+from blockstep.units import GiB, KiB, MiB
 from tests.disks import faulty, ram
 
 PATTERN = random.Random(1).randbytes(1 << 20)
@@ -109,6 +110,79 @@ def test_holes_are_not_read_and_a_zero_target_is_not_told() -> None:
         await copy.copy(Pass(whole(source)))
         assert not any(target.content[100 * MiB:100 * MiB + 65536])
         assert {what for what, *_ in target.requests} == {"zero"}
+
+    asyncio.run(main())
+
+
+async def long_hole(graph: Graph) -> Driver:
+    """A source of 3 GiB that holds nothing."""
+    return await graph.open({"driver": "memory", "node-name": "source", "size": 3 * GiB})
+
+
+def test_a_long_hole_goes_in_long_requests_where_zeroes_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[tuple[int, int, int]] = []
+
+    async def note(self: Null, offset: int, length: int, flags: int = 0) -> None:
+        requests.append((offset, length, flags))
+
+    async def main() -> None:
+        graph = Graph()
+        target = await graph.open({"driver": "null", "node-name": "target", "size": 3 * GiB})
+        monkeypatch.setattr(Null, "write_zeroes", note)
+        source = await long_hole(graph)
+        await engine(graph, source, target).copy(Pass(whole(source)))
+        assert sorted(requests) == [(at * GiB, GiB, FAST | MAY_UNMAP) for at in range(3)]
+
+    asyncio.run(main())
+
+
+def test_a_target_that_may_have_to_write_zeroes_is_not_asked_for_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[tuple[int, int]] = []
+    refused: list[int] = []
+
+    async def slow(self: Null, offset: int, length: int, flags: int = 0) -> None:
+        if flags & FAST:
+            refused.append(length)
+            raise not_supported("fast zeroes")
+        requests.append((offset, length))
+
+    async def main() -> None:
+        graph = Graph()
+        target = await graph.open({"driver": "null", "node-name": "target", "size": 3 * GiB})
+        monkeypatch.setattr(Null, "write_zeroes", slow)
+        source = await long_hole(graph)
+        await engine(graph, source, target, workers=1).copy(Pass(whole(source)))
+        assert refused == [GiB]  # asked once
+        assert requests == [(at, 64 * MiB) for at in range(0, 3 * GiB, 64 * MiB)]
+
+    asyncio.run(main())
+
+
+def test_what_is_written_into_a_long_hole_meanwhile_is_copied_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[int, int]] = []
+    throttled: list[int] = []
+
+    class Slowly(Control):
+        async def throttle(self, count: int) -> None:
+            throttled.append(count)
+
+    async def main() -> None:
+        graph = Graph()
+        source = await long_hole(graph)
+        target = await graph.open({"driver": "null", "node-name": "target", "size": 3 * GiB})
+
+        async def the_guest_writes(self: Null, offset: int, length: int, flags: int = 0) -> None:
+            await source.pwrite(GiB + 100 * MiB, PATTERN * 3)
+
+        async def note(self: Null, offset: int, data: Buffer, flags: int = 0) -> None:
+            assert bytes(data) == PATTERN
+            written.append((offset, len(data)))
+
+        monkeypatch.setattr(Null, "write_zeroes", the_guest_writes)
+        monkeypatch.setattr(Null, "pwrite", note)
+        await engine(graph, source, target, Slowly(), workers=1).copy(Pass(whole(source)))
+        assert written == [(GiB + at * MiB, MiB) for at in (100, 101, 102)]
+        assert throttled == [MiB] * 1024
 
     asyncio.run(main())
 
