@@ -81,9 +81,8 @@ def main() -> None:
     wanted, *words = sys.argv[1:] or [""]
     error_code = 1 if wanted in ("img", "daemon") else ERROR
     code: int | str | None
-    interrupt = signal.getsignal(signal.SIGINT)
-    if interrupt is signal.default_int_handler:
-        # Until a command has its own way to end, nothing is to be taken away; and an exception in the middle of an
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Unless a command has its own way to end, nothing is to be taken away; and an exception in the middle of an
         # import is a traceback, is lost, or brings a module down that is not written in Python.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -106,8 +105,6 @@ def main() -> None:
     except (BlockstepError, OSError) as error:
         streams.complain(f"blockstep: {error}")
         code = error_code
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
     sys.exit(code)
 
 

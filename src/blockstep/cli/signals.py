@@ -34,3 +34,6 @@ def run_unless_told(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(until_told())
     except asyncio.CancelledError:
         sys.exit(128 + caught[0] if caught else 1)
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # asyncio's idea of how it was before
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -2,8 +2,8 @@
 
 A program is a coroutine that starts everything and then waits in `Service.wait` until it is told to stop: by
 SIGTERM, SIGINT or SIGHUP, or by the command ``quit``. Another SIGTERM or SIGHUP changes nothing: a stop that is broken
-off loses data. A second Ctrl-C is somebody who wants that. Under systemd it says READY=1 when it serves and STOPPING=1
-when it begins to stop (sd_notify's protocol: a datagram to $NOTIFY_SOCKET).
+off loses data. A second Ctrl-C is somebody who wants that, and kills. Under systemd it says READY=1 when it serves and
+STOPPING=1 when it begins to stop (sd_notify's protocol: a datagram to $NOTIFY_SOCKET).
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class Service:
             notify("STOPPING=1")
             if signal.SIGINT in self._signals:
                 asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     async def stop_qmp(self) -> None:
         """Close the control socket, after its answers have gone out."""
