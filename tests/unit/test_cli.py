@@ -122,14 +122,30 @@ def test_what_cannot_be_printed_is_one_line_and_an_exit_code() -> None:
     assert said == "blockstep: [Errno 28] No space left on device\n"
 
 
-@pytest.mark.parametrize("words", ["--version", "--help"])
-def test_a_reader_that_has_gone_is_no_news(words: str) -> None:
+@pytest.mark.parametrize("words", ["--version", "--help", "img map -f raw image", "img info -f raw image",
+                                   "img convert -p -f raw -O raw image copy"])
+def test_a_reader_that_has_gone_is_no_news(words: str, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(4096))
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
-        done = subprocess.run([sys.executable, "-m", "blockstep", words], stdout=pipe, stderr=subprocess.PIPE,
-                              text=True, timeout=30, env=environment())
+        done = subprocess.run([sys.executable, "-m", "blockstep", *words.split()], stdout=pipe, stderr=subprocess.PIPE,
+                              text=True, timeout=30, env=environment(), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (141, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["image"]
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch,
+                                                  capfd: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError(32, "the server has gone")
+
+    monkeypatch.setattr(sys, "argv", ["blockstep", "status"])
+    monkeypatch.setattr(cli, "_carry_out", broken)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == cli.ERROR
+    assert "the server has gone" in capfd.readouterr().err
 
 
 def test_nobody_needs_standard_input_output_and_error(tmp_path: Path) -> None:

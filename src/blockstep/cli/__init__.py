@@ -99,12 +99,13 @@ def main() -> None:
         sys.stdout.flush()  # what cannot be printed is an error as well
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    except BrokenPipeError:  # whoever read what is printed has gone; what is left of it goes nowhere
-        streams.forget(1)
-        code = 128 + signal.SIGPIPE
     except (BlockstepError, OSError) as error:
-        streams.complain(f"blockstep: {error}")
-        code = error_code
+        if isinstance(error, BrokenPipeError) and streams.nobody_reads():
+            streams.forget(1)  # what is left of it goes nowhere
+            code = 128 + signal.SIGPIPE
+        else:
+            streams.complain(f"blockstep: {error}")
+            code = error_code
     sys.exit(code)
 
 

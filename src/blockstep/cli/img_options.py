@@ -14,7 +14,7 @@ from blockstep.cli.signals import run_unless_told
 from blockstep.cli.words import Argument, Option
 from blockstep.errors import BlockstepError, OptionError
 from blockstep.images import CacheMode
-from blockstep.streams import complain
+from blockstep.streams import complain, nobody_reads
 
 T = TypeVar("T")
 Output = Literal["human", "json"]
@@ -49,13 +49,16 @@ class Failed(Exception):
 def run(work: Coroutine[Any, Any, T], error_code: int = 1) -> T:
     """Do the work in an event loop. Errors are one line on standard error, and the exit code.
 
-    At a signal files that are not complete are taken away, as after an error; see `run_unless_told`.
+    At a signal files that are not complete are taken away, as after an error; see `run_unless_told`. The same when
+    nobody reads what is printed: raises BrokenPipeError.
     """
     try:
         return run_unless_told(work)
     except Failed as failed:
         sys.exit(failed.code)
     except (BlockstepError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            raise
         complain(f"blockstep: {error}")
         sys.exit(error_code)
 
