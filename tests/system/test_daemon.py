@@ -443,6 +443,16 @@ def test_a_daemon_that_waits_for_somebody_ends_at_a_signal(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_clients_are_served_beyond_the_soft_limit_of_open_files(tmp_path: Path) -> None:
+    qmp = tmp_path / "qmp"
+    few = ["sh", "-c", 'ulimit -Sn 32; exec "$@"', "sh"]
+    with started([*few, *blockstep("daemon", "--qmp", f"unix:{qmp}")], qmp, env=environment()), \
+            contextlib.ExitStack() as stack:
+        for _ in range(50):
+            monitor = stack.enter_context(contextlib.closing(QMP(qmp)))
+        assert monitor.execute("query-status")
+
+
 def test_a_pidfile_belongs_to_one_that_lives(tmp_path: Path) -> None:
     (tmp_path / "pid").write_text("999999\n")  # of one that was killed
     qmp = tmp_path / "qmp"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -38,6 +39,13 @@ def notify(state: str) -> None:
         sock.send(state.encode())
 
 
+def _open_as_many_files_as_allowed() -> None:
+    """The usual limit, 1024, is for programs that call select(2); each client and each disk is a file."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # an administrator may have lowered what the kernel allows
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 class Service:
     """A program that runs until it is told to stop. Make it in a running event loop."""
 
@@ -45,6 +53,7 @@ class Service:
 
     def __init__(self, name: str | None) -> None:
         keep_freed_memory()
+        _open_as_many_files_as_allowed()
         self.name = name
         major, minor, micro = (int(part) for part in __version__.split("."))
         self.version = core.Version(
