@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
 import select
 import signal
 import subprocess
 import sys
+import termios
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -226,3 +228,23 @@ def test_a_demonstration_that_is_broken_off_leaves_nothing_behind(tmp_path: Path
                 assert select.select([life], [], [], 20)[0]
         assert number == signal.SIGKILL or not any(tmp_path.iterdir())
         demo.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_shell_that_is_ended_by_a_signal_puts_the_terminal_back(tmp_path: Path, number: signal.Signals) -> None:
+    ours, its = pty.openpty()
+    try:
+        before, control = termios.tcgetattr(its), tmp_path / "qmp"
+        with started(blockstep_command("daemon", "--qmp", f"unix:{control}"), control, env=environment()), \
+                started(blockstep_command("shell", "--socket", control), env={**environment(), "TERM": "xterm"},
+                        stdin=its, stdout=its, stderr=its) as shell:
+            said = b""
+            while b"\x1b[?2004h" not in said:  # bracketed paste: it reads a line
+                said += os.read(ours, 4096)
+            assert termios.tcgetattr(its) != before
+            shell.send_signal(number)
+            assert shell.wait(20) == 128 + number
+            assert termios.tcgetattr(its) == before
+    finally:
+        os.close(ours)
+        os.close(its)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from blockstep.cli.control import PairName
 from blockstep.cli.monitors import MonitorTls, Socket, find_monitor
+from blockstep.cli.signals import run_unless_told
 from blockstep.cli.words import Option
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def shell(
 
     address, context = find_monitor(pair, socket, tls)
     if command is None and sys.stdin.isatty():
-        asyncio.run(_at_terminal(address, context))
+        run_unless_told(_at_terminal(address, context))  # the terminal is put back as it was
         return
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is an error of that line
