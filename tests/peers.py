@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 
 from blockstep.testing import processes
-from blockstep.testing.processes import QMP, ProcessFailed, accepts, blockstep, monitored, run, started, stop, unix_uri
+from blockstep.testing.processes import QMP, ProcessFailed, blockstep, monitored, run, started, stop, unix_uri
 
-__all__ = ["PACKAGES", "QMP", "ProcessFailed", "accepts", "blockstep", "missed", "monitored", "nbdkit", "nbdsh",
+__all__ = ["PACKAGES", "QMP", "ProcessFailed", "blockstep", "missed", "monitored", "nbdkit", "nbdsh",
            "need", "qemu_nbd", "qemu_system", "run", "started", "stop", "unix_uri"]
 
 #: Program -> the Debian package that has it.

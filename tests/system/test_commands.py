@@ -230,6 +230,16 @@ def test_a_demonstration_that_is_broken_off_leaves_nothing_behind(tmp_path: Path
         demo.stdout.close()
 
 
+def test_a_demonstration_that_nobody_looks_at_leaves_nothing_behind(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe:
+        done = subprocess.run([sys.executable, "-m", "blockstep", "demo", "--disks", "1", "--size", "4M"], timeout=30,
+                              stdout=pipe, stderr=subprocess.PIPE, env={**environment(), "TMPDIR": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_shell_that_is_ended_by_a_signal_puts_the_terminal_back(tmp_path: Path, number: signal.Signals) -> None:
     ours, its = pty.openpty()

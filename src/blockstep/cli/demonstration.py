@@ -42,9 +42,15 @@ def show(image: Path | None, format: str, disks: int, size: int, checkpoints: in
 async def _show(image: Path | None, format: str, disks: int, size: int, checkpoints: int) -> None:
     directory = Path(tempfile.mkdtemp(prefix="blockstep-demo-"))
     try:
-        await _Demo(directory, Console(), image, format, disks, size, checkpoints).run()
+        await _Demo(directory, _Console(), image, format, disks, size, checkpoints).run()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads: that is an error as it is of other commands; rich would end the program with 1."""
+        raise
 
 
 class _Demo:

@@ -128,15 +128,6 @@ def connect(address: Address, timeout: float = COMMAND_LIMIT) -> socket.socket:
     return connection
 
 
-def accepts(address: Address) -> bool:
-    """Whether somebody accepts connections there now."""
-    try:
-        connect(address).close()
-    except OSError:
-        return False
-    return True
-
-
 def _first_connection(address: Address, process: subprocess.Popen[bytes],
                       failed: Callable[[str], ProcessFailed]) -> socket.socket:
     deadline = time.monotonic() + START_LIMIT
