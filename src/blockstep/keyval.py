@@ -27,7 +27,7 @@ import msgspec
 from msgspec import inspect
 
 from blockstep.errors import OptionError
-from blockstep.units import parse_size
+from blockstep.units import LEAST, MOST, parse_size
 
 T = TypeVar("T")
 
@@ -217,6 +217,7 @@ def _understood_word(value: str, kinds: list[inspect.Type], option: str, words: 
         for one in kinds:
             meant = _meant(value, one)
             if meant is not None:
+                _check_range(meant, option)
                 return meant
     _check(value, kinds, option, words)
     return value
@@ -251,8 +252,14 @@ def _check(value: Any, kinds: list[inspect.Type], option: str, words: bool) -> N
             return
         for kind, types in _PYTHON:
             if isinstance(one, kind) and isinstance(value, types) and (bool in types or not isinstance(value, bool)):
+                _check_range(value, option)
                 return
     raise OptionError(option.rstrip(":"), value, _expected(kinds, words))
+
+
+def _check_range(value: Any, option: str) -> None:
+    if isinstance(value, int) and not LEAST <= value <= MOST:
+        raise OptionError(option.rstrip(":"), value, f"from {LEAST} to {MOST}")
 
 
 def _expected(kinds: list[inspect.Type], words: bool) -> str:

@@ -12,6 +12,10 @@ MiB: Final = 1 << 20
 GiB: Final = 1 << 30
 TiB: Final = 1 << 40
 
+#: Numbers that a user gives lie between these: 64 bits with a sign, as of QMP, of files and of all that QEMU takes.
+LEAST: Final = -1 << 63
+MOST: Final = (1 << 63) - 1
+
 _SUFFIX: Final = {"": 1, "b": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB, "p": 1 << 50, "e": 1 << 60}
 _SIZE: Final = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([bkmgtpe]?)(?:i?b)?", re.IGNORECASE)
 _TIME: Final = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*(ms|s|m|h|)", re.IGNORECASE)

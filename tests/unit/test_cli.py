@@ -44,7 +44,7 @@ EXPORT = ("export", "{image}")
     ((*STANDBY, "--buffer-format", "qcow2", "--buffer-dir", "{tmp}/none"), "{tmp}/none", "a directory"),
     ((*STANDBY, "--buffer-memory", "0"), "--buffer-memory", "more than 0"),
     ((*PRIMARY, "127.0.0.1:65535"), "--standby", "below 65535"),
-    ((*PRIMARY, "127.0.0.1", "--max-stall", "0"), "--max-stall", "more than 0"),
+    ((*PRIMARY, "127.0.0.1", "--max-stall", "9ms"), "--max-stall", "10ms or more"),
     ((*PRIMARY, "127.0.0.1", "--max-stall", LONG), "--max-stall", "a time"),
     ((*PRIMARY, "127.0.0.1", "--queue", "0"), "--queue", "more than 0"),
     ((*PRIMARY, "127.0.0.1", "--tls", "{tmp}/none"), "tls-certificates", "ca-cert.pem"),

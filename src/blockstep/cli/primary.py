@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from blockstep.cli.options import (
     Disks,
@@ -19,8 +19,12 @@ from blockstep.cli.options import (
     parse_served,
 )
 from blockstep.cli.words import Option
+from blockstep.errors import OptionError
 from blockstep.places import runtime_directory
 from blockstep.units import parse_duration, parse_size
+
+#: Seconds: requests are looked at several times in that time.
+_LEAST_STALL: Final = 0.01
 
 
 def primary(
@@ -50,12 +54,15 @@ def primary(
     from blockstep.aio.loop import run
     from blockstep.daemon.primary import Primary, PrimaryConfig, main
 
+    stall = parse_duration(max_stall, "--max-stall")
+    if stall < _LEAST_STALL:
+        raise OptionError("--max-stall", max_stall, "10ms or more")
     config = PrimaryConfig(
         pair=parse_pair(pair), disks=parse_disks(disk), standby=parse_inet(standby, "--standby"),
         export=parse_served(socket, listen, f"{pair}.primary.nbd"),
         qmp=(qmp or runtime_directory() / f"{pair}.primary.qmp").absolute(), ack=ack,
         queue=parse_positive(queue, "--queue", parse_size),
-        max_stall=parse_positive(max_stall, "--max-stall", parse_duration),
+        max_stall=stall,
         checkpoint_every=parse_duration(checkpoint_every, "--checkpoint-every"),
         checkpoint_bytes=parse_size(checkpoint_bytes, "--checkpoint-bytes"), tls=tls,
         export_tls=export_tls, export_given=socket is not None or listen is not None)

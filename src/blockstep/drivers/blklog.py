@@ -47,6 +47,8 @@ MARK_FLAG: Final = 8
 
 #: By how many bytes the log grows.
 _STEP: Final = 1 << 20
+#: Bytes of a sector of the log, at least and at most: an entry takes one.
+_SECTORS: Final = (512, 8 << 20)
 
 
 class BlklogOptions(NodeOptions, tag="blklog"):
@@ -82,8 +84,8 @@ class Blklog(Filter):
 
     async def open(self) -> None:
         size = self._sector
-        if size < 512 or size & (size - 1):
-            raise OptionError("log-sector-size", size, "a power of two, 512 or more")
+        if not _SECTORS[0] <= size <= _SECTORS[1] or size & (size - 1):
+            raise OptionError("log-sector-size", size, "a power of two from 512 to 8 MiB")
         if self.options.log_super_update_interval < 1:
             raise OptionError("log-super-update-interval", self.options.log_super_update_interval, "1 or more")
         if self.options.log_append:

@@ -30,6 +30,8 @@ class Null(Driver):
     options: NullOptions
 
     async def open(self) -> None:
+        if self.options.size < 0:
+            raise OptionError("size", self.options.size, "0 or more bytes")
         self.length = self.options.size
 
     async def pread(self, offset: int, length: int) -> Buffer:

@@ -39,6 +39,7 @@ from typing import Any, ClassVar, Final, Protocol, TypeVar, get_type_hints
 import msgspec
 
 from blockstep.qmp.errors import CommandError
+from blockstep.units import LEAST, MOST
 
 
 class Arguments(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, kw_only=True):
@@ -144,13 +145,15 @@ class Command:
     def decode(self, arguments: bytes | msgspec.Raw) -> Any:
         """The arguments, checked. Raises CommandError that names the argument that is wrong."""
         try:
-            return self._decoder.decode(arguments)
+            decoded = self._decoder.decode(arguments)
         except msgspec.ValidationError as error:
             raise CommandError(explain(str(error))) from None
         except (msgspec.DecodeError, ValueError) as error:
             raise CommandError(f"the arguments are no valid JSON: {error}") from None
         except RecursionError:
             raise CommandError("the arguments nest too deeply") from None
+        _check_ranges(decoded, "")
+        return decoded
 
     def run(self, context: Any, args: Any, monitor: Monitor) -> Awaitable[Any]:
         """Start the command."""
@@ -251,6 +254,23 @@ def explain(sentence: str) -> str:
         wrong = f", not {_TYPES.get(found[3], found[3])}" if found[3] else ""
         return f"{whose} must be {right}{found[2]}{wrong}"
     return f"{whose}: {what}"
+
+
+def _check_ranges(value: Any, path: str) -> None:
+    """Raises CommandError for an integer of more than the 64 bits that QMP's have: Python's go on and on."""
+    if isinstance(value, int):
+        if not LEAST <= value <= MOST:
+            raise CommandError(f"argument '{path}' must be an integer {'<= ' if value > 0 else '>= '}"
+                               f"{MOST if value > 0 else LEAST}")
+    elif isinstance(value, msgspec.Struct):
+        for name, field in zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True):
+            _check_ranges(getattr(value, field), _joined(path, name))
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_ranges(item, _joined(path, name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_ranges(item, f"{path}[{index}]")
 
 
 def _joined(path: str, name: str) -> str:

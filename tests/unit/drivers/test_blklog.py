@@ -195,7 +195,7 @@ def test_the_superblock_is_written_at_its_interval() -> None:
 
 
 @pytest.mark.parametrize(("option", "value"), [
-    ("log-sector-size", 513), ("log-sector-size", 256), ("log-super-update-interval", 0),
+    ("log-sector-size", 513), ("log-sector-size", 256), ("log-sector-size", 1 << 32), ("log-super-update-interval", 0),
 ])
 def test_wrong_options_are_named(option: str, value: int) -> None:
     with pytest.raises(OptionError) as caught:

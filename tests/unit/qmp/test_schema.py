@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from blockstep.errors import ConnectionLost, JobNotFound, NodeNotFound, OptionError
+from blockstep.qmp.commands import replication
 from blockstep.qmp.errors import CommandError, describe
 from blockstep.qmp.schema import Arguments, Event, Registry, explain
 from tests.unit.qmp.support import REGISTRY, registry
@@ -55,6 +56,12 @@ async def add(context: Any, args: File | Raw) -> None:
     ("all", b'{"node-name": null}', "argument 'node-name' must be a string, not null"),
     ("all", b'{"node-name": "a", "node_name": "b"}', "argument 'node_name' is not known"),
     ("all", b'{"node-name": "a", "sizes": [1, "x"]}', "argument 'sizes[1]' must be an integer, not a string"),
+    ("all", b'{"node-name": "a", "sizes": [1, 9223372036854775808]}',
+     "argument 'sizes[1]' must be an integer <= 9223372036854775807"),
+    ("all", b'{"node-name": "a", "either": -9223372036854775809}',
+     "argument 'either' must be an integer >= -9223372036854775808"),
+    ("add", b'{"driver": "raw", "file": {"driver": "file", "filename": "f"}, "offset": 1' + b"0" * 30 + b"}",
+     "argument 'offset' must be an integer <= 9223372036854775807"),
     ("all", b'{"node-name": "a", "sizes": {}}', "argument 'sizes' must be an array, not an object"),
     ("all", b'{"node-name": "a", "mode": "third"}', "argument 'mode' cannot be 'third'"),
     ("all", b'{"node-name": "a", "on": 1}', "argument 'on' must be true or false, not an integer"),
@@ -134,3 +141,19 @@ def test_every_error_has_a_class_and_a_description(error: Exception, error_class
     assert found == error_class
     assert description
     assert description.startswith("internal error") == isinstance(error, KeyError)
+
+
+@pytest.mark.parametrize(("command", "arguments", "sentence"), [
+    ("pair-attach", {"disks": [{"name": "a", "size": 1 << 63}]}, "'disks[0].size' must be an integer <= 922"),
+    ("pair-attach", {"disks": [{"name": "a", "size": -1}]}, "'disks[0].size' must be an integer >= 0"),
+    ("pair-attach", {"silence": -1}, "'silence' must be a number >= 0"),
+    ("pair-resize", {"disk": "a", "size": 1 << 63, "now": 0}, "'size' must be an integer <= 922"),
+    ("pair-resize", {"disk": "a", "size": 0, "now": -1}, "'now' must be an integer >= 0"),
+    ("pair-checkpoint", {"epoch": 0}, "'epoch' must be an integer >= 1"),
+])
+def test_what_a_primary_may_send_has_bounds(command: str, arguments: dict[str, Any], sentence: str) -> None:
+    if command == "pair-attach":
+        arguments = {"pair": "p", "instance": "i", "disks": [], **arguments}
+    with pytest.raises(CommandError) as caught:
+        replication.peer_commands.commands[command].decode(msgspec.json.encode(arguments))
+    assert sentence in caught.value.description

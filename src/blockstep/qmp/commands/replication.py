@@ -113,10 +113,13 @@ class Promoted(Result):
     faults: list[str]
 
 
+Size = Annotated[int, Meta(ge=0, description="Bytes.")]
+
+
 class ResizeArguments(Arguments):
     """Arguments of block_resize: ``node-name`` or ``device``, either of them the name of a disk."""
 
-    size: Annotated[int, Meta(ge=0, description="Bytes.")]
+    size: Size
     node_name: str | None = None
     device: str | None = None
 
@@ -225,7 +228,7 @@ class AttachDisk(Arguments):
     """A disk of the primary."""
 
     name: str
-    size: int
+    size: Size
 
 
 class AttachArguments(Arguments):
@@ -237,7 +240,7 @@ class AttachArguments(Arguments):
     pair: str
     instance: str
     disks: list[AttachDisk]
-    silence: float = 0.0
+    silence: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class Attached(Result):
@@ -263,15 +266,15 @@ class Attached(Result):
 class CommitArguments(Arguments):
     """Arguments of pair-checkpoint."""
 
-    epoch: int
+    epoch: Annotated[int, Meta(ge=1)]
 
 
 class PairResizeArguments(Arguments):
     """Arguments of pair-resize. ``size`` and ``now``, what the primary's disk has now: in bytes."""
 
     disk: str
-    size: int
-    now: int
+    size: Size
+    now: Size
 
 
 class Peer(Protocol):
