@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import get_native_id
 from typing import Any, Final, ParamSpec, TypeVar
 
+from blockstep.errors import noting
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -66,15 +68,16 @@ async def wait_out(future: asyncio.Future[Any]) -> None:
 async def made_in_thread(undo: Callable[[T], object], make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """As `in_thread`, for what somebody has to close: an open file, say, with its lock.
 
-    A task that is cancelled here never gets it. So if it was made, ``undo``, which must not raise, is called with it in
-    a thread before the task is cancelled.
+    A task that is cancelled here never gets it. So if it was made, ``undo`` is called with it in a thread before the
+    task is cancelled; what it raises changes nothing about that.
     """
     made: list[T] = []
     try:
         await in_thread(lambda: made.append(make(*args, **kwargs)))
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as error:
         if made:
-            await in_thread(undo, made[0])
+            with noting(error):
+                await in_thread(undo, made[0])
         raise
     return made[0]
 

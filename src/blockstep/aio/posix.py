@@ -30,6 +30,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, Final, Literal, NamedTuple
 
+from blockstep.errors import noting
+
 Buffer = bytes | bytearray | memoryview
 Locking = Literal["on", "off", "auto"]
 
@@ -297,15 +299,18 @@ class OpenFile:
         self._path = None if filename.startswith(("/dev/fd/", "/proc/")) else os.path.abspath(filename)
         try:
             self._lock = self._take_lock() if writable else -1
-        except BaseException:
-            os.close(self.fd)
+        except BaseException as error:
+            with noting(error):
+                os.close(self.fd)
             raise
 
     def close(self) -> None:
         """Close it, and give the lock back."""
-        os.close(self.fd)
-        if self._lock >= 0:
-            os.close(self._lock)
+        try:
+            os.close(self.fd)
+        finally:
+            if self._lock >= 0:
+                os.close(self._lock)
 
     def shortened(self, length: int) -> OSError:
         """The error (EIO) of a read for which the file, once of ``length`` bytes, is too short now."""
@@ -351,8 +356,9 @@ class OpenFile:
                 raise OSError(errno.ESTALE, "there is another file under this name now", self.filename)
             if writable and lock < 0:
                 lock = self._take_lock()
-        except BaseException:
-            os.close(fd)
+        except BaseException as error:
+            with noting(error):
+                os.close(fd)
             raise
 
         def commit() -> None:
@@ -401,8 +407,9 @@ def _open_storage(filename: str, flags: int) -> int:
             raise OSError(errno.EROFS, "the block device is read-only: open it read-only, or make it writable with "
                                        "'blockdev --setrw'", filename)
         os.set_blocking(fd, True)
-    except BaseException:
-        os.close(fd)
+    except BaseException as error:
+        with noting(error):
+            os.close(fd)
         raise
     return fd
 

@@ -28,7 +28,7 @@ from blockstep.block.names import check_name
 from blockstep.block.node import CacheOptions, Node, NodeOptions, NodeRef
 from blockstep.block.permissions import ALL, NONE, READ, Permission, Role
 from blockstep.block.registry import parse_options
-from blockstep.errors import GraphError, NodeNotFound, OptionError
+from blockstep.errors import GraphError, NodeNotFound, OptionError, noting
 
 #: What a file says that is there and must not be written to.
 _CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -84,7 +84,8 @@ class Graph:
     ) -> Driver:
         """Open a node, and those of its children that are given as options.
 
-        Raises OptionError, GraphError or OSError; then nothing of it is left open. ``owned`` nodes stay until
+        Raises OptionError, GraphError or OSError; then nothing of it is left open, and what went wrong with closing it
+        again is a note on the error (`errors.told`). ``owned`` nodes stay until
         they are closed by name, others go with their last parent.
         """
         driver, checked = parse_options(options, strict)
@@ -108,8 +109,9 @@ class Graph:
                                                        "none of which comes twice")
                 await self._open_child(node, child_name, role, ref, strict, (*_implied, ref))
             await _open(node)
-        except BaseException:
-            await self._close_children(node)
+        except BaseException as error:
+            with noting(error):
+                await self._close_children(node)
             raise
         finally:
             del self.unfinished[name]
@@ -132,8 +134,9 @@ class Graph:
         try:
             with self.change() as change:
                 change.attach(node, name, role, child)
-        except BaseException:
-            await self.close_unused(child)
+        except BaseException as error:
+            with noting(error):
+                await self.close_unused(child)
             raise
 
     async def close(self, node: Driver) -> None:
@@ -153,16 +156,22 @@ class Graph:
         node.gone = True
         try:
             await node.close()
-        finally:
-            del self.unfinished[node.name]
-            self._accounts.pop(node.name, None)
-            entrance = self.entrances.pop(node.name, None)
-            if entrance is not None and "file" in entrance.children:  # another node has become the disk
-                self.entrances.setdefault(entrance.children["file"].node.name, entrance)
-            await self._close_children(node)
+        except BaseException as error:
+            with noting(error):
+                await self._closed(node)
+            raise
+        await self._closed(node)
+
+    async def _closed(self, node: Driver) -> None:
+        del self.unfinished[node.name]
+        self._accounts.pop(node.name, None)
+        entrance = self.entrances.pop(node.name, None)
+        if entrance is not None and "file" in entrance.children:  # another node has become the disk
+            self.entrances.setdefault(entrance.children["file"].node.name, entrance)
+        await self._close_children(node)
 
     async def _close_children(self, node: Driver) -> None:
-        """Close them all, then raise what the first of them raised."""
+        """Close them all, then raise what the first of them raised, with what came after as its notes."""
         failed: BaseException | None = None
         for edge in list(node.children.values()):
             with self.change() as change:
@@ -170,7 +179,10 @@ class Graph:
             try:
                 await self.close_unused(edge.node)
             except BaseException as error:
-                failed = failed or error
+                if failed is None:
+                    failed = error
+                else:
+                    failed.add_note(f"and then: {error}")
         if failed is not None:
             raise failed
 
@@ -281,8 +293,9 @@ class Graph:
             async with self.drained(below):
                 with self.change() as change:
                     change.replace(below, node)
-        except BaseException:
-            await self.close_unused(node)
+        except BaseException as error:
+            with noting(error):
+                await self.close_unused(node)
             raise
         return node
 

@@ -87,7 +87,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         from blockstep import streams
-        from blockstep.errors import BlockstepError
+        from blockstep.errors import BlockstepError, told
 
         streams.open_missing()
         try:
@@ -104,7 +104,7 @@ def main() -> None:
             streams.forget(1)  # what is left of it goes nowhere
             code = 128 + signal.SIGPIPE
         else:
-            streams.complain(f"blockstep: {error}")
+            streams.complain(f"blockstep: {told(error)}")
             code = error_code
     sys.exit(code)
 

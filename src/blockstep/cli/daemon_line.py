@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from blockstep.errors import BlockstepError
+from blockstep.errors import BlockstepError, told
 from blockstep.streams import complain
 
 FAILED: Final = 1
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             _serve(line)
     except (BlockstepError, OSError) as error:
-        complain(f"blockstep: {error}")
+        complain(f"blockstep: {told(error)}")
         return FAILED
     return 0
 

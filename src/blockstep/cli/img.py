@@ -28,7 +28,7 @@ from blockstep.cli.img_options import (
     shown,
 )
 from blockstep.cli.words import Argument, Command, Option, parsed, typer_app
-from blockstep.errors import BlockstepError, OptionError
+from blockstep.errors import BlockstepError, OptionError, told
 from blockstep.images import AUTO
 from blockstep.streams import complain
 from blockstep.units import parse_size
@@ -130,7 +130,7 @@ def check_command(
         # To look only, nothing is needed of what images are opened with otherwise: that takes longer than most checks.
         result = checks.look(filename, complain) if repair is None and format == "qcow2" else run(fixed())
     except (BlockstepError, OSError) as error:
-        complain(f"blockstep: {error}")
+        complain(f"blockstep: {told(error)}")
         return 1
     if output == "json":
         import json

@@ -30,7 +30,7 @@ from blockstep.daemon.primary_standby import StandbySide
 from blockstep.daemon.primary_status import PrimaryStatus
 from blockstep.daemon.primary_sync import Sync
 from blockstep.daemon.service import Service
-from blockstep.errors import BlockstepError, NodeNotFound
+from blockstep.errors import BlockstepError, NodeNotFound, noting
 from blockstep.inventory.inventory import Inventory, tried
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
@@ -93,8 +93,9 @@ class Primary(Service):
                 self._server.add(Export(name, disk.backend, description=f"pair {self.config.pair}, primary"))
             self._addresses = await serve(self._server, self.config.export, self.config.export_given)
             await self.serve_qmp(self.config.qmp, qmp.commands, looking.commands)
-        except BaseException:
-            await self.close()
+        except BaseException as error:
+            with noting(error):
+                await self.close()
             raise
         self._act(self.coordinator.begin())
         self.checkpoints.schedule()

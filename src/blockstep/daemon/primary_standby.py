@@ -17,7 +17,7 @@ from blockstep.block.graph import Graph
 from blockstep.block.permissions import Role
 from blockstep.daemon.primary_setup import PrimaryConfig, PrimaryDisk
 from blockstep.drivers.nbd import Nbd
-from blockstep.errors import BlockstepError, ConnectionLost, PeerRefused
+from blockstep.errors import BlockstepError, ConnectionLost, PeerRefused, noting
 from blockstep.nbd.tls import client_context
 from blockstep.qmp.client import Connection, open_connection
 from blockstep.qmp.errors import CommandRefused
@@ -67,9 +67,10 @@ class StandbySide:
         except CommandRefused as error:
             await control.close()
             raise PeerRefused(f"the standby refuses: {error}") from None
-        except BaseException:
-            await control.close()
-            await self.detach()
+        except BaseException as error:
+            with noting(error):
+                await control.close()
+                await self.detach()
             raise
         self.control = control
         self._spawn(self._watch(control))

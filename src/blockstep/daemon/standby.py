@@ -27,7 +27,7 @@ from blockstep.daemon.standby_link import PrimarysSide
 from blockstep.daemon.standby_setup import StandbyConfig, StandbyDisk, open_disk
 from blockstep.daemon.standby_status import Situation
 from blockstep.drivers.replication import Stage
-from blockstep.errors import BlockstepError, NodeNotFound, OperationBlocked
+from blockstep.errors import BlockstepError, NodeNotFound, OperationBlocked, noting
 from blockstep.inventory.inventory import Inventory, tried
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
@@ -86,8 +86,9 @@ class Standby(Service):
             await self._serve_views()
             await self.serve_qmp(self.config.qmp, qmp.commands, looking.commands)
             await in_thread(promotion.reserve, self.config.state)
-        except BaseException:
-            await self.close()
+        except BaseException as error:
+            with noting(error):
+                await self.close()
             raise
 
     async def _serve_views(self) -> None:

@@ -61,7 +61,7 @@ from blockstep.aio.rangelock import RangeLock
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, ZEROES, Buffer, Driver, Extent, Prepared, not_supported
 from blockstep.block.node import LIVE_OPTIONS, NodeOptions
 from blockstep.block.registry import register
-from blockstep.errors import OptionError
+from blockstep.errors import OptionError, noting
 
 #: So many zeroes are written rather than handed to a thread for fallocate.
 _FEW_ZEROES: Final = 64 << 10
@@ -111,8 +111,9 @@ class File(Driver):
             self.length = length_of(self.fd)
             self._is_device = is_block_device(self.fd)
             self._choose_calls()
-        except OSError:
-            await self.close()
+        except OSError as error:
+            with noting(error):
+                await self.close()
             raise
         self._lost: OSError | None = None
         # Flushes: one at a time, numbered when they begin; the last one that ended well.
@@ -321,8 +322,10 @@ class HostDevice(File):
     async def open(self) -> None:
         await super().open()
         if not self._is_device:
-            await self.close()
-            raise OptionError("filename", self.options.filename, "a block device; for regular files there is 'file'")
+            error = OptionError("filename", self.options.filename, "a block device; for regular files there is 'file'")
+            with noting(error):
+                await self.close()
+            raise error
 
 
 def file_status(fd: int, offset: int, length: int) -> list[Extent]:

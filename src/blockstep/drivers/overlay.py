@@ -167,8 +167,9 @@ class Overlay(Driver):
                 if given not in (None, found):
                     raise OptionError(name, given, f"absent or {found}, as in the image '{filename}'")
             self._map = await in_thread(image.load_map)
-        except BaseException:
-            await in_thread(image.close)
+        except BaseException as error:
+            with noting(error):
+                await in_thread(image.close)
             raise
         self._image, self.length = image, image.length
         self._fd, self._base = image.fd, image.data_offset

@@ -45,7 +45,7 @@ from blockstep.block.io import Backend
 from blockstep.block.names import check_name
 from blockstep.block.node import Node
 from blockstep.block.permissions import READ, WRITE
-from blockstep.errors import BlockstepError, OptionError
+from blockstep.errors import BlockstepError, OptionError, noting
 from blockstep.nbd.export import Export, ExportInUse
 from blockstep.nbd.server import Server
 from blockstep.nbd.uri import Address, InetAddress, NbdUri, UnixAddress
@@ -216,10 +216,11 @@ class ExportTable:
                 listening += await _listen(server, address)
             if self._server is not server:
                 raise BlockstepError("the NBD server was stopped while it was being started")
-        except BaseException:
+        except BaseException as error:
             if self._server is server:
                 self._server = None
-            await self._end(server, 0.0)
+            with noting(error):
+                await self._end(server, 0.0)
             raise
         self.addresses = listening
         return listening
@@ -333,8 +334,9 @@ class ExportTable:
                 Writethrough(backend) if options.writethrough else backend,
                 description=options.description, bitmaps=bitmaps, allocation_depth=options.allocation_depth)
             server.add(served)
-        except BaseException:
-            await self._graph.detach_backend(backend)
+        except BaseException as error:
+            with noting(error):
+                await self._graph.detach_backend(backend)
             raise
         for bitmap in bitmaps.values():
             bitmap.busy = f"export '{options.id}'"

@@ -13,6 +13,7 @@ from blockstep.block.accounting import CountedBackend
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.drivers.throttle import Limits, Throttle, ThrottleGroup
+from blockstep.errors import noting
 
 
 def limits_of(graph: Graph, node: Driver) -> ThrottleGroup | None:
@@ -48,9 +49,10 @@ async def set_limits(graph: Graph, node: Driver, limits: Limits, group: str | No
     new = await graph.open({"driver": "throttle", "file": node.name, **options})
     try:
         await _put_before(graph, node, new)
-    except BaseException:
+    except BaseException as error:
         new.owned = False
-        await graph.close_unused(new)
+        with noting(error):
+            await graph.close_unused(new)
         raise
     graph.entrances[node.name] = new
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from blockstep.errors import BlockstepError, JobNotFound, NodeNotFound, PeerRefused
+from blockstep.errors import BlockstepError, JobNotFound, NodeNotFound, PeerRefused, told
 
 ErrorClass = Literal["GenericError", "CommandNotFound", "DeviceNotActive", "DeviceNotFound", "KVMMissingCap"]
 
@@ -48,9 +48,9 @@ def describe(error: BaseException) -> tuple[ErrorClass, str]:
         return error.error_class, error.description
     for kind, error_class in _CLASSES:
         if isinstance(error, kind):
-            return error_class, str(error)
+            return error_class, told(error)
     if is_expected(error):
-        return "GenericError", str(error) or type(error).__name__
+        return "GenericError", told(error)
     return "GenericError", f"internal error: {type(error).__name__}: {error}"
 
 

@@ -35,7 +35,7 @@ from blockstep.block.permissions import WRITE, Role
 from blockstep.block.status import allocated_above
 from blockstep.drivers.copy_before_write import CopyBeforeWrite
 from blockstep.drivers.replication import Replication, Stage
-from blockstep.errors import BlockstepError, ReplicationError
+from blockstep.errors import BlockstepError, ReplicationError, noting
 from blockstep.jobs.commit import CommitJob
 from blockstep.jobs.registry import JobRegistry
 
@@ -70,7 +70,8 @@ class HiddenDiskBuffer:
         try:
             await buffer._set_up()
         except BaseException as error:
-            await buffer.undo()
+            with noting(error):
+                await buffer.undo()
             if isinstance(error, ReplicationError) or not isinstance(error, BlockstepError | OSError):
                 raise
             raise ReplicationError(filter.name, "start", str(error)) from error

@@ -24,7 +24,7 @@ import errno
 from blockstep.block.driver import Prepared
 from blockstep.block.graph import Graph
 from blockstep.drivers.replication import Mode, Replication, Stage
-from blockstep.errors import BlockstepError, ReplicationError
+from blockstep.errors import BlockstepError, ReplicationError, noting
 from blockstep.jobs.registry import JobRegistry
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
 from blockstep.replication.resize import disks_of, resize_together
@@ -185,9 +185,10 @@ class ReplicationRegistry:
             try:
                 async with self._graph.drained(filter, buffer.secondary):
                     (await buffer.prepare_checkpoint()).commit()
-            except BaseException:
+            except BaseException as error:
                 filter.buffer = None
-                await buffer.undo()
+                with noting(error):
+                    await buffer.undo()
                 raise
         filter.error = None
         filter.enter(Stage.RUNNING)

@@ -21,7 +21,8 @@ from blockstep.block.node import NodeOptions
 from blockstep.block.permissions import ALL, READ, WRITE, Permission, Role
 from blockstep.block.registry import register
 from blockstep.block.snapshot import prepare_snapshot
-from blockstep.errors import GraphError, NodeNotFound, OperationBlocked, OptionError, PermissionConflict
+from blockstep.errors import GraphError, NodeNotFound, OperationBlocked, OptionError, PermissionConflict, told
+from blockstep.qmp.errors import describe
 from tests.disks import Ram, RamOptions, faulty, ram
 
 
@@ -35,6 +36,52 @@ def picture(graph: Graph) -> dict[str, Any]:
 
 
 # --- open and close ---
+
+
+class UnwillingOptions(RamOptions, tag="test-unwilling"):
+    """A disk that cannot be closed in order, nor opened if it has a backing node."""
+
+
+@register
+class Unwilling(Ram):
+    driver: ClassVar[str] = "test-unwilling"
+    Options = UnwillingOptions
+
+    async def open(self) -> None:
+        if "backing" in self.children:
+            raise OSError(errno.EMEDIUMTYPE, f"{self.name} does not open")
+        await super().open()
+
+    async def close(self) -> None:
+        raise OSError(errno.EIO, f"{self.name} does not close")
+
+
+def test_an_opening_that_fails_tells_its_own_error_first_and_then_that_of_closing_its_children() -> None:
+    async def main() -> None:
+        graph = Graph()
+        with pytest.raises(OSError, match="top does not open") as caught:
+            await graph.open({"driver": "test-unwilling", "node-name": "top",
+                              "backing": {"driver": "test-unwilling", "node-name": "below"}})
+        assert told(caught.value) == "[Errno 124] top does not open; and then: [Errno 5] below does not close"
+        assert describe(caught.value) == ("GenericError", told(caught.value))
+        assert not graph.everything()
+
+    asyncio.run(main())
+
+
+def test_all_that_goes_wrong_in_closing_is_told_the_first_of_it_first() -> None:
+    async def main() -> None:
+        graph = Graph()
+        await graph.open({"driver": "test-unwilling", "node-name": "below"})
+        top = await graph.open({"driver": "test-ram", "node-name": "top", "backing": "below"})
+        top.close = graph.nodes["below"].close  # type: ignore[method-assign]
+        graph.nodes["below"].owned = False
+        with pytest.raises(OSError, match="below does not close") as caught:
+            await graph.close(top)
+        assert told(caught.value) == "[Errno 5] below does not close; and then: [Errno 5] below does not close"
+        assert not graph.everything()
+
+    asyncio.run(main())
 
 
 class SlowOptions(RamOptions, tag="test-slow"):
