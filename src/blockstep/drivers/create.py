@@ -9,12 +9,13 @@ An existing file is made anew: what was in it is gone. A file that somebody writ
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from blockstep.aio.posix import OpenFile, write_whole
+from blockstep.aio.posix import OpenFile, naming, set_length, write_whole
 from blockstep.drivers.overlay_image import OverlayImage
 from blockstep.drivers.qcow2.create import new_header, write_data_file, write_image
 from blockstep.drivers.qcow2.format import Header
@@ -58,18 +59,15 @@ class CreateFile(_Create, tag="file"):
             raise OptionError("preallocation", self.preallocation, "off, falloc or full: a raw file has no metadata")
 
     def create(self) -> None:
-        file = OpenFile(self.filename, writable=True, create=True)
-        try:
-            os.ftruncate(file.fd, 0)
-            os.ftruncate(file.fd, self.size)
+        with naming(self.filename), closing(OpenFile(self.filename, writable=True, create=True)) as file:
+            set_length(file.fd, 0, self.filename)
+            set_length(file.fd, self.size, self.filename)
             if self.preallocation == "falloc" and self.size:
                 os.posix_fallocate(file.fd, 0, self.size)
             elif self.preallocation == "full":
                 for offset in range(0, self.size, _PIECE):
                     write_whole(file.fd, bytes(min(_PIECE, self.size - offset)), offset)
             os.fsync(file.fd)
-        finally:
-            file.close()
 
 
 class CreateOverlay(_Create, tag="overlay"):
@@ -83,17 +81,12 @@ class CreateOverlay(_Create, tag="overlay"):
             raise OptionError("cluster-size", self.cluster_size, "a power of two from 512 to 2 MiB")
 
     def create(self) -> None:
-        file = OpenFile(self.filename, writable=True, create=True)
-        try:
-            os.ftruncate(file.fd, 0)
-        finally:
-            file.close()
-        image = OverlayImage(self.filename, writable=True, locking="auto", length=self.size,
-                             cluster_size=self.cluster_size)
-        try:
-            os.fsync(image.fd)
-        finally:
-            image.close()
+        with naming(self.filename):
+            with closing(OpenFile(self.filename, writable=True, create=True)) as file:
+                os.ftruncate(file.fd, 0)
+            with closing(OverlayImage(self.filename, writable=True, locking="auto", length=self.size,
+                                      cluster_size=self.cluster_size)) as image:
+                os.fsync(image.fd)
 
 
 class CreateQcow2(_Create, tag="qcow2"):
@@ -143,13 +136,10 @@ class CreateQcow2(_Create, tag="qcow2"):
         header = self.header()
         if self.data_file is not None:
             write_data_file(self._data_path(self.data_file), self.size, self.preallocation, self.data_file_raw)
-        file = OpenFile(self.filename, writable=True, create=True)
-        try:
+        with naming(self.filename), closing(OpenFile(self.filename, writable=True, create=True)) as file:
             os.ftruncate(file.fd, 0)
             write_image(file.fd, header, self.preallocation)
             os.fsync(file.fd)
-        finally:
-            file.close()
 
 
 #: The options of all drivers that can make files.

@@ -40,12 +40,15 @@ from blockstep.aio.posix import (
     OpenFile,
     data_runs,
     length_of,
+    naming,
     punch_hole,
     read_padded,
     read_whole,
+    set_length,
     write_whole,
 )
 from blockstep.block.bitmap import Bitmap
+from blockstep.errors import noting
 from blockstep.units import MiB, TiB
 
 _HEADER: Final = struct.Struct("<8sIIQQQQ")
@@ -87,9 +90,11 @@ class OverlayImage:
         try:
             if length is not None and not length_of(self.file.fd):
                 try:
-                    self._create(length, cluster_size)
-                except OSError:
-                    os.ftruncate(self.file.fd, 0)
+                    with naming(filename):
+                        self._create(length, cluster_size)
+                except OSError as error:
+                    with noting(error):
+                        os.ftruncate(self.file.fd, 0)
                     raise
             self._load()
         except BaseException:
@@ -173,7 +178,7 @@ class OverlayImage:
         maps = [3 * _BLOCK, 3 * _BLOCK + map_size]
         data_offset = _up(maps[1] + map_size, max(MiB, cluster_size))
         write_whole(fd, _state(1, length, 0), _slot(1))
-        os.ftruncate(fd, data_offset + length)
+        set_length(fd, data_offset + length, self.file.filename)
         os.fsync(fd)
         # The header comes last: a file without it is no image, and is not taken for an empty one.
         header = _HEADER.pack(_MAGIC, _VERSION, cluster_size, data_offset, *maps, map_size)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import errno
 import os
 from array import array
+from contextlib import closing
 from dataclasses import replace
 from typing import Final, Literal
 
-from blockstep.aio.posix import OpenFile, is_block_device, length_of, write_whole, zero_range
+from blockstep.aio.posix import OpenFile, is_block_device, length_of, naming, set_length, write_whole, zero_range
 from blockstep.drivers.qcow2.format import (
     COMPRESSION_TYPE,
     COPIED,
@@ -170,8 +171,7 @@ def write_data_file(path: str, size: int, preallocation: Preallocation, raw: boo
 
     A block device has to be long enough; if it is not to be ``raw`` it stays as it is.
     """
-    file = OpenFile(path, writable=True, create=True)
-    try:
+    with naming(path), closing(OpenFile(path, writable=True, create=True)) as file:
         fd = file.fd
         if is_block_device(fd):
             if length_of(fd) < size:
@@ -180,13 +180,11 @@ def write_data_file(path: str, size: int, preallocation: Preallocation, raw: boo
                 return
             preallocation = "full"
         else:
-            os.ftruncate(fd, 0)
-            os.ftruncate(fd, size)
+            set_length(fd, 0, path)
+            set_length(fd, size, path)
         if preallocation == "falloc" and size:
             os.posix_fallocate(fd, 0, size)
         elif preallocation == "full":
             for offset in range(0, size, _PIECE):
                 write_whole(fd, bytes(min(_PIECE, size - offset)), offset)
         os.fsync(fd)
-    finally:
-        file.close()
