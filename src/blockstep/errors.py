@@ -39,7 +39,9 @@ class OptionError(BlockstepError):
     """An option, argument or configuration value is wrong. Nothing was changed."""
 
     def __init__(self, option: str, value: object, expected: str) -> None:
-        super().__init__(f"{option}: {_shown(value)} is not valid; it should be {expected}".removeprefix(": "))
+        missing = (value is None or value is False) and expected.startswith("given")
+        wrong = "" if missing else f": {_shown(value)} is not valid; it"
+        super().__init__(f"{option}{wrong} should be {expected}".lstrip(": "))
         self.option, self.value, self.expected = option, value, expected
 
     def inside(self, where: str) -> OptionError:
@@ -134,12 +136,15 @@ def noting(error: BaseException) -> Iterator[None]:
     try:
         yield
     except Exception as second:
-        error.add_note(f"and then: {second}")
+        error.add_note(f"and then: {told(second)}")
 
 
 def told(error: BaseException) -> str:
-    """The text of an error, and its notes."""
-    return "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
+    """The text of an error for people, without the number of an errno, and its notes."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return "; ".join([text, *getattr(error, "__notes__", ())])
 
 
 def explained(code: int, reason: str = "") -> str:

@@ -77,6 +77,21 @@ async def test_what_was_cut_off_stays_lost_when_the_file_is_long_again(tmp_path:
 
 
 @scenario
+async def test_a_standby_that_has_met_what_is_lost_says_it_once(tmp_path: Path) -> None:
+    async with Pair(tmp_path, size=2 * MiB) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        os.truncate(tmp_path / "disk0.standby", MiB)
+        async with pair.primary.clients() as (guest,):
+            await guest.pwrite(MiB, b"!" * 4096)  # what this overwrites cannot be saved
+        await pair.primary.until(state="offline")
+        status = await pair.standby.status()
+        assert "disk 'disk0': " in status["reason"]
+        for reason in (status["reason"], status["disks"][0]["reason"]):
+            assert reason.count("was shortened") == 1
+
+
+@scenario
 async def test_a_file_that_was_moved_can_be_put_back(tmp_path: Path) -> None:
     async with Pair(tmp_path) as pair:
         await pair.start()

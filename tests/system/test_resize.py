@@ -123,7 +123,7 @@ async def test_a_standby_refuses_a_resize_of_its_own_until_it_is_promoted(tmp_pa
             await pair.standby.execute("block_resize", device="disk0", size=ODD)
         await pair.start_primary()
         await pair.primary.until(health="healthy")
-        with pytest.raises(CommandRefused, match="it is replicated by"):
+        with pytest.raises(CommandRefused, match="asked of its primary"):
             await pair.standby.execute("block_resize", device="disk0", size=ODD)
         pair.primary.kill()
         await pair.standby.execute("replication-failover")

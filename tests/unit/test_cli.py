@@ -13,7 +13,7 @@ import pytest
 
 from blockstep import cli
 from blockstep.cli.control import find_socket, find_sockets
-from blockstep.errors import OptionError
+from blockstep.errors import BlockstepError, OptionError
 from blockstep.testing.pair import environment
 
 LONG = "9" * 5000
@@ -25,6 +25,8 @@ EXPORT = ("export", "{image}")
 @pytest.mark.parametrize(("arguments", "names", "says"), [
     ((*EXPORT, "--listen", f"127.0.0.1:{LONG}"), "--listen", "HOST:PORT"),
     ((*EXPORT, "--listen", ""), "--listen", "HOST:PORT"),
+    (("primary", "--disk", "d={tmp}/none", "--standby", "localhost"), "{tmp}/none", "No such file"),
+    (("primary", "--disk", "d={tmp}/none", "--standby", "localhost"), "made if its size is given", "=SIZE"),
     ((*EXPORT, "--listen", "a" * 70 + ":80"), "aaaa", "no host name"),
     ((*EXPORT, "--listen", "a..b:80"), "a..b", "no host name"),
     ((*EXPORT, "--socket", "{image}"), "{image}", "in use"),
@@ -83,6 +85,8 @@ def test_the_socket_of_a_program_that_was_killed_is_looked_at_only_if_there_is_n
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     dead, alive = tmp_path / "web.primary.qmp", tmp_path / "web.standby.qmp"
+    with pytest.raises(BlockstepError, match=r"^no program of a pair 'web' has its control socket in"):
+        find_socket("web", None, None)
     with socket.socket(socket.AF_UNIX) as killed:
         killed.bind(str(dead))
     assert find_socket("web", None, None) == dead
@@ -116,10 +120,23 @@ def ended(redirection: str, *words: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def test_help_that_was_not_asked_for_is_help_and_nothing_else() -> None:
+    for words in ((), ("img",)):
+        code, said = ended("", *words)
+        assert code in (1, cli.ERROR)
+        assert said.startswith("Usage: ")
+        assert "(see --help)" not in said
+
+
+def test_a_word_that_is_none_of_those_possible_is_named() -> None:
+    assert ended("", "failover", "--to", "lates") == (
+        cli.ERROR, "blockstep: Invalid value for '--to': 'lates' is not one of 'checkpoint', 'latest'. (see --help)\n")
+
+
 def test_what_cannot_be_printed_is_one_line_and_an_exit_code() -> None:
     code, said = ended(">/dev/full", "--version")
     assert code == cli.ERROR
-    assert said == "blockstep: [Errno 28] No space left on device\n"
+    assert said == "blockstep: No space left on device\n"
 
 
 @pytest.mark.parametrize("words", ["--version", "--help", "img map -f raw image", "img info -f raw image",

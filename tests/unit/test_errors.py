@@ -19,6 +19,7 @@ from blockstep.errors import (
     PermissionConflict,
     ReplicationError,
     explained,
+    told,
 )
 
 
@@ -39,6 +40,24 @@ def test_an_option_error_names_the_option_and_what_would_be_right() -> None:
     error = OptionError("mode", "third", "primary or secondary")
     assert (error.option, error.value, error.expected) == ("mode", "third", "primary or secondary")
     assert str(error) == "mode: 'third' is not valid; it should be primary or secondary"
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_an_option_that_is_missing_is_not_called_invalid(value: object) -> None:
+    assert str(OptionError("-f", value, "given: a format")) == "-f should be given: a format"
+    assert str(OptionError("-f", value, "raw")) == f"-f: {value} is not valid; it should be raw"
+
+
+@pytest.mark.parametrize(("error", "text"), [
+    (FileNotFoundError(2, "No such file or directory", "/a"), "/a: No such file or directory"),
+    (OSError(28, "No space left on device: the disk"), "No space left on device: the disk"),
+    (TimeoutError(), "TimeoutError"),
+    (ValueError("[Errno 5] of somebody else"), "[Errno 5] of somebody else"),
+])
+def test_an_error_is_told_without_numbers_and_with_its_notes(error: Exception, text: str) -> None:
+    assert told(error) == text
+    error.add_note("and so on")
+    assert told(error) == f"{text}; and so on"
 
 
 def test_graph_errors_can_be_caught_together() -> None:

@@ -325,7 +325,11 @@ class OpenFile:
 
         May wait for the filesystem. A name that cannot be looked at says nothing.
         """
-        mine, path = os.fstat(self.fd), self._path
+        path = self._path
+        try:
+            mine = os.fstat(self.fd)
+        except OSError as error:  # ESTALE, of a file that is gone from its server
+            return Fault(f"{path or self.filename} cannot be looked at: {error.strerror}", False)
         is_device = stat.S_ISBLK(mine.st_mode)
         there = None
         if path is not None:

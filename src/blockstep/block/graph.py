@@ -28,7 +28,7 @@ from blockstep.block.names import check_name
 from blockstep.block.node import CacheOptions, Node, NodeOptions, NodeRef
 from blockstep.block.permissions import ALL, NONE, READ, Permission, Role
 from blockstep.block.registry import parse_options
-from blockstep.errors import GraphError, NodeNotFound, OptionError, noting
+from blockstep.errors import GraphError, NodeNotFound, OptionError, noting, told
 
 #: What a file says that is there and must not be written to.
 _CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -182,7 +182,7 @@ class Graph:
                 if failed is None:
                     failed = error
                 else:
-                    failed.add_note(f"and then: {error}")
+                    failed.add_note(f"and then: {told(error)}")
         if failed is not None:
             raise failed
 

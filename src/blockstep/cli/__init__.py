@@ -144,7 +144,8 @@ def _explain(wanted: str, error_code: int) -> int:
     except SystemExit:  # so it ends when whoever reads the help has gone, and only then
         raise BrokenPipeError from None
     except typer.TyperException as error:
-        complain(f"blockstep: {error.format_message()} (see --help)")
+        said = error.format_message().replace(": Value error, ", ": ")
+        complain(said if said.startswith("Usage: ") else f"blockstep: {said} (see --help)")
         return error_code
     return code if isinstance(code, int) else 0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from blockstep.cli.signals import run_unless_told
 from blockstep.cli.words import Argument, Option
-from blockstep.errors import OptionError
+from blockstep.errors import BlockstepError, OptionError
 from blockstep.places import QMP_SUFFIX, runtime_directory
 
 if TYPE_CHECKING:
@@ -25,16 +25,16 @@ Json = Annotated[bool, Option("--json", help="The answer as JSON, for programs."
 
 
 def find_sockets(pair: str | None, role: str | None, qmp: Path | None) -> list[Path]:
-    """The control sockets that are meant; of dead programs only if there are no others. Raises OptionError if there
-    is none."""
+    """The control sockets that are meant; of dead programs only if there are no others. Raises BlockstepError if
+    there is none."""
     if qmp:
         return [qmp]
     directory = runtime_directory()
     found = sorted(directory.glob(f"{pair or '*'}.{role or '*'}{QMP_SUFFIX}"))
     if not found:
         what = f"pair '{pair}'" if pair else "pair"
-        raise OptionError("--qmp", None, f"given: no {role or 'program'} of a {what} has its control socket "
-                          f"in {directory}; is it running?")
+        raise BlockstepError(f"no {role or 'program'} of a {what} has its control socket in {directory}; "
+                             "is it running? If that is elsewhere, --qmp says where")
     return [path for path in found if not _is_left_behind(path)] or found
 
 
@@ -49,7 +49,7 @@ def _is_left_behind(path: Path) -> bool:
 
 
 def find_socket(pair: str | None, role: str | None, qmp: Path | None) -> Path:
-    """The one control socket that is meant. Raises OptionError if there is none, or more than one."""
+    """The one control socket that is meant. Raises BlockstepError if there is none, or more than one."""
     found = find_sockets(pair, role, qmp)
     if len(found) > 1:
         names = ", ".join(path.name.removesuffix(QMP_SUFFIX) for path in found)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from blockstep.cli.control import Json, PairName, Qmp, ask, find_socket
 from blockstep.cli.words import Option
 from blockstep.errors import BlockstepError
+from blockstep.streams import complain
 from blockstep.units import format_duration
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def failover(
             print(f"promoted {point} after {format_duration(answer['seconds'])}; the disks can be used:",
                   *answer["exports"], sep="\n", flush=True)
         for fault in answer["faults"]:
-            print(f"blockstep: {fault}", file=sys.stderr, flush=True)
+            complain(f"blockstep: {fault}")
         if wait and to == "checkpoint":
             answer["merged"] = await _follow(qmp, show=not json_)
         return answer

@@ -123,7 +123,7 @@ def check_command(
         try:
             return await checks.check_image(ImageName(filename, format), repair, complain)
         except checks.NothingToCheck as error:
-            complain(f"blockstep: {error}")
+            complain(f"blockstep: {told(error)}")
             raise Failed(checks.NO_CHECKS) from None
 
     try:
@@ -161,9 +161,9 @@ def map_command(
         begin = parse_size(start, "--start-offset")
         count = None if length is None else parse_size(length, "--max-length")
         line = "["
-        if output == "human":
-            print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
         async with opened(ImageName(filename, format, image_opts)) as image:
+            if output == "human":
+                print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
             async for entry in map_image(image, begin, count):
                 if output == "json":
                     fields = json.dumps(entry.as_json())

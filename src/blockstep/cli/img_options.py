@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from blockstep.cli.signals import run_unless_told
 from blockstep.cli.words import Argument, Option
-from blockstep.errors import BlockstepError, OptionError
+from blockstep.errors import BlockstepError, OptionError, told
 from blockstep.images import CacheMode
 from blockstep.streams import complain, nobody_reads
 
@@ -59,7 +59,7 @@ def run(work: Coroutine[Any, Any, T], error_code: int = 1) -> T:
     except (BlockstepError, OSError) as error:
         if isinstance(error, BrokenPipeError) and nobody_reads():
             raise
-        complain(f"blockstep: {error}")
+        complain(f"blockstep: {told(error)}")
         sys.exit(error_code)
 
 

@@ -55,6 +55,11 @@ class DiskSpec:
             if error.option.endswith("read-only"):
                 wanted = f"an image that can be written to: {wanted.partition(': ')[2] or wanted}"
             raise OptionError(f"--disk {self.name}", f"{self.path} ({self.format})", wanted) from error
+        except FileNotFoundError as error:
+            if not self.path.exists():
+                error.add_note("a missing file of a disk is made if its size is given: "
+                               f"--disk {self.name}={self.path},size=SIZE")
+            raise
 
 
 def missing_last(disks: Sequence[DiskSpec]) -> list[DiskSpec]:

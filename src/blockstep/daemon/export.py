@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server
 from blockstep.nbd.tls import server_context
 from blockstep.nbd.uri import Address
+from blockstep.streams import complain
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,4 +75,4 @@ async def main(config: ExportConfig, ready: Callable[[list[str]], None]) -> None
 
 def _tell_faults(files: Files) -> None:
     for fault in files.faults.values():
-        print(f"blockstep: {fault}", file=sys.stderr, flush=True)
+        complain(f"blockstep: {fault}")

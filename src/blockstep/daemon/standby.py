@@ -142,10 +142,10 @@ class Standby(Service):
         """A promoted standby's disks can grow; before that it follows its primary."""
         if disk not in self.disks:
             raise NodeNotFound(disk)
-        top = self.graph.find(disk)
-        top.check_operation("resize")
         if not self.situation.declines():
             raise OperationBlocked(disk, "resize", "this is a standby; a resize is asked of its primary")
+        top = self.graph.find(disk)
+        top.check_operation("resize")
         check_growth(top.length, size)
         async with self.graph.drained(top):
             await resize_together([top], size)

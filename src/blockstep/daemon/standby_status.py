@@ -101,7 +101,7 @@ class Situation:
             return "at-risk", self.what_is_left()
         if state in ("promoted", "failover", "stopped"):
             return "degraded", "it has no standby of its own"
-        reasons = [f"disk '{name}': {wrong}" for name, disk in self.disks.items() for wrong in disk.wrong[:1]]
+        reasons = [f"disk '{name}': {wrong}" for name, disk in self.disks.items() for wrong in self._wrong(disk)]
         if state in ("waiting", "syncing"):
             return "at-risk", "; ".join([self.last_error or "there is no checkpoint yet", *reasons])
         if state == "lost":
@@ -112,6 +112,11 @@ class Situation:
             reasons.insert(0, "the primary copies what is missing; until that is done the view stays at checkpoint "
                               f"{self.epoch}")
         return ("degraded", "; ".join(reasons)) if reasons else ("healthy", "")
+
+    def _wrong(self, disk: StandbyDisk) -> list[str]:
+        """The most important that is the matter with a disk, if it is not what the fault of its file says as well."""
+        fault = self.files.faults.get(disk.spec.name)
+        return [wrong for wrong in disk.wrong if not fault or (wrong not in fault and fault not in wrong)][:1]
 
     def lacks(self, disk: StandbyDisk) -> str:
         """What keeps a disk from being promoted, or stopped; empty if nothing does."""
@@ -150,7 +155,7 @@ class Situation:
 
     def _disk_status(self, name: str, disk: StandbyDisk) -> qmp.DiskStatus:
         ended = self.declines() and not self.promoting
-        reasons = [self.files.faults.get(name, ""), *([self.lacks(disk)] if ended else disk.wrong[:1])]
+        reasons = [self.files.faults.get(name, ""), *([self.lacks(disk)] if ended else self._wrong(disk))]
         return qmp.DiskStatus(
             name=name, format=disk.spec.format, size=disk.view.length, state=self._disk_state(disk), behind=0,
             buffer_used=disk.buffer.used if disk.buffer else 0, buffer_limit=self.config.buffer_limit,

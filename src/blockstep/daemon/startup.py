@@ -24,7 +24,7 @@ from blockstep import keyval
 from blockstep.daemon.background import PidFile
 from blockstep.daemon.chardev import SWITCHES, Chardev, ChardevOptions, StdioOptions, open_chardev, passed_socket
 from blockstep.daemon.storage import StorageDaemon
-from blockstep.errors import BlockstepError, OptionError
+from blockstep.errors import BlockstepError, OptionError, told
 from blockstep.inventory.exports import ExportOptions, FdSocket, ServerOptions, SocketAddress, UnixSocket
 from blockstep.qmp.commands.objects import ObjectArguments
 
@@ -101,7 +101,7 @@ def _pidfile(path: str) -> PidFile:
     try:
         return PidFile(path)
     except (BlockstepError, OSError) as error:
-        raise BlockstepError(f"--pidfile {path}: {describe(error)}") from error
+        raise BlockstepError(f"--pidfile {path}: {told(error)}") from error
 
 
 class Startup:
@@ -124,7 +124,7 @@ class Startup:
                 await self._actions[option](text)
             except (BlockstepError, OSError) as error:
                 shown = text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
-                raise BlockstepError(f"--{option} {shown}: {describe(error)}") from error
+                raise BlockstepError(f"--{option} {shown}: {told(error)}") from error
 
     async def serve(self) -> None:
         """Serve those who have connected, and all who come."""
@@ -220,10 +220,3 @@ def _qmp_words(text: str) -> dict[str, Any]:
         host, _, port = rest.rpartition(":")
         return {"backend": "socket", **tree, "host": host.strip("[]"), "port": port}
     raise OptionError("SPEC", place, "unix:PATH, tcp:HOST:PORT or stdio, and options after a comma")
-
-
-def describe(error: Exception) -> str:
-    """An error in words, without the number of an errno."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)

@@ -42,7 +42,7 @@ from blockstep.block.permissions import RESIZE, WRITE, Permission, Role
 from blockstep.block.registry import register
 from blockstep.block.status import status_through
 from blockstep.drivers.quorum_missed import Missed
-from blockstep.errors import GraphError, OptionError
+from blockstep.errors import GraphError, OptionError, told
 
 _SECTOR = 512
 
@@ -348,7 +348,7 @@ class Quorum(Driver):
             if errors and length > before:
                 grown = [edge for edge, error in zip(edges, results, strict=True) if error is None]
                 kept = await together([edge.truncate(before) for edge in grown])
-                wrong = [f"'{edge.node.name}' could not be cut again: {error}"
+                wrong = [f"'{edge.node.name}' could not be cut again: {told(error)}"
                          for edge, error in zip(grown, kept, strict=True) if error is not None]
         finally:
             self._lock.give_back(token)

@@ -48,7 +48,7 @@ async def resize_together(nodes: Sequence[Driver], length: int) -> None:
         if not isinstance(error, OSError):
             raise
         code = error.errno or errno.EIO
-        why = _words(error).removeprefix(os.strerror(code)).removeprefix(": ")
+        why = told(error).removeprefix(os.strerror(code)).removeprefix(": ")
         what = f"'{_name(begun[-1][0])}' cannot have {length} bytes{why and f' ({why})'}"
         raise OSError(code, explained(code, "; ".join([what, *filter(None, wrong)]))) from error
 
@@ -58,17 +58,13 @@ async def _put_back(node: Driver, length: int) -> str:
         if node.length != length:
             await node.resize(length)
     except OSError as error:
-        return f"and '{_name(node)}' has {node.length} bytes now, and could not have {length} again: {_words(error)}"
+        return f"and '{_name(node)}' has {node.length} bytes now, and could not have {length} again: {told(error)}"
     return ""
 
 
 def _name(node: Driver) -> str:
     """A name that the user can know: not that of a filter which replication has put over a disk."""
     return node.children["file"].node.name if isinstance(node, CopyBeforeWrite) else node.name
-
-
-def _words(error: OSError) -> str:
-    return told(error).removeprefix(f"[Errno {error.errno}] ")
 
 
 def disks_of(filter: Replication) -> list[Driver]:

@@ -200,6 +200,23 @@ def test_a_fault_of_the_file_is_told(image: Path, do: Callable[[Path], object], 
     asyncio.run(scenario())
 
 
+def test_a_file_that_is_gone_from_its_server_is_a_fault(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(fd: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", stale)
+            fault = node.storage_fault()
+        assert fault == (f"{image} cannot be looked at: {os.strerror(errno.ESTALE)}", False)
+        assert node.storage_fault() is None
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
 def test_its_own_resize_is_no_fault(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faults: list[posix.Fault | None] = []
     ftruncate = os.ftruncate

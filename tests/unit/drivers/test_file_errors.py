@@ -101,6 +101,6 @@ def test_who_is_cancelled_while_a_file_is_opened_hears_of_that_also_if_it_cannot
         go.set()
         with pytest.raises(asyncio.CancelledError) as caught:
             await task
-        assert caught.value.__notes__ == ["and then: [Errno 5] 5 cannot be closed"]
+        assert caught.value.__notes__ == ["and then: 5 cannot be closed"]
 
     asyncio.run(main())

@@ -370,7 +370,7 @@ def test_a_child_that_cannot_be_cut_again_is_named_with_the_first_error() -> Non
         rig.doors[1].fail("truncate", errno.ENOSPC)
         with pytest.raises(OSError, match="No space left") as caught:
             await rig.user.truncate(2 * SIZE)
-        assert "'c0' could not be cut again: [Errno 5] no way back" in told(caught.value)
+        assert "'c0' could not be cut again: no way back" in told(caught.value)
 
     asyncio.run(main())
 
