@@ -156,3 +156,9 @@ def explained(code: int, reason: str = "") -> str:
     if reason.startswith(words):
         return reason
     return f"{words}: {reason}" if reason else words
+
+
+def of_socket(error: OSError, path: str) -> OSError:
+    """An error of making a unix socket, with its path. Python's own check of the length has no errno."""
+    code = error.errno or errno.ENAMETOOLONG
+    return OSError(code, explained(code, "" if error.errno else "a socket's has 107 bytes at most"), path)

@@ -13,6 +13,7 @@ import sys
 import termios
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -212,9 +213,10 @@ async def test_the_demo_proves_what_it_says(tmp_path: Path, arguments: tuple[str
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
-def test_a_demonstration_that_is_broken_off_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_demonstration_that_is_broken_off_leaves_nothing_behind(number: signal.Signals) -> None:
     words = blockstep_command("demo", "--disks", "1", "--size", "4M")
-    with started(words, env={**environment(), "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE) as demo:
+    with TemporaryDirectory() as directory, \
+            started(words, env={**environment(), "TMPDIR": directory}, stdout=subprocess.PIPE) as demo:
         assert demo.stdout
         printed = iter(demo.stdout.readline, b"")
         steps = (line for line in printed if b": process " in line)
@@ -226,7 +228,7 @@ def test_a_demonstration_that_is_broken_off_leaves_nothing_behind(tmp_path: Path
             assert demo.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
             for life in lives:
                 assert select.select([life], [], [], 20)[0]
-        assert number == signal.SIGKILL or not any(tmp_path.iterdir())
+        assert number == signal.SIGKILL or not os.listdir(directory)
         demo.stdout.close()
 
 

@@ -30,7 +30,7 @@ EXPORT = ("export", "{image}")
     ((*EXPORT, "--listen", "a" * 70 + ":80"), "aaaa", "no host name"),
     ((*EXPORT, "--listen", "a..b:80"), "a..b", "no host name"),
     ((*EXPORT, "--socket", "{image}"), "{image}", "in use"),
-    ((*EXPORT, "--socket", "{tmp}/" + "x" * 200), "xxxx", "too long"),
+    ((*EXPORT, "--socket", "{tmp}/" + "x" * 200), "xxxx", "107 bytes at most"),
     ((*EXPORT, "--name", "\udcff"), "name", "UTF-8"),
     ((*EXPORT, "--name", "n" * 5000), "name", "4096 bytes"),
     ((*STANDBY, "--link", "127.0.0.1:65535"), "--link", "below 65535"),

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from blockstep.errors import OptionError
+from blockstep.errors import OptionError, of_socket
 from blockstep.nbd.buffers import Pool
 from blockstep.nbd.connection import Connection, Limits
 from blockstep.nbd.export import Export, ExportInUse, Exports
@@ -142,9 +142,7 @@ class Server:
             info = os.stat(name)
         except OSError as error:
             sock.close()
-            if error.errno is None:  # Python's own check of the length
-                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), name) from None
-            raise OSError(error.errno, os.strerror(error.errno), name) from None
+            raise of_socket(error, name) from None
         self._paths.append((name, (info.st_dev, info.st_ino)))
         self._listen(sock)
 

@@ -42,6 +42,7 @@ from typing import Any
 
 import msgspec
 
+from blockstep.errors import of_socket
 from blockstep.qmp import wire
 from blockstep.qmp.events import Throttle
 from blockstep.qmp.monitor import Connection
@@ -280,8 +281,7 @@ def bind_unix(path: str) -> socket.socket:
         os.chmod(path, 0o600)
     except OSError as error:
         sock.close()
-        code = error.errno or errno.ENAMETOOLONG  # Python's own check of the length has none
-        raise OSError(code, os.strerror(code), path) from None
+        raise of_socket(error, path) from None
     except BaseException:
         sock.close()
         raise
