@@ -305,7 +305,7 @@ class BlockCopy:
         extents = await self._status(offset, length)
         if length > self.chunk and not all(self._is_sparse(extent) for extent in extents):
             raise _NoHole
-        if len(extents) > _FRAGMENTS:
+        if len(extents) > _FRAGMENTS and length <= self.chunk:
             extents = [Extent(length, depth=0)]
         for extent in extents:
             if extent.zero:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockstep.aio.copying import zero_runs
+from blockstep.aio.rangelock import RangeLock
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.driver import FAST, MAY_UNMAP, Buffer, Driver, not_supported
 from blockstep.block.graph import Graph
@@ -183,6 +184,37 @@ def test_what_is_written_into_a_long_hole_meanwhile_is_copied_in_chunks(monkeypa
         await engine(graph, source, target, Slowly(), workers=1).copy(Pass(whole(source)))
         assert written == [(GiB + at * MiB, MiB) for at in (100, 101, 102)]
         assert throttled == [MiB] * 1024
+
+    asyncio.run(main())
+
+
+def test_a_long_hole_in_which_zeroes_are_written_meanwhile_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [at * MiB for at in range(1, 41, 2)]
+    zeroed: list[tuple[int, int]] = []
+
+    async def note(self: Null, offset: int, length: int, flags: int = 0) -> None:
+        zeroed.append((offset, length))
+
+    async def read(self: Null, offset: int, data: Buffer, flags: int = 0) -> None:
+        raise AssertionError("holes are not read")
+
+    async def main() -> None:
+        graph = Graph()
+        base = await long_hole(graph)
+        source = await graph.open({"driver": "overlay", "node-name": "top", "backing": "source"})
+        target = await graph.open({"driver": "null", "node-name": "target", "size": 3 * GiB})
+
+        class TheGuestIsFirst(RangeLock):
+            async def take(self, start: int, end: int, shared: bool = False) -> int:
+                for place in places:
+                    await source.write_zeroes(place, MiB)
+                return await super().take(start, end, shared)
+
+        monkeypatch.setattr(Null, "write_zeroes", note)
+        monkeypatch.setattr(Null, "pwrite", read)
+        await engine(graph, source, target, workers=1, base=base, allocated_only=True, lock=TheGuestIsFirst()
+                     ).copy(Pass(whole(source)))
+        assert zeroed == [(place, MiB) for place in places]
 
     asyncio.run(main())
 
