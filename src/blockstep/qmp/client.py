@@ -34,6 +34,7 @@ import contextlib
 import errno
 import logging
 import os
+import socket
 import ssl as tls
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -269,6 +270,8 @@ async def open_connection(address: Address, *, timeout: float = 10.0,
 
 
 def _failed(address: Address, cause: Exception) -> Exception:
+    if isinstance(cause, tls.SSLError | socket.gaierror):  # whose numbers are no errno
+        return ConnectionLost(f"{_shown(address)}: {cause.strerror or cause}")
     if isinstance(cause, OSError):
         # With a number the words for it say it all; what asyncio writes there has the address once more.
         return ConnectionLost(_shown(address) if cause.errno else f"{_shown(address)}: {cause}",

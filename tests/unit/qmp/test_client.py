@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import gc
+import socket
 import ssl
 import time
 import tracemalloc
@@ -234,6 +235,19 @@ def test_nobody_there_is_a_lost_connection_that_names_the_address(tmp_path: Path
     asyncio.run(scenario())
 
 
+def test_a_host_name_that_nobody_knows_is_called_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unknown(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    async def scenario() -> None:
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", unknown)
+        with pytest.raises(ConnectionLost, match=r"nohost:1: Name or service not known$"):
+            async with connect(("nohost", 1)):
+                pass
+
+    asyncio.run(scenario())
+
+
 def certificate(directory: Path) -> tuple[Path, Path]:
     """A self-signed certificate for localhost and its key, both in ``directory``."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -260,8 +274,13 @@ def test_tls_over_tcp(tmp_path: Path) -> None:
         address = ("localhost", listener.address[1])
         async with connect(address, ssl=ssl.create_default_context(cafile=str(cert))) as qmp:
             assert await qmp.execute("query-name") == {"name": "test"}
-        with pytest.raises(ConnectionLost):
+        with pytest.raises(ConnectionLost, match=f"localhost:{address[1]}: .*CERTIFICATE_VERIFY_FAILED.*self-signed"):
             async with connect(address, ssl=ssl.create_default_context()):
+                pass
+        plain = await server.start_tcp("localhost", 0)
+        assert isinstance(plain.address, tuple)
+        with pytest.raises(ConnectionLost, match="WRONG_VERSION_NUMBER"):
+            async with connect(("localhost", plain.address[1]), ssl=ssl.create_default_context()):
                 pass
         with pytest.raises(TimeoutError):  # each waits for the other's first word
             async with connect(address, timeout=0.2):
