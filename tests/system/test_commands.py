@@ -80,7 +80,7 @@ async def test_the_commands_from_the_first_sync_to_the_failover(tmp_path: Path) 
             as_json("status", *standby), as_json("status", *primary))
         assert (code, status["role"], status["state"]) == (1, "promoted", "promoted")
         assert dead == 3
-        assert gone["error"]
+        assert gone["error"].startswith(("Connection refused: ", "No such file or directory: "))
 
 
 @scenario

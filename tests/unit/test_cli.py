@@ -31,6 +31,7 @@ EXPORT = ("export", "{image}")
     ((*EXPORT, "--listen", "a..b:80"), "a..b", "no host name"),
     ((*EXPORT, "--socket", "{image}"), "{image}", "in use"),
     ((*EXPORT, "--socket", "{tmp}/" + "x" * 200), "xxxx", "107 bytes at most"),
+    ((*EXPORT, "--format", "qcow2"), "'{image}'", "a qcow2 image that can be used"),
     ((*EXPORT, "--name", "\udcff"), "name", "UTF-8"),
     ((*EXPORT, "--name", "n" * 5000), "name", "4096 bytes"),
     ((*STANDBY, "--link", "127.0.0.1:65535"), "--link", "below 65535"),

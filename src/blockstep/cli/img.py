@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
 HELP: Final = "Make, look at, compare, copy and change image files, with qemu-img's options and exit codes."
 
-def _help_on_options(format: str, options: list[str] | None) -> bool:
-    """Whether ``-o help`` was given; then it is printed."""
+def _help_on_options(format: str, options: list[str] | None, option: str) -> bool:
+    """Whether ``-o help`` was given; then it is printed. ``option``: how the format was given, for errors."""
     if options != ["help"] and options != ["?"]:
         return False
     from blockstep.images.create import creators, option_help
 
     if format not in creators():
-        raise OptionError("-f", format, "one of " + ", ".join(creators()))
+        raise OptionError(option, format, "one of " + ", ".join(creators()))
     print(f"Supported {format} options:")
     print("\n".join(option_help(format)))
     return True
@@ -70,7 +70,7 @@ def create_command(
     from blockstep.images.create import Creation, create, formatting
 
     async def work() -> None:
-        if _help_on_options(format, options):
+        if _help_on_options(format, options, "-f"):
             return
         if not filename:
             raise OptionError("FILENAME", None, "given: the image to make")
@@ -265,7 +265,7 @@ def convert_command(
             complain(f"blockstep: warning: error while reading offset {offset}: {error.strerror}")
 
     async def work() -> None:
-        if _help_on_options(target_format, options):
+        if _help_on_options(target_format, options, "-O"):
             return
         if filenames is None or len(filenames) < 2:
             raise OptionError("TARGET", None, "given, after the images that are copied")

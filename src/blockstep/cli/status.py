@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from blockstep.cli.control import Json, PairName, Qmp, execute, find_sockets
 from blockstep.cli.words import Option
-from blockstep.errors import BlockstepError
+from blockstep.errors import BlockstepError, told
 from blockstep.units import format_duration, format_size
 
 #: The exit codes of the command, by health.
@@ -33,7 +33,7 @@ def status(
                 answers.append(execute(path, "query-replication"))
                 worst = max(worst, EXIT_CODES[answers[-1]["health"]])
             except (OSError, BlockstepError) as error:
-                answers.append({"error": str(error), "control": str(path)})
+                answers.append({"error": told(error), "control": str(path)})
                 worst = 3
         if json_:
             print(json.dumps(answers[0] if len(answers) == 1 else answers, indent=2))

@@ -155,7 +155,7 @@ async def _made(conversion: Conversion, size: int) -> AsyncIterator[ImageName]:
     if os.path.exists(target.name) and not os.path.isfile(target.name):
         raise OptionError("-n", False, f"given: '{target.name}' is no regular file, and is written in its place")
     wanted = await Creation(target.format, target.name, size, conversion.options, conversion.backing,
-                            conversion.backing_format).checked()
+                            conversion.backing_format, option="-O").checked()
     async with made_anew(target.name, durable=target.cache != "unsafe", beside=wanted.files_beside()) as path:
         await in_thread(msgspec.structs.replace(wanted, filename=path).create)
         yield replace(target, name=path)

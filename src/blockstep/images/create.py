@@ -32,7 +32,8 @@ def creators() -> dict[str, type[msgspec.Struct]]:
 
 @dataclass(frozen=True, slots=True)
 class Creation:
-    """What the user said of a new image. ``options``: words, as from ``-o``. ``backing`` is relative to the image."""
+    """What the user said of a new image. ``options``: words, as from ``-o``. ``backing`` is relative to the image.
+    ``option`` is how its format is given, for errors."""
 
     format: str
     filename: str
@@ -41,15 +42,16 @@ class Creation:
     backing: str | None = None
     backing_format: str | None = None
     unsafe: bool = False
+    option: str = "-f"
 
     async def checked(self) -> Any:
         """The struct of `blockstep.drivers.create` for it; the backing image is looked at for its size.
 
-        Raises OptionError naming ``-f``, ``-b``, ``-F`` or the option of ``-o``, and OSError.
+        Raises OptionError naming ``option``, ``-b``, ``-F`` or the option of ``-o``, and OSError.
         """
         kinds = creators()
         if self.format not in kinds:
-            raise OptionError("-f", self.format, "one of " + ", ".join(kinds))
+            raise OptionError(self.option, self.format, "one of " + ", ".join(kinds))
         kind = kinds[self.format]
         given = dict(self._fields(_known(kind)))
         if self.size is not None:

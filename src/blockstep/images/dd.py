@@ -54,7 +54,7 @@ async def dd(source: ImageName, target: ImageName, wanted: Operands) -> bool:
     end = length if wanted.count is None else min(length, wanted.count * wanted.block)
     start = wanted.skip * wanted.block
     if start >= end:
-        await create(await Creation(target.format or "raw", target.name, 0).checked())
+        await create(await Creation(target.format or "raw", target.name, 0, option="-O").checked())
         return start <= end
     part = {"driver": "raw", "offset": start, "size": end - start, "file": await source.node_options()}
     await convert(Conversion((ImageName(json.dumps(part), cache=source.cache),), target))

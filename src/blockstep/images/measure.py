@@ -78,7 +78,7 @@ class Measurement:
 
     async def _wanted(self, size: int) -> Any:
         options = {word: value for word, value in self.options.items() if word != "size"}
-        return await Creation(self.format, "measured", size, options, unsafe=True).checked()
+        return await Creation(self.format, "measured", size, options, unsafe=True, option="-O").checked()
 
     async def _bitmaps(self, wanted: CreateQcow2) -> int | None:
         assert self.source is not None

@@ -119,6 +119,13 @@ def test_what_makes_no_sense_is_named(tmp_path: Path, options: dict[str, object]
     assert list(tmp_path.iterdir()) == [source]
 
 
+def test_a_format_of_the_target_that_is_none_is_called_as_it_was_given(tmp_path: Path) -> None:
+    source = raw(tmp_path / "source", MiB)
+    with pytest.raises(OptionError) as caught:
+        asyncio.run(convert(Conversion([name(source)], ImageName(str(tmp_path / "target"), "vmdk"))))
+    assert (caught.value.option, caught.value.value) == ("-O", "vmdk")
+
+
 def test_a_target_that_is_too_small_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     source, target = raw(tmp_path / "source", MiB, {0: b"new"}), raw(tmp_path / "target", 512, {0: b"old"})
     with pytest.raises(OptionError, match="at least"):

@@ -84,6 +84,13 @@ class Qcow2(Emptier, Packer):
         header = parse_header(start if span <= len(start) else await read_file(self.file, 0, span))
         return await show(self.file, header, self.options.snapshot)
 
+    @property
+    def _image_name(self) -> str:
+        """How errors call the image: by its file, if the user has not named the node of that."""
+        node = self.file.node
+        filename = getattr(node.options, "filename", None)
+        return filename if isinstance(filename, str) and node.name.startswith("#") else node.name
+
     async def implied_children(self) -> list[tuple[str, Role, NodeRef]]:
         """The backing node and the external data file that the header names, where the options do not say."""
         try:
@@ -91,7 +98,7 @@ class Qcow2(Emptier, Packer):
             backing = backing_options(header, self.file.node) if self.options.backing == {} else None
             data = data_file_options(header, self.file.node) if self.options.data_file == {} else None
         except ImageError as error:
-            raise OptionError("file", self.file.node.name, f"a qcow2 image that can be used: {error}") from error
+            raise OptionError("file", self._image_name, f"a qcow2 image that can be used: {error}") from error
         found: list[tuple[str, Role, NodeRef]] = []
         if backing is not None:
             found.append(("backing", Role.BACKING, backing))
@@ -104,7 +111,7 @@ class Qcow2(Emptier, Packer):
             self.header = await self._load_header()
             self._check_readable(self.header)
         except ImageError as error:
-            raise OptionError("file", self.file.node.name, f"a qcow2 image that can be used: {error}") from error
+            raise OptionError("file", self._image_name, f"a qcow2 image that can be used: {error}") from error
         check_data_file(self.header, self.file, self.data_file, self.backing)
         if not self.read_only:
             self._check_writable(self.header)
@@ -128,8 +135,8 @@ class Qcow2(Emptier, Packer):
             self._check_places(found, self._refcounts, self._tables)
             self._guard_bitmaps(found, self._refcounts)
         except ImageError as error:
-            raise OptionError("file", self.file.node.name, f"a qcow2 image that can be used: {error}; its bitmaps can "
-                                                           "be given up: blockstep img check --repair all") from error
+            raise OptionError("file", self._image_name, f"a qcow2 image that can be used: {error}; its bitmaps can "
+                                                       "be given up: blockstep img check --repair all") from error
         self._found, self._doubtful = found, None
         if not self.read_only:
             await self._clear_autoclear()
@@ -148,7 +155,7 @@ class Qcow2(Emptier, Packer):
             try:
                 refcounts.guard = await guard_of(self.file, header, tables.l1, refcounts.table)
             except ImageError as error:
-                raise OptionError("read-only", False, f"on, for the image '{self.file.node.name}': its metadata "
+                raise OptionError("read-only", False, f"on, for the image '{self._image_name}': its metadata "
                                                       f"overlaps: {error}") from error
             refcounts.on_damage = self._mark_corrupt
         refcounts.on_broken = self._tell_broken
@@ -193,7 +200,7 @@ class Qcow2(Emptier, Packer):
         """Raises OptionError for ``read-only``, so that with auto-read-only the image is opened for reading."""
         check_read_only(self.options.snapshot)
         if header.incompatible & CORRUPT:
-            raise OptionError("read-only", False, f"on, for the image '{self.file.node.name}': it is marked as "
+            raise OptionError("read-only", False, f"on, for the image '{self._image_name}': it is marked as "
                                                   "corrupt; repair it first: blockstep img check --repair all")
 
     async def _repaired(self) -> Header:
@@ -204,7 +211,7 @@ class Qcow2(Emptier, Packer):
             if header.incompatible & DIRTY:
                 raise ImageError("image", f"{result.corruptions} corruptions", "one that can be repaired")
         except ImageError as error:
-            raise OptionError("read-only", False, f"on, for the image '{self.file.node.name}': it was not closed in "
+            raise OptionError("read-only", False, f"on, for the image '{self._image_name}': it was not closed in "
                                                   f"order (the dirty bit), and cannot be repaired: {error}") from error
         data: dict[str, Any] = {"node-name": self.name, "corruptions-fixed": result.corruptions_fixed,
                                 "leaks-fixed": result.leaks_fixed}
