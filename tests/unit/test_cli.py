@@ -50,12 +50,15 @@ EXPORT = ("export", "{image}")
     ((*PRIMARY, "127.0.0.1", "--max-stall", "9ms"), "--max-stall", "10ms or more"),
     ((*PRIMARY, "127.0.0.1", "--max-stall", LONG), "--max-stall", "a time"),
     ((*PRIMARY, "127.0.0.1", "--queue", "0"), "--queue", "more than 0"),
-    ((*PRIMARY, "127.0.0.1", "--tls", "{tmp}/none"), "tls-certificates", "ca-cert.pem"),
+    ((*PRIMARY, "127.0.0.1", "--tls", "{tmp}/none"), "--tls: '{tmp}/none'", "ca-cert.pem"),
+    ((*PRIMARY, "127.0.0.1", "--export-tls", "{tmp}/none"), "--export-tls: '{tmp}/none'", "server-cert.pem"),
+    ((*STANDBY, "--tls", "{tmp}/none"), "--tls: '{tmp}/none'", "server-cert.pem"),
+    ((*STANDBY, "--export-tls", "{tmp}/none"), "--export-tls: '{tmp}/none'", "server-cert.pem"),
     (("graph", "--socket", "nowhere"), "nowhere", "the path of a socket that is there"),
     (("graph", "--socket", "{tmp}/none"), "{tmp}/none", "No such file"),
     (("graph", "--socket", "{image}"), "{image}", "refused"),
     (("graph", "--socket", f"127.0.0.1:{LONG}"), "--socket", "HOST:PORT"),
-    (("graph", "--socket", "localhost:1", "--tls", "{tmp}/none"), "tls-certificates", "ca-cert.pem"),
+    (("graph", "--socket", "localhost:1", "--tls", "{tmp}/none"), "--tls: '{tmp}/none'", "ca-cert.pem"),
     (("shell", "--socket", "{tmp}/" + "x" * 200, "-c", "query-status"), "xxxx", "too long"),
 ])
 def test_a_bad_value_is_one_line_that_names_it_and_changes_nothing(

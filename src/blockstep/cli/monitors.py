@@ -39,4 +39,4 @@ def find_monitor(pair: str | None, address: str | None, tls: Path | None) -> tup
         return (found.host or "localhost", found.port), None
     from blockstep.nbd.tls import client_context
 
-    return (found.host or "localhost", found.port), client_context(tls)
+    return (found.host or "localhost", found.port), client_context(tls, option="--tls")

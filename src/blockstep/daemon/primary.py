@@ -87,7 +87,8 @@ class Primary(Service):
                 self._files.watch(spec.name, self.graph.find(f"{spec.name}-disk"))
             for spec in self.config.disks:  # in the user's order
                 self.disks[spec.name] = self.disks.pop(spec.name)
-            tls = server_context(self.config.export_tls, verify_peer=True) if self.config.export_tls else None
+            folder = self.config.export_tls
+            tls = server_context(folder, verify_peer=True, option="--export-tls") if folder else None
             self._server = NbdServer(tls="required" if tls else "off", tls_context=tls)
             for name, disk in self.disks.items():
                 self._server.add(Export(name, disk.backend, description=f"pair {self.config.pair}, primary"))

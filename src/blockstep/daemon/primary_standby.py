@@ -38,7 +38,7 @@ class StandbySide:
 
     def tls(self) -> ssl.SSLContext | None:
         """Its TLS, if it has any. Raises OptionError for certificates that are not there."""
-        return client_context(self._config.tls) if self._config.tls else None
+        return client_context(self._config.tls, option="--tls") if self._config.tls else None
 
     # --- coming ---
 

@@ -81,7 +81,7 @@ class Standby(Service):
                 self._files.watch(spec.name, self.graph.find(f"{spec.name}-secondary"))
             for spec in self.config.disks:  # in the user's order
                 self.disks[spec.name] = self.disks.pop(spec.name)
-            tls = server_context(self.config.tls, verify_peer=True) if self.config.tls else None
+            tls = server_context(self.config.tls, verify_peer=True, option="--tls") if self.config.tls else None
             await self.link.listen(self.version, tls)
             await self._serve_views()
             await self.serve_qmp(self.config.qmp, qmp.commands, looking.commands)
@@ -92,7 +92,8 @@ class Standby(Service):
             raise
 
     async def _serve_views(self) -> None:
-        tls = server_context(self.config.view_tls, verify_peer=True) if self.config.view_tls else None
+        folder = self.config.view_tls
+        tls = server_context(folder, verify_peer=True, option="--export-tls") if folder else None
         self._view_server = NbdServer(tls="required" if tls else "off", tls_context=tls)
         for name, disk in self.disks.items():
             self._view_server.add(Export(name, disk.view, description=f"pair {self.config.pair}, standby's view"))

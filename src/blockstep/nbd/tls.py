@@ -21,6 +21,8 @@ from blockstep.errors import OptionError
 CA_CERT = "ca-cert.pem"
 SERVER_CERT, SERVER_KEY = "server-cert.pem", "server-key.pem"
 CLIENT_CERT, CLIENT_KEY = "client-cert.pem", "client-key.pem"
+#: How a directory with certificates is given in URIs, and to `blockstep export`.
+OPTION = "tls-certificates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +48,24 @@ class TlsCredentials:
 
 
 def server_context(directory: str | os.PathLike[str], verify_peer: bool = False,
-                   password: bytes | None = None) -> ssl.SSLContext:
+                   password: bytes | None = None, option: str = OPTION) -> ssl.SSLContext:
     """The context of a server. With ``verify_peer`` a client must have a certificate signed by ``ca-cert.pem``.
 
-    ``password`` opens an encrypted key. Raises OptionError naming the file that is missing or that cannot be used.
+    ``password`` opens an encrypted key. Raises OptionError for ``option``, which is how the directory was given, that
+    names the file that is missing or that cannot be used.
     """
     folder = Path(directory)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _set_common(context)
-    _load_identity(context, folder, SERVER_CERT, SERVER_KEY, password)
+    _load_identity(context, folder, SERVER_CERT, SERVER_KEY, password, option)
     if verify_peer:
-        _load_ca(context, folder)
+        _load_ca(context, folder, option)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
 def client_context(directory: str | os.PathLike[str] | None, check_hostname: bool = True,
-                   password: bytes | None = None) -> ssl.SSLContext:
+                   password: bytes | None = None, option: str = OPTION) -> ssl.SSLContext:
     """The context of a client. Without a directory the system's CAs are trusted and no certificate is shown.
 
     ``check_hostname`` False accepts any name in a certificate that the CA signed. Raises OptionError as
@@ -75,9 +78,9 @@ def client_context(directory: str | os.PathLike[str] | None, check_hostname: boo
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
         return context
     folder = Path(directory)
-    _load_ca(context, folder)
+    _load_ca(context, folder, option)
     if (folder / CLIENT_CERT).exists() or (folder / CLIENT_KEY).exists():
-        _load_identity(context, folder, CLIENT_CERT, CLIENT_KEY, password)
+        _load_identity(context, folder, CLIENT_CERT, CLIENT_KEY, password, option)
     return context
 
 
@@ -86,27 +89,28 @@ def _set_common(context: ssl.SSLContext) -> None:
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
 
 
-def _load_ca(context: ssl.SSLContext, folder: Path) -> None:
-    path = _existing(folder, CA_CERT)
+def _load_ca(context: ssl.SSLContext, folder: Path, option: str) -> None:
+    path = _existing(folder, CA_CERT, option)
     try:
         context.load_verify_locations(path)
     except (OSError, ssl.SSLError) as error:
-        raise OptionError("tls-certificates", str(path), f"a readable PEM file of CA certificates ({error})") from error
+        raise OptionError(option, str(path), f"a readable PEM file of CA certificates ({error})") from error
 
 
-def _load_identity(context: ssl.SSLContext, folder: Path, cert: str, key: str, password: bytes | None) -> None:
-    cert_path, key_path = _existing(folder, cert), _existing(folder, key)
+def _load_identity(context: ssl.SSLContext, folder: Path, cert: str, key: str, password: bytes | None,
+                   option: str) -> None:
+    cert_path, key_path = _existing(folder, cert, option), _existing(folder, key, option)
     try:
         # Without a password OpenSSL would ask the terminal for one.
         context.load_cert_chain(cert_path, key_path, password or (lambda: b""))
     except (OSError, ssl.SSLError) as error:
         kind = "key that the password opens" if password else "unencrypted key"
-        raise OptionError("tls-certificates", str(cert_path),
+        raise OptionError(option, str(cert_path),
                           f"a PEM certificate that fits the {kind} in {key_path} ({error})") from error
 
 
-def _existing(folder: Path, name: str) -> Path:
+def _existing(folder: Path, name: str, option: str) -> Path:
     path = folder / name
     if not path.is_file():
-        raise OptionError("tls-certificates", str(folder), f"a directory with a file {name}; there is no {path}")
+        raise OptionError(option, str(folder), f"a directory with a file {name}; there is no {path}")
     return path
