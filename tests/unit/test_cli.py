@@ -31,6 +31,8 @@ EXPORT = ("export", "{image}")
     ((*EXPORT, "--listen", "a..b:80"), "a..b", "no host name"),
     ((*EXPORT, "--socket", "{image}"), "{image}", "in use"),
     ((*EXPORT, "--socket", "{tmp}/" + "x" * 200), "xxxx", "107 bytes at most"),
+    ((*EXPORT, "--tls", "required"), "--tls-certificates", "given with --tls required"),
+    ((*EXPORT, "--tls", "required", "--tls-certificates", "{tmp}/none"), "'{tmp}/none'", "server-cert"),
     ((*EXPORT, "--format", "qcow2"), "'{image}'", "a qcow2 image that can be used"),
     ((*EXPORT, "--name", "\udcff"), "name", "UTF-8"),
     ((*EXPORT, "--name", "n" * 5000), "name", "4096 bytes"),

@@ -13,6 +13,7 @@ from blockstep.block.permissions import NONE, READ, WRITE
 from blockstep.daemon.disks import serve, uris
 from blockstep.daemon.files import Files
 from blockstep.daemon.service import Service
+from blockstep.errors import OptionError
 from blockstep.images.opened import ImageName
 from blockstep.inventory.notices import tell
 from blockstep.nbd.export import Export
@@ -45,7 +46,11 @@ async def main(config: ExportConfig, ready: Callable[[list[str]], None]) -> None
 
     ``ready`` gets the URIs once clients can connect. Raises OptionError or OSError if it cannot serve.
     """
-    tls = server_context(config.tls_certificates or "", config.tls_verify_peer) if config.tls != "off" else None
+    tls = None
+    if config.tls != "off":
+        if config.tls_certificates is None:
+            raise OptionError("--tls-certificates", None, f"given with --tls {config.tls}")
+        tls = server_context(config.tls_certificates, config.tls_verify_peer, option="--tls-certificates")
     service = Service(None)
     graph = Graph()
     graph.listeners.append(tell)

@@ -21,7 +21,7 @@ from blockstep.errors import OptionError
 CA_CERT = "ca-cert.pem"
 SERVER_CERT, SERVER_KEY = "server-cert.pem", "server-key.pem"
 CLIENT_CERT, CLIENT_KEY = "client-cert.pem", "client-key.pem"
-#: How a directory with certificates is given in URIs, and to `blockstep export`.
+#: How a directory with certificates is given in URIs.
 OPTION = "tls-certificates"
 
 
