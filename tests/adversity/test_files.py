@@ -92,6 +92,26 @@ async def test_a_standby_that_has_met_what_is_lost_says_it_once(tmp_path: Path) 
 
 
 @scenario
+async def test_a_standby_whose_file_was_cut_off_takes_no_checkpoint_and_no_primary(tmp_path: Path) -> None:
+    async with Pair(tmp_path, size=2 * MiB) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        path = tmp_path / "disk0.standby"
+        os.truncate(path, MiB)
+        assert (await pair.standby.status())["health"] == "at-risk"
+        os.truncate(path, 2 * MiB)  # what was there is zeroes now, and nobody knows on which side that differs
+        said = f"disk 'disk0' of the standby: {path} was shortened"
+        with pytest.raises(Exception, match=f"no checkpoint was taken: .*{said}"):
+            await pair.primary.execute("replication-checkpoint")
+        status = await pair.primary.until(lambda status: said in status["reason"])
+        assert status["health"] == "degraded"
+        await pair.standby.close()
+        await pair.start_standby(link=pair.link)
+        await pair.primary.until(health="healthy")
+        assert await pair.file("standby") == await pair.file("primary")
+
+
+@scenario
 async def test_a_file_that_was_moved_can_be_put_back(tmp_path: Path) -> None:
     async with Pair(tmp_path) as pair:
         await pair.start()

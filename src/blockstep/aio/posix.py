@@ -275,6 +275,7 @@ class Fault(NamedTuple):
 
     text: str  #: which file, what happened, what to do
     lasting: bool  #: what is lost stays lost, even if the file looks right again
+    torn: bool = False  #: what is in it is not what was written
 
 
 class OpenFile:
@@ -339,12 +340,12 @@ class OpenFile:
                 pass
             except OSError:
                 path = None
+        if length_of(self.fd) < length:
+            return Fault(self._shortened(length), lasting=True, torn=True)
         if path is not None and not is_device and not mine.st_nlink:
             also = ", and another file put in its place" if there else ""
             return Fault(f"{path} was deleted{also}: its data end with this program; copy "
                          f"/proc/{os.getpid()}/fd/{self.fd} before that", True)
-        if length_of(self.fd) < length:
-            return Fault(self._shortened(length), True)
         if path is None or (there and (there.st_rdev == mine.st_rdev if is_device else os.path.samestat(there, mine))):
             return None
         if there or is_device:

@@ -29,8 +29,9 @@ class Files:
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self._changed = changed
-        #: Which disks have faults, and which, in words.
+        #: Which disks have faults, and which, in words; and those whose content is not what was written any more.
         self.faults: dict[str, str] = {}
+        self.torn: dict[str, str] = {}
         self._disks: dict[str, Driver] = {}
         self._lasting: dict[str, Fault] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -65,20 +66,23 @@ class Files:
     async def _look_at_all(self) -> None:
         faults = {}
         for disk, storage in self._disks.items():
-            found = [fault.text for node in list(_all_below(storage)) if (fault := await self._look_at(node))]
+            found = [fault for node in list(_all_below(storage)) if (fault := await self._look_at(node))]
             if found:
-                faults[disk] = "; ".join(found)
+                faults[disk] = "; ".join(fault.text for fault in found)
+            if torn := [fault.text for fault in found if fault.torn]:
+                self.torn[disk] = "; ".join(torn)
         if faults != self.faults:
             self.faults = faults
             self._changed()
 
     async def _look_at(self, node: Driver) -> Fault | None:
-        if known := self._lasting.get(node.name):
+        known = self._lasting.get(node.name)
+        if (known and known.torn) or not await in_thread(node.storage_fault):
             return known
-        if not await in_thread(node.storage_fault):
-            return None
         fault = node.storage_fault()  # again, here, where no resize of our own is half done
-        if fault and fault.lasting:
+        if not fault or (known and not fault.torn):
+            return known
+        if fault.lasting:
             self._lasting[node.name] = fault
         return fault
 

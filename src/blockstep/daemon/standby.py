@@ -135,7 +135,7 @@ class Standby(Service):
         started = self._clock()
         await self.ends.fail_over(to)
         seconds = self._clock() - started
-        await self.look()
+        # As far as they are known: whoever waits for the disks does not wait for another look.
         faults = [f"disk '{name}': {fault}" for name, fault in self._files.faults.items()]
         return qmp.Promoted(epoch=self.situation.epoch, seconds=seconds, exports=self.exports, faults=faults)
 

@@ -106,6 +106,7 @@ class PrimarysSide:
         now = self._now
         if now.declines():
             return self._decline()
+        self._must_be_whole()
         self._check_primary(args, monitor)
         now.primary = monitor
         self._watcher = asyncio.get_running_loop().create_task(self._watch(monitor, args.silence))
@@ -174,6 +175,7 @@ class PrimarysSide:
         now = self._now
         self._must_be_primary(monitor, "checkpoint")
         try:
+            self._must_be_whole()
             if now.running:
                 await self._registry.checkpoint_all()
             else:
@@ -220,6 +222,12 @@ class PrimarysSide:
                 await self._registry.resize(filter, size)
             finally:
                 self._tell()
+
+    def _must_be_whole(self) -> None:
+        """Where a file was cut off, a copy of what differs makes no disk, and a checkpoint would be of none."""
+        for name, fault in self._now.files.torn.items():
+            raise BlockstepError(f"disk '{name}' of the standby: {fault}; start the standby again, and everything is "
+                                 "copied")
 
     def _must_be_primary(self, monitor: Monitor, step: str) -> None:
         if self._now.declines() or monitor is not self._now.primary:

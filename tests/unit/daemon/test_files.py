@@ -16,6 +16,7 @@ from blockstep.daemon import files as module
 from blockstep.daemon.files import Files
 
 WELL, MOVED, DELETED = None, Fault("moved", False), Fault("deleted", True)
+SHORTENED = Fault("shortened", True, torn=True)
 
 
 class Storage(Driver):
@@ -59,6 +60,21 @@ def test_a_fault_is_told_once_and_one_that_lasts_for_good() -> None:
             await files.look()
         await files.close()
         assert told == [{"disk": "moved"}, {}, {"disk": "deleted"}]
+
+    asyncio.run(main())
+
+
+def test_what_is_torn_counts_for_more_than_what_is_deleted_and_for_good() -> None:
+    async def main() -> None:
+        storage, files = Storage(), Files(lambda: None)
+        files.watch("disk", storage)
+        said = []
+        for fault in (DELETED, MOVED, SHORTENED, DELETED, WELL):
+            storage.fault = lambda fault=fault: fault
+            await files.look()
+            said.append((files.faults["disk"], list(files.torn.values())))
+        await files.close()
+        assert said == [("deleted", [])] * 2 + [("shortened", ["shortened"])] * 3
 
     asyncio.run(main())
 
