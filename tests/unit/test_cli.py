@@ -45,6 +45,7 @@ EXPORT = ("export", "{image}")
     ((*STANDBY, "--disk", "e={tmp}/new,size=1M,format=qed"), "--disk format", "raw, qcow2, overlay"),
     ((*STANDBY, "--disk", "e={tmp}/new,format=raw,format=qcow2"), "--disk", "at most once"),
     ((*STANDBY, "--disk", "e=,format=qcow2"), "--disk", "NAME=PATH"),
+    ((*STANDBY, "--disk", "e={tmp}/new,fromat=qcow2,size=1M"), "without 'fromat'", "new,fromat=qcow2'"),
     ((*STANDBY, "--buffer-format", "qcow2"), "--buffer-format", "--buffer-dir"),
     ((*STANDBY, "--buffer-format", "qcow2", "--buffer-dir", "{tmp}/none"), "{tmp}/none", "a directory"),
     ((*STANDBY, "--buffer-memory", "0"), "--buffer-memory", "more than 0"),

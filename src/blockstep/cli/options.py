@@ -20,6 +20,7 @@ T = TypeVar("T", int, float)
 
 _PAIR: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DISK_OPTION: Final = re.compile(r"(.*),(size|format)=([^,]*)", re.DOTALL)
+_OTHER_OPTION: Final = re.compile(r".*,([a-z][a-z-]*)=[^,/]*", re.DOTALL)
 _LAST_PORT: Final = 65535
 
 Pair = Annotated[str, Option("--pair", metavar="NAME", help="The pair's name; the same on both sides.")]
@@ -66,6 +67,10 @@ def parse_disks(texts: list[str]) -> tuple[DiskSpec, ...]:
             options[option] = value
         if not equals or not name or not path:
             raise OptionError("--disk", text, "NAME=PATH, NAME=PATH,format=FORMAT or NAME=PATH,format=FORMAT,size=SIZE")
+        other = _OTHER_OPTION.fullmatch(path)
+        if other and not Path(path).exists():
+            raise OptionError("--disk", text, f"without '{other[1]}': the options are format and size, and there is no "
+                              f"file '{path}'")
         if name in disks:
             raise OptionError("--disk", text, f"one disk for each name; '{name}' was given twice")
         size = parse_size(options["size"], "--disk size") if options.get("size") else None
