@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -58,16 +59,20 @@ async def play(rig: Rig, disk: Disk, model: Model, trace: list[Step]) -> None:
         assert disk.secondary.data == model.latest
 
 
+async def replicating(**options: Any) -> tuple[Rig, Disk, Model]:
+    rig = await Rig.open(**options)
+    [disk] = rig.disks
+    await rig.registry.start_all("secondary")
+    return rig, disk, Model(bytes(disk.secondary.data))
+
+
 @over_four_disks
 @given(steps, st.booleans())
 @example([("view", 0, 1), ("grow", 0, 1), ("primary", 0, 4000), ("grow", 0, 9000), ("primary", 9000, 9000)], True)
 @example([("primary", 0, 1), ("grow", 0, 5000), ("primary", 5000, 5001), ("checkpoint", 0, 1)], False)
 def test_the_view_is_the_checkpoint_through_growths(trace: list[Step], failover: bool) -> None:
     async def main() -> None:
-        rig = await Rig.open(shape=Shape(hidden_cluster=512))
-        [disk] = rig.disks
-        await rig.registry.start_all("secondary")
-        model = Model(bytes(disk.secondary.data))
+        rig, disk, model = await replicating(shape=Shape(hidden_cluster=512))
         await play(rig, disk, model, trace)
         await rig.registry.stop_all(failover)
         await rig.merged()
@@ -120,10 +125,7 @@ def test_requests_that_are_in_flight_end_before_the_growth_and_later_ones_come_a
 @pytest.mark.parametrize("length", [LENGTH + 5000, LENGTH + 1])
 def test_a_disk_that_cannot_grow_leaves_all_as_they_were(failing: str, length: int) -> None:
     async def main() -> None:
-        rig = await Rig.open()
-        [disk] = rig.disks
-        await rig.registry.start_all("secondary")
-        model = Model(bytes(disk.secondary.data))
+        rig, disk, model = await replicating()
         around = [("primary", 50, 40), ("view", 30, 20)]
         await play(rig, disk, model, around)
         rig.gates.fail(failing, "truncate", errno.ENOSPC)
@@ -147,10 +149,7 @@ ABSURD = 8_000_000 << 40
 def test_an_absurd_length_leaves_all_as_they_were_and_the_next_one_works(tmp_path: Path) -> None:
     async def main() -> None:
         for directory in (None, tmp_path):
-            rig = await Rig.open(shape=Shape(directory=directory))
-            [disk] = rig.disks
-            await rig.registry.start_all("secondary")
-            model = Model(bytes(disk.secondary.data))
+            rig, disk, model = await replicating(shape=Shape(directory=directory))
             around = [("primary", 50, 40), ("view", 30, 20)]
             await play(rig, disk, model, around)
             with pytest.raises(OSError, match=f"'a-active' cannot have {ABSURD} bytes"):
@@ -166,10 +165,7 @@ def test_an_absurd_length_leaves_all_as_they_were_and_the_next_one_works(tmp_pat
 @pytest.mark.parametrize("failing", ["a-active", "a-hidden", "a-secondary"])
 def test_a_disk_that_fails_when_it_has_grown_is_put_back_with_the_others(failing: str) -> None:
     async def main() -> None:
-        rig = await Rig.open()
-        [disk] = rig.disks
-        await rig.registry.start_all("secondary")
-        model = Model(bytes(disk.secondary.data))
+        rig, disk, model = await replicating()
         around = [("primary", 50, 40), ("view", 30, 20)]
         await play(rig, disk, model, around)
         rig.gates.fail(failing, "truncate-done", errno.EIO)
@@ -187,10 +183,7 @@ def test_a_disk_that_fails_when_it_has_grown_is_put_back_with_the_others(failing
                                                ("a-hidden", "a-secondary")])
 def test_what_cannot_be_put_back_is_told_harms_nobody_and_goes_with_the_next_resize(kept: str, failing: str) -> None:
     async def main() -> None:
-        rig = await Rig.open()
-        [disk] = rig.disks
-        await rig.registry.start_all("secondary")
-        model = Model(bytes(disk.secondary.data))
+        rig, disk, model = await replicating()
         around = [("primary", 50, 40), ("view", 30, 20), ("checkpoint", 0, 1), ("primary", 50, 40)]
         await play(rig, disk, model, around)
         assert not unevenness(disk.filter)
@@ -219,10 +212,7 @@ def test_what_cannot_be_put_back_is_told_harms_nobody_and_goes_with_the_next_res
 @over_four_disks
 def test_a_growth_can_be_taken_back() -> None:
     async def main() -> None:
-        rig = await Rig.open()
-        [disk] = rig.disks
-        await rig.registry.start_all("secondary")
-        model = Model(bytes(disk.secondary.data))
+        rig, disk, model = await replicating()
         await play(rig, disk, model, [("primary", 50, 40), ("grow", 0, 12345)])
         await rig.registry.resize(disk.filter, LENGTH)
         del model.latest[LENGTH:], model.view[LENGTH:]

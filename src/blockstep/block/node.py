@@ -11,7 +11,8 @@ Only `blockstep.block.graph` changes edges.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol
 
 import msgspec
@@ -283,9 +284,15 @@ class Node:
 
     async def resize(self, length: int) -> None:
         """`Driver.truncate`, and the dirty bitmaps follow; all of it or nothing. Nothing is in flight."""
-        follow = [bitmap.prepare_resize(length) for bitmap in self.bitmaps.values() if not bitmap.inconsistent]
-        try:
+        with self.followed_by((bitmap for bitmap in self.bitmaps.values() if not bitmap.inconsistent), length):
             await self.truncate(length)
+
+    @contextmanager
+    def followed_by(self, bitmaps: Iterable[Any], length: int) -> Iterator[None]:
+        """Within, the node gets ``length``; the bitmaps then have it too. Raises OSError (ENOMEM) before anything."""
+        follow = [bitmap.prepare_resize(length) for bitmap in bitmaps]
+        try:
+            yield
         finally:
             if self.length == length:  # also when it failed, and could not be put back
                 for commit in follow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -113,12 +113,9 @@ def uris(addresses: Sequence[Address], names: Iterable[str], tls: bool) -> list[
     return [str(NbdUri(address, name, tls=tls)) for name in names for address in addresses]
 
 
-def with_faults(health: tuple[Health, str], faults: Mapping[str, str]) -> tuple[Health, str]:
-    """A health and its reason, for a pair some disks of which have `faults` (see `daemon.files`)."""
-    if not faults:
-        return health
-    reasons = [f"disk '{name}': {fault}" for name, fault in faults.items()]
-    return "at-risk", "; ".join([*reasons, health[1]] if health[1] else reasons)
+def with_faults(health: tuple[Health, str], faults: list[str]) -> tuple[Health, str]:
+    """A health and its reason, for a pair some disks of which have ``faults`` (`daemon.files.Files.told`)."""
+    return ("at-risk", "; ".join(filter(None, [*faults, health[1]]))) if faults else health
 
 
 def work_status(kind: Literal["sync", "resync", "failover"], jobs: Sequence[Job]) -> WorkStatus:

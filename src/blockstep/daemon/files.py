@@ -37,6 +37,10 @@ class Files:
         self._timer: asyncio.TimerHandle | None = None
         self._looking: asyncio.Task[None] | None = None
 
+    def told(self) -> list[str]:
+        """The faults, one text a disk that has any."""
+        return [f"disk '{name}': {fault}" for name, fault in self.faults.items()]
+
     def watch(self, disk: str, storage: Driver) -> None:
         """From now on look at the files of ``storage`` and of what is below it, which stay open until `close`."""
         self._disks[disk] = storage

@@ -23,7 +23,7 @@ class PrimaryStatus:
 
     def health(self) -> tuple[qmp.Health, str]:
         """How it is, and why it is not healthy."""
-        return with_faults(self._health(), self._files.faults)
+        return with_faults(self._health(), self._files.told())
 
     def _health(self) -> tuple[qmp.Health, str]:
         coordinator = self._coordinator

@@ -135,9 +135,9 @@ class Standby(Service):
         started = self._clock()
         await self.ends.fail_over(to)
         seconds = self._clock() - started
-        # As far as they are known: whoever waits for the disks does not wait for another look.
-        faults = [f"disk '{name}': {fault}" for name, fault in self._files.faults.items()]
-        return qmp.Promoted(epoch=self.situation.epoch, seconds=seconds, exports=self.exports, faults=faults)
+        # Faults as far as they are known: whoever waits for the disks does not wait for another look.
+        return qmp.Promoted(epoch=self.situation.epoch, seconds=seconds, exports=self.exports,
+                            faults=self._files.told())
 
     async def resize(self, disk: str, size: int) -> None:
         """A promoted standby's disks can grow; before that it follows its primary."""

@@ -106,7 +106,7 @@ class PrimarysSide:
         now = self._now
         if now.declines():
             return self._decline()
-        self._must_be_whole()
+        self._must_not_be_torn()
         self._check_primary(args, monitor)
         now.primary = monitor
         self._watcher = asyncio.get_running_loop().create_task(self._watch(monitor, args.silence))
@@ -175,7 +175,7 @@ class PrimarysSide:
         now = self._now
         self._must_be_primary(monitor, "checkpoint")
         try:
-            self._must_be_whole()
+            self._must_not_be_torn()
             if now.running:
                 await self._registry.checkpoint_all()
             else:
@@ -223,7 +223,7 @@ class PrimarysSide:
             finally:
                 self._tell()
 
-    def _must_be_whole(self) -> None:
+    def _must_not_be_torn(self) -> None:
         """Where a file was cut off, a copy of what differs makes no disk, and a checkpoint would be of none."""
         for name, fault in self._now.files.torn.items():
             raise BlockstepError(f"disk '{name}' of the standby: {fault}; start the standby again, and everything is "

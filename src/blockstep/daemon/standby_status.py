@@ -93,7 +93,7 @@ class Situation:
 
     def health(self) -> tuple[qmp.Health, str]:
         """How it is, and why it is not healthy."""
-        return with_faults(self._health(), self.files.faults)
+        return with_faults(self._health(), self.files.told())
 
     def _health(self) -> tuple[qmp.Health, str]:
         state = self.state

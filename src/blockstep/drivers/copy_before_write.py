@@ -167,12 +167,8 @@ class CopyBeforeWrite(Filter):
                 await self.target.write_zeroes(before, rest)
             except OSError as error:
                 self._not_saved(error)
-        follow = self.done.prepare_resize(length)
-        try:
+        with self.followed_by([self.done], length):
             await self.file.truncate(length)
-        finally:
-            if self.length == length:  # also when it failed, and could not be put back
-                follow()
 
     def _is_saved(self, offset: int, length: int) -> bool:
         shift = self.done.shift

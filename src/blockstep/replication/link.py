@@ -264,15 +264,12 @@ class Link(Filter):
     async def truncate(self, length: int) -> None:
         """See `Driver`. Nothing may be in flight, and a standby that writes are sent to has that length already."""
         before = self.length
-        follow = [bitmap.prepare_resize(length) for bitmap in (self.since, self.closing, self._torn) if bitmap]
         try:
-            await self.file.truncate(length)
+            with self.followed_by(filter(None, (self.since, self.closing, self._torn)), length):
+                await self.file.truncate(length)
         finally:
-            if self.length == length:  # also when it failed, and could not be put back
-                for commit in follow:
-                    commit()
-                if length > before and not self.on:
-                    self.since.set(before, length - before)
+            if self.length == length > before and not self.on:
+                self.since.set(before, length - before)
 
     async def flush(self) -> None:
         if not self.on:
