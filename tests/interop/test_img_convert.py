@@ -53,6 +53,22 @@ def test_compressed(both: Both, options: str, kind: str) -> None:
     assert Path("back").read_bytes() == data.ljust(-(-len(data) // 512) * 512, b"\0")
 
 
+@pytest.mark.parametrize("options", ["cluster_size=64k", "cluster_size=2M", "cluster_size=512"])
+@pytest.mark.parametrize("length", [64 * KIB, (1 << 20) - 4608, 512])
+def test_several_images_are_compressed_also_where_they_meet_in_a_cluster(both: Both, options: str, length: int) -> None:
+    disk("a")
+    written("b", length, (0, b"behind the first, " * (length // 18)))
+    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "a", "a.qcow2")
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "b", "b.qcow2")
+    for sources in (("-f", "raw", "a", "b", "b", "a"), ("-f", "qcow2", "b.qcow2", "a.qcow2", "b.qcow2")):
+        for program, target in ((both.ours, "ours"), (both.theirs, "theirs")):
+            assert program("convert", "-c", "-O", "qcow2", "-o", options, *sources, target) == (0, "", "")
+        assert both.same("compare", "-f", "qcow2", "-F", "qcow2", "ours", "theirs") == "Images are identical.\n"
+        ours, theirs = figures("ours"), figures("theirs")
+        assert ours["allocated-clusters"] == theirs["allocated-clusters"]
+        assert ours["compressed-clusters"] == theirs["compressed-clusters"]
+
+
 def test_a_compressed_image_is_copied_and_compressed_again(both: Both) -> None:
     data = disk("a")
     assert both.ours("convert", "-c", "-f", "raw", "-O", "qcow2", "a", "one")[0] == 0

@@ -1,7 +1,7 @@
-"""Copy images, one after the other, into a new image or an existing one.
+"""Copy images, one behind the other, into a new image or an existing one.
 
-    source 0 ─┐                 the target, through a window for each source
-    source 1 ─┼── BlockCopy ──► where a new image reads as zeroes anyway nothing is written
+    source 0 ─┐
+    source 1 ─┼─ joined ── BlockCopy ──► target: where a new one reads as zeroes anyway nothing is written
     ...      ─┘
 
 A new target comes under its name when all of it is there and durable (`blockstep.images.files`). A target that
@@ -23,7 +23,6 @@ from blockstep.aio.pool import in_thread
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
-from blockstep.block.permissions import READ, WRITE
 from blockstep.block.status import backing_of
 from blockstep.errors import OptionError
 from blockstep.images.bitmap import copy_bitmaps
@@ -31,6 +30,7 @@ from blockstep.images.compare import Progress, no_progress
 from blockstep.images.copying import ImageCopy, Salvage
 from blockstep.images.create import Creation
 from blockstep.images.files import made_anew
+from blockstep.images.joined import joined
 from blockstep.images.opened import ImageName, opened
 from blockstep.images.snapshot import snapshot_id
 from blockstep.images.whole import whole_qcow2
@@ -109,8 +109,6 @@ class Conversion:
     def _check_compressed(self) -> None:
         if self.target.format not in ("qcow2", None):
             raise OptionError("-c", True, f"left out: {self.target.format} images cannot be compressed")
-        if len(self.sources) != 1:
-            raise OptionError("-c", True, "left out with several images: clusters may lie across their borders")
         data_file = next((value for word, value in self.options.items() if word.replace("-", "_") == "data_file"), None)
         if data_file is not None:
             raise OptionError("-o data_file", data_file, "left out with -c: there, data lies as it is")
@@ -128,20 +126,17 @@ async def convert(conversion: Conversion, progress: Progress = no_progress) -> N
         shown: dict[str, Any] = {}
         if conversion.snapshot is not None:
             shown["snapshot"] = await snapshot_id(conversion.sources[0], conversion.snapshot)
-        sources = [await stack.enter_async_context(opened(source, graph=graph, **shown))
-                   for source in conversion.sources]
-        total = sum(source.length for source in sources)
+        source = joined([await stack.enter_async_context(opened(source, graph=graph, **shown))
+                         for source in conversion.sources])
+        total = source.length
         target = conversion.target
         if conversion.create:
             target = await stack.enter_async_context(_made(conversion, total))
-        done = _Progress(progress, total, conversion.rate)
-        async with opened(target, graph=graph, writable=True, **{"node-name": "target"}) as into:
+        async with opened(target, graph=graph, writable=True) as into:
             if into.length < total:
                 raise OptionError("target", conversion.target.name, f"of at least {total} bytes, and not {into.length}")
-            start = 0
-            for source in sources:
-                await _copy(conversion, graph, source, into, start, done)
-                start += source.length
+            if total:
+                await _copy(conversion, source, into, _Progress(progress, total, conversion.rate))
         if conversion.bitmaps:
             await in_thread(copy_bitmaps, await whole_qcow2(conversion.sources[0]), await whole_qcow2(target))
         progress(total, total)
@@ -180,32 +175,23 @@ class _Progress(Control):
         self._progress(self._done, self._total)
 
 
-async def _copy(conversion: Conversion, graph: Graph, source: Backend, into: Backend, start: int,
-                control: Control) -> None:
+async def _copy(conversion: Conversion, source: Backend, into: Backend, control: Control) -> None:
     length = source.length
-    if not length:
-        return
-    async with AsyncExitStack() as stack:
-        if len(conversion.sources) > 1:
-            window = await graph.open({"driver": "raw", "file": into.node.name, "offset": start, "size": length})
-            stack.push_async_callback(graph.close, window)
-            into = graph.attach_backend(window, "img", READ | WRITE)
-            stack.push_async_callback(graph.detach_backend, into)
-        granularity = max(_GRANULARITY, into.node.cluster_size) if conversion.compressed else _GRANULARITY
-        todo = Bitmap(length, granularity)
-        todo.set(0, length)
-        piece = _piece(conversion, into)
-        backed = conversion.backed
-        zero = (conversion.create or conversion.zeroed) and conversion.sparse and not backed
-        written = Bitmap(length, 1 << (piece.bit_length() - 1)) if zero else None
-        in_threads = not conversion.rate and not conversion.compressed
-        chunk = max(MiB, min(_THREAD_CHUNK, length // _PIECES // MiB * MiB)) if in_threads else MiB
-        engine = ImageCopy(source.edge, into.edge, (source, into), control, granularity=granularity,
-                           workers=conversion.workers, detect_zeroes=bool(conversion.sparse), written=written,
-                           offload=conversion.offload, piece=piece or granularity, chunk=chunk, in_threads=in_threads,
-                           base=backing_of(source.node) if backed else None, allocated_only=backed,
-                           full=not conversion.sparse, compressed=conversion.compressed, salvage=conversion.salvage)
-        await engine.copy(Pass(todo))
+    granularity = max(_GRANULARITY, into.node.cluster_size) if conversion.compressed else _GRANULARITY
+    todo = Bitmap(length, granularity)
+    todo.set(0, length)
+    piece = _piece(conversion, into)
+    backed = conversion.backed
+    zero = (conversion.create or conversion.zeroed) and conversion.sparse and not backed
+    written = Bitmap(length, 1 << (piece.bit_length() - 1)) if zero else None
+    in_threads = not conversion.rate and not conversion.compressed
+    chunk = max(MiB, min(_THREAD_CHUNK, length // _PIECES // MiB * MiB)) if in_threads else MiB
+    engine = ImageCopy(source.edge, into.edge, (source, into), control, granularity=granularity,
+                       workers=conversion.workers, detect_zeroes=bool(conversion.sparse), written=written,
+                       offload=conversion.offload, piece=piece or granularity, chunk=chunk, in_threads=in_threads,
+                       base=backing_of(source.node) if backed else None, allocated_only=backed,
+                       full=not conversion.sparse, compressed=conversion.compressed, salvage=conversion.salvage)
+    await engine.copy(Pass(todo))
 
 
 def _piece(conversion: Conversion, into: Backend) -> int:

@@ -53,6 +53,14 @@ def test_several_sources_are_put_behind_each_other(tmp_path: Path) -> None:
     assert (tmp_path / "target").read_bytes() == b"".join(path.read_bytes() for path in sources[:3])
 
 
+@pytest.mark.parametrize("options", [{"offload": True}, {"workers": 1, "rate": 1 << 40}, {"sparse": 0}])
+def test_several_sources_in_every_way_of_copying(tmp_path: Path, options: dict[str, int]) -> None:
+    sources = [disk(tmp_path / "0"), raw(tmp_path / "1", 3 * MiB + 77, {MiB: os.urandom(70_000)}), disk(tmp_path / "2")]
+    asyncio.run(convert(Conversion([name(path) for path in sources], name(tmp_path / "target"),
+                                   **options)))  # type: ignore[arg-type]
+    assert (tmp_path / "target").read_bytes() == b"".join(path.read_bytes() for path in sources)
+
+
 def test_progress_comes_to_its_end_once(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     asyncio.run(convert(Conversion([name(disk(tmp_path / "source"))], name(tmp_path / "target")),
