@@ -17,6 +17,7 @@ import errno
 import os
 from dataclasses import dataclass
 
+from blockstep.aio.copying import zero_runs
 from blockstep.aio.inline import Completion
 from blockstep.block.driver import Buffer, Driver, Extent, Prepared
 from blockstep.block.graph import Graph
@@ -176,7 +177,11 @@ class GatedDisk(Driver):
         await self.gates.passes(self.name, "flush-done", 0, 0)
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
-        return [Extent(length)]
+        await self.gates.passes(self.name, "block_status", offset, length)
+        extents = [Extent(count, data=not zero, zero=zero)
+                   for count, zero in zero_runs(self.data[offset:offset + length], 512)]
+        await self.gates.passes(self.name, "block_status-done", offset, length)
+        return extents
 
     async def truncate(self, length: int) -> None:
         await self.gates.passes(self.name, "truncate", length, 0)

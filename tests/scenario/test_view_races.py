@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blockstep.block.driver import Extent
 from blockstep.drivers.replication import Stage
 from blockstep.errors import ReplicationError
 from blockstep.testing.model import Content
@@ -33,7 +34,7 @@ _offsets = st.one_of(_near, st.integers(0, LENGTH - 1))
 _lengths = st.one_of(st.integers(1, 200), st.sampled_from((4096, 8192)), st.integers(1, 9000))
 _requests = st.tuples(st.sampled_from(("read", "read", "primary write", "primary write", "primary write_zeroes",
                                        "primary discard", "view write", "view write_zeroes", "view discard",
-                                       "primary flush", "view flush")),
+                                       "primary flush", "view flush", "status")),
                       st.integers(0, 1), _offsets, _lengths)
 _releases = st.tuples(st.just("release"), st.integers(0, 30), st.integers(1, 6), st.just(0))
 _faults = st.tuples(st.sampled_from(("fail secondary read", "fail secondary write", "fail hidden write",
@@ -141,6 +142,8 @@ class Races:
     def submit(self, what: str, disk: Disk, offset: int, length: int) -> None:
         if what == "read":
             self.read(disk, offset, length)
+        elif what == "status":
+            self.status(disk, offset, length)
         elif what.endswith("flush"):
             user = disk.primary if what.startswith("primary") else disk.view
             self.requests.append(Request(user.flush(), lambda _, error: self.may_fail(error)))
@@ -151,6 +154,24 @@ class Races:
             self.write(disk, who, kind, offset, data)
 
     def read(self, disk: Disk, offset: int, length: int) -> None:
+        self.look(disk, offset, length, disk.view.pread(offset, length), lambda _, data: bytes(data))
+
+    def status(self, disk: Disk, offset: int, length: int) -> None:
+        """What is said to be zero must be."""
+
+        def got(base: bytes, extents: list[Extent]) -> bytes:
+            assert sum(extent.length for extent in extents) == length
+            data, at = bytearray(base), 0
+            for extent in extents:
+                if extent.zero:
+                    data[at:at + extent.length] = bytes(extent.length)
+                at += extent.length
+            return bytes(data)
+
+        self.look(disk, offset, length, disk.view.block_status(offset, length), got)
+
+    def look(self, disk: Disk, offset: int, length: int, request: Coroutine[Any, Any, Any],
+             got: Callable[[bytes, Any], bytes]) -> None:
         begun: list[tuple[Content, Any]] = []
         held = self._later
 
@@ -162,13 +183,13 @@ class Races:
             def tell() -> None:
                 content, read = begun.pop()
                 self.may_fail(error)
-                if wrong := content.end_read(read, read.base if error else bytes(value)):
-                    self.wrong.append(f"read of {length} bytes at {offset} of {disk.name}: {wrong}")
+                if wrong := content.end_read(read, read.base if error else got(read.base, value)):
+                    self.wrong.append(f"look at {length} bytes at {offset} of {disk.name}: {wrong}")
 
             self.tell(tell, held)
 
         self.tell(begin, held)
-        self.requests.append(Request(disk.view.pread(offset, length), end))
+        self.requests.append(Request(request, end))
 
     def write(self, disk: Disk, who: str, kind: str, offset: int, data: bytes) -> None:
         begun: list[tuple[Content, Any]] = []
@@ -329,6 +350,23 @@ def test_a_reader_waits_for_a_cluster_that_is_being_saved() -> None:
         assert not reader.ended
         s.gates.open()
         assert reader.value == s.before[4000:4200]
+        assert writer.ended
+
+    scene(play)
+
+
+@over_four_disks
+def test_block_status_of_a_view_does_not_take_newer_zeroes_for_the_checkpoints() -> None:
+    """Neither active nor hidden disk hold the range when they are asked; the primary's zeroes come before the third."""
+
+    def play(s: Scene) -> None:
+        s.gates.close("a-secondary")
+        asker = Request(s.disk.view.block_status(4096, 4096))
+        assert [stop.event for stop in s.gates.waiting] == ["block_status"]
+        writer = Request(s.disk.primary.write_zeroes(4096, 4096))
+        assert len(s.gates.waiting) == 1, "the writer must not even save the cluster"
+        s.gates.open()
+        assert [extent.zero for extent in asker.value] == [False]
         assert writer.ended
 
     scene(play)

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 from blockstep.aio.inline import submit
 from blockstep.aio.posix import Fault
+from blockstep.aio.rangelock import RangeLock
 from blockstep.block.node import Child, Node, NodeOptions, NodeRef
 from blockstep.block.permissions import Role
 from blockstep.errors import OptionError
@@ -90,6 +91,9 @@ class Driver(Node):
     cluster_size: int = 65536
     #: The node's size in bytes. Changes only in `truncate` (or a child's).
     length: int = 0
+    #: Taken shared by who asks several nodes below this one for the status of a range, in one answer: while it is
+    #: held, what they hold there moves from none to another. None: nobody moves anything.
+    read_lock: RangeLock | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A driver that overrides `pread` or `pwrite` only is asked through it, whatever its base class does."""

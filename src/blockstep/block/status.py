@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blockstep.aio.rangelock import RangeLock
 from blockstep.block.driver import Driver, Extent
 
 
@@ -10,7 +11,8 @@ async def status_through(node: Driver, offset: int, length: int, base: Driver | 
 
     Covers the whole range. In each extent ``depth`` counts the layers down to the node that holds it, and is 0,
     with ``allocated`` False, where no node above ``base`` does; such a range reads as zeroes if there is no base.
-    Filters are no layers: above a filter of ``base`` is above ``base``.
+    Filters are no layers: above a filter of ``base`` is above ``base``. What a filter keeps still for its readers
+    (`Driver.read_lock`) is kept still meanwhile: what moves from one layer to another is found in one of them.
     """
     result: list[Extent] = []
     await _resolve(node, offset, offset + length, 1, base and _unfiltered(base), result)
@@ -18,6 +20,20 @@ async def status_through(node: Driver, offset: int, length: int, base: Driver | 
 
 
 async def _resolve(
+    node: Driver, offset: int, end: int, depth: int, base: Driver | None, result: list[Extent]
+) -> None:
+    lock = _lock_of(node)
+    if lock is None:
+        await _resolve_still(node, offset, end, depth, base, result)
+        return
+    token = lock.try_take(offset, end, True) or await lock.take(offset, end, True)
+    try:
+        await _resolve_still(node, offset, end, depth, base, result)
+    finally:
+        lock.give_back(token)
+
+
+async def _resolve_still(
     node: Driver, offset: int, end: int, depth: int, base: Driver | None, result: list[Extent]
 ) -> None:
     while offset < end:
@@ -35,6 +51,13 @@ async def _resolve(
                 else:
                     await _resolve(backing, offset, offset + extent.length, depth + 1, base, result)
             offset += extent.length
+
+
+def _lock_of(node: Driver) -> RangeLock | None:
+    """That of the node, or of the first filter below it that has one."""
+    while node.read_lock is None and node.is_filter and "file" in node.children:
+        node = node.children["file"].node
+    return node.read_lock
 
 
 def _unfiltered(node: Driver) -> Driver:

@@ -131,10 +131,15 @@ class Replication(Filter):
     Options = ReplicationOptions
     child_roles: ClassVar[dict[str, Role]] = {"file": Role.FILTERED}
     options: ReplicationOptions
+    buffer: DiskBuffer | None = None
 
     def child_permissions(self, child: Child, taken: Permission, shared: Permission) -> tuple[Permission, Permission]:
         # Below the view the primary writes, whatever a guest of the view puts up with: what it reads does not change.
         return super().child_permissions(child, taken | READ, shared | DATA)
+
+    @property
+    def read_lock(self) -> RangeLock | None:  # type: ignore[override]
+        return self.buffer.view_lock if self.buffer else None
 
     async def open(self) -> None:
         self.mode: Mode = self.options.mode
@@ -142,7 +147,6 @@ class Replication(Filter):
             raise OptionError("top-id", None, "the node name of the standby's top node in mode=secondary")
         if self.mode == "primary" and self.options.top_id is not None:
             raise OptionError("top-id", self.options.top_id, "absent in mode=primary")
-        self.buffer: DiskBuffer | None = None
         #: Whether it was stopped with a failover: it takes part in later operations by ignoring them.
         self.failed_over = False
         #: The first I/O error since the start; see `blockstep.replication.registry`.
