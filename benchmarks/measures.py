@@ -29,6 +29,7 @@ from benchmarks.tools import (
     Prober,
     Workload,
     WriteLog,
+    fetch_memory,
     file_system,
     fio,
     forget,
@@ -151,6 +152,7 @@ class Race:
             fio(nbd_uri(*endpoint.ingest), self.prime, bench.size, min(1.0, bench.seconds))
         if self.cold:
             forget(directory / "disk.raw")
+        fetch_memory(bench.size)
         return fio(endpoint.uri, self.work, bench.size, bench.seconds, once=self.once)
 
 
@@ -290,6 +292,7 @@ def first_sync(bench: Bench) -> Measured:
                 needed("nbdcopy")
                 make_sparse(room / "disk.raw", size)
                 with nbdkit_file(room, size) as target:
+                    fetch_memory(size // 2)
                     begin = time.perf_counter()
                     run("nbdcopy", "--flush", disk, target.uri, timeout=300)
                     measured.add("nbdcopy", size / (time.perf_counter() - begin) / 1e6)
@@ -298,6 +301,7 @@ def first_sync(bench: Bench) -> Measured:
             bench.say(f"round {number + 1}: blockstep")
             with measured.part("blockstep"), bench.room() as room, \
                     blockstep_standby(room, size, sparse=True) as standby:
+                fetch_memory(size // 2)
                 begin = time.perf_counter()
                 with blockstep_primary(room, disk, standby, "local") as primary:
                     until(primary.control.replicating, 300, "the first sync ends", every=0.01)
