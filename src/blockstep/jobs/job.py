@@ -153,7 +153,10 @@ class Job:
             raise JobError(self.id, f"cannot be started in state '{self.status}'")
         self.enter_status(JobStatus.RUNNING)
         self._settle()
-        self._task = asyncio.get_running_loop().create_task(self._work(), name=f"job {self.id}")
+        loop = asyncio.get_running_loop()
+        if self._clock is None:
+            self._clock = loop  # asked for with every range: up to Python 3.11 finding the loop is a system call
+        self._task = loop.create_task(self._work(), name=f"job {self.id}")
 
     async def _work(self) -> None:
         try:
