@@ -52,7 +52,7 @@ def describe(status: dict[str, Any]) -> str:
         return f"{control}{status['error'].removeprefix(control)}"
     role, peer = status["role"].upper(), status["peer"]
     lines = [f"pair {status['pair']}   {role} here · {peer or 'no other side'}   {status['state']}"]
-    lines.append(f"  {status['health']}" + (f": {status['reason']}" if status["reason"] else ""))
+    lines.append(f"  {status['health'].replace('-', ' ')}" + (f": {status['reason']}" if status["reason"] else ""))
     if checkpoint := status["checkpoint"]:
         pause = f", paused the link for {format_duration(checkpoint['pause'])}" if checkpoint["pause"] else ""
         lines.append(f"  checkpoint {checkpoint['epoch']} committed {format_duration(checkpoint['age'])} ago{pause}")

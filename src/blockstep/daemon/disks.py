@@ -114,8 +114,10 @@ def uris(addresses: Sequence[Address], names: Iterable[str], tls: bool) -> list[
 
 
 def with_faults(health: tuple[Health, str], faults: list[str]) -> tuple[Health, str]:
-    """A health and its reason, for a pair some disks of which have ``faults`` (`daemon.files.Files.told`)."""
-    return ("at-risk", "; ".join(filter(None, [*faults, health[1]]))) if faults else health
+    """A health and its reason, for a pair some files of which have ``faults``, on this side or the other."""
+    _, reason = health
+    news = [fault for fault in faults if fault not in reason]
+    return ("at-risk", "; ".join(filter(None, [*news, reason]))) if faults else health
 
 
 def work_status(kind: Literal["sync", "resync", "failover"], jobs: Sequence[Job]) -> WorkStatus:

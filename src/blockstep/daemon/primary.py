@@ -57,13 +57,13 @@ class Primary(Service):
         self.graph, self.jobs = self.inventory.graph, self.inventory.jobs
         self.disks: dict[str, PrimaryDisk] = {}
         self.coordinator = c.Coordinator()
-        self.standby = StandbySide(config, self.graph, self.disks, self._post, self._spawn)
+        self._files = Files(self._report)
+        self.standby = StandbySide(config, self.graph, self.disks, self._files, self._post, self._spawn, self._report)
         self.sync = Sync(self.graph, self.jobs, self.disks)
         self.checkpoints = Checkpoints(config, self.disks, self.standby, self._post, lambda: self.coordinator.state,
                                        self.emit, clock)
-        self._files = Files(lambda: self.emit(self._status.event()))
-        self._status = PrimaryStatus(config, self.disks, self.coordinator, self.checkpoints, self.sync, self._files,
-                                     clock)
+        self._status = PrimaryStatus(config, self.disks, self.coordinator, self.standby, self.checkpoints, self.sync,
+                                     self._files, clock)
         self._server: NbdServer | None = None
         self._addresses: list[Address] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -149,7 +149,7 @@ class Primary(Service):
                 case c.LetGo():
                     self._let_go(action.reason)
                 case c.Report():
-                    self.emit(self._status.event())
+                    self._report()
 
     def _begin(self, attempt: int, work: Callable[[], Coroutine[Any, Any, c.Event]]) -> None:
         """Carry an action out; what it returns, or how it fails, is the event that answers it.
@@ -287,11 +287,14 @@ class Primary(Service):
             one.wrong = f"{left}, and {error}"
             if not isinstance(error.__cause__, CommandRefused):
                 self._post(c.Failed(f"disk '{disk}': a resize failed: {one.wrong}"))
-            self.emit(self._status.event())
+            self._report()
             return one.wrong
         return f"the disk has {before} bytes, as before"
 
     # --- how it is ---
+
+    def _report(self) -> None:
+        self.emit(self._status.event())
 
     async def look(self) -> None:
         """Find out how the disks' files are."""

@@ -2,7 +2,8 @@
 
 NAME-standby is the link's: each of its requests has ``max-stall`` for its deadline. NAME-sync has none: what may take
 long without harm goes there, syncs and the flushes that make a checkpoint durable. Over the control connection the
-standby is asked all the time whether it is there.
+standby is asked all the time whether it is there. Its answer says what has become of its files, and the question what
+has become of this side's, so that each end can tell of both.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import Role
+from blockstep.daemon.files import Files
 from blockstep.daemon.primary_setup import PrimaryConfig, PrimaryDisk
 from blockstep.drivers.nbd import Nbd
 from blockstep.errors import BlockstepError, ConnectionLost, PeerRefused, noting
@@ -25,16 +27,23 @@ from blockstep.replication import coordinator as c
 
 
 class StandbySide:
-    """The connections. ``post`` takes what they meet to the coordinator; ``spawn`` runs what watches them."""
+    """The connections. ``post`` takes what they meet to the coordinator; ``spawn`` runs what watches them.
 
-    def __init__(self, config: PrimaryConfig, graph: Graph, disks: Mapping[str, PrimaryDisk],
-                 post: Callable[[c.Event], None], spawn: Callable[[Coroutine[Any, Any, None]], object]) -> None:
-        self._config, self._graph, self._disks, self._post, self._spawn = config, graph, disks, post, spawn
+    ``files`` are this side's, and ``changed`` is called when `faults` has become other than it was while connected.
+    """
+
+    def __init__(self, config: PrimaryConfig, graph: Graph, disks: Mapping[str, PrimaryDisk], files: Files,
+                 post: Callable[[c.Event], None], spawn: Callable[[Coroutine[Any, Any, None]], object],
+                 changed: Callable[[], None]) -> None:
+        self._config, self._graph, self._disks, self._files = config, graph, disks, files
+        self._post, self._spawn, self._changed = post, spawn, changed
         #: Names this run of the program: its bitmaps last as long as it does.
         self.instance = str(uuid.uuid4())
         self.control: Connection | None = None
         #: Bytes that a disk's buffer on the standby may take before a checkpoint is due; 0: there is no limit.
         self.room = 0
+        #: What has become of the files of its disks, by their names, as it said last; nothing of one that is gone.
+        self.faults: dict[str, str] = {}
 
     def tls(self) -> ssl.SSLContext | None:
         """Its TLS, if it has any. Raises OptionError for certificates that are not there."""
@@ -91,20 +100,31 @@ class StandbySide:
     # --- being there ---
 
     async def _watch(self, control: Connection) -> None:
-        """Hear of the control connection's end; and, by asking, of a standby that answers no more."""
+        """Hear of the control connection's end; and, by asking, of a standby that answers no more, and of its files."""
         pair, max_stall = self._config.pair, self._config.max_stall
+        question: dict[str, Any] = {}
         try:
             while self.control is control:
-                status = await control.execute("pair-query", timeout=max_stall * 0.75)
+                status = await control.execute("pair-query", question, timeout=max_stall * 0.75)
                 if any(disk["buffer-used"] > self.room > 0 for disk in status["disks"]):
                     self._post(c.Due())
                 if status["role"] == "promoted" or status["state"] == "stopped":
                     self._post(c.Refused(f"standby '{pair}' is {status['state']}; this side is stale"))
                     return
+                if self.control is control:
+                    self._hear_faults({disk["name"]: disk.get("fault", "") for disk in status["disks"]})
                 await asyncio.sleep(max_stall * 0.25)
+                if all("fault" in disk for disk in status["disks"]):  # else it is of an older version
+                    question["faults"] = [{"name": name, "fault": fault} for name, fault in self._files.faults.items()]
         except (OSError, BlockstepError, TimeoutError) as error:
             if self.control is control:
                 self._post(c.Failed(getattr(error, "strerror", None) or str(error)))
+
+    def _hear_faults(self, said: dict[str, str]) -> None:
+        faults = {name: fault for name, fault in said.items() if fault}
+        if faults != self.faults:
+            self.faults = faults
+            self._changed()
 
     async def ask(self, command: str, **arguments: Any) -> Any:
         """A command to the standby. Raises ConnectionLost, TimeoutError, CommandRefused."""
@@ -135,6 +155,7 @@ class StandbySide:
                 if node:
                     node.yank()
         control, self.control = self.control, None
+        self.faults = {}
         return control
 
     async def detach(self) -> None:

@@ -8,6 +8,7 @@ from blockstep.daemon.disks import with_faults
 from blockstep.daemon.files import Files
 from blockstep.daemon.primary_checkpoints import Checkpoints
 from blockstep.daemon.primary_setup import PrimaryConfig, PrimaryDisk
+from blockstep.daemon.primary_standby import StandbySide
 from blockstep.daemon.primary_sync import Sync
 from blockstep.qmp.commands import replication as qmp
 from blockstep.replication import coordinator as c
@@ -17,13 +18,15 @@ class PrimaryStatus:
     """Reads what the parts of a primary know; changes nothing."""
 
     def __init__(self, config: PrimaryConfig, disks: Mapping[str, PrimaryDisk], coordinator: c.Coordinator,
-                 checkpoints: Checkpoints, sync: Sync, files: Files, clock: Callable[[], float]) -> None:
-        self._config, self._disks, self._coordinator = config, disks, coordinator
+                 standby: StandbySide, checkpoints: Checkpoints, sync: Sync, files: Files,
+                 clock: Callable[[], float]) -> None:
+        self._config, self._disks, self._coordinator, self._standby = config, disks, coordinator, standby
         self._checkpoints, self._sync, self._files, self._clock = checkpoints, sync, files, clock
 
     def health(self) -> tuple[qmp.Health, str]:
         """How it is, and why it is not healthy."""
-        return with_faults(self._health(), self._files.told())
+        theirs = [f"disk '{name}' of the standby: {fault}" for name, fault in self._standby.faults.items()]
+        return with_faults(self._health(), [*self._files.told(), *theirs])
 
     def _health(self) -> tuple[qmp.Health, str]:
         coordinator = self._coordinator
@@ -59,9 +62,10 @@ class PrimaryStatus:
 
     def _disk_status(self, name: str, disk: PrimaryDisk) -> qmp.DiskStatus:
         state = "replicating" if disk.link.on else "syncing" if disk.job else self._coordinator.state.value
+        fault = self._files.faults.get(name, "")
         return qmp.DiskStatus(name=name, format=disk.spec.format, size=disk.link.length, state=state,
                               behind=disk.link.behind, buffer_used=0, buffer_limit=0,
-                              reason="; ".join(filter(None, [self._files.faults.get(name, ""), disk.wrong])))
+                              reason="; ".join(filter(None, [fault, disk.wrong])), fault=fault)
 
     def event(self) -> qmp.ReplicationState:
         """The state as it is announced."""

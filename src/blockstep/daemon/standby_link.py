@@ -108,7 +108,7 @@ class PrimarysSide:
             return self._decline()
         self._must_not_be_torn()
         self._check_primary(args, monitor)
-        now.primary = monitor
+        now.primary, now.primarys_faults = monitor, {}
         self._watcher = asyncio.get_running_loop().create_task(self._watch(monitor, args.silence))
         if self.server is None:
             raise BlockstepError("the standby is not ready")
@@ -236,10 +236,15 @@ class PrimarysSide:
 
     # --- signs of life ---
 
-    def heard(self, monitor: Monitor) -> qmp.PairStatus:
-        """A sign of life of somebody, who is told how it is."""
-        if monitor is self._now.primary:
-            self._heard_at = self._now.clock()
+    def heard(self, args: qmp.PairQueryArguments, monitor: Monitor) -> qmp.PairStatus:
+        """A sign of life of somebody, who is told how it is, and of the primary how its files are."""
+        now = self._now
+        if monitor is now.primary:
+            self._heard_at = now.clock()
+            faults = {disk.name: disk.fault for disk in args.faults}
+            if faults != now.primarys_faults:
+                now.primarys_faults = faults
+                self._tell()
         return self._status()
 
     async def _watch(self, monitor: Monitor, silence: float) -> None:

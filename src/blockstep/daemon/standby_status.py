@@ -29,6 +29,8 @@ class Situation:
         self.disks: dict[str, StandbyDisk] = {}
         #: The connection of the primary that is attached.
         self.primary: Monitor | None = None
+        #: What has become of the files of its disks, by their names, as it said last.
+        self.primarys_faults: dict[str, str] = {}
         #: The connection whose checkpoint the views are. Another one's disks are something else until it commits.
         self.committed_by: Monitor | None = None
         #: The last checkpoint; 0: there is none.
@@ -93,7 +95,9 @@ class Situation:
 
     def health(self) -> tuple[qmp.Health, str]:
         """How it is, and why it is not healthy."""
-        return with_faults(self._health(), self.files.told())
+        theirs = self.primarys_faults if self.primary and not self.declines() else {}
+        told = [f"disk '{name}' of the primary: {fault}" for name, fault in theirs.items()]
+        return with_faults(self._health(), [*self.files.told(), *told])
 
     def _health(self) -> tuple[qmp.Health, str]:
         state = self.state
@@ -155,11 +159,12 @@ class Situation:
 
     def _disk_status(self, name: str, disk: StandbyDisk) -> qmp.DiskStatus:
         ended = self.declines() and not self.promoting
-        reasons = [self.files.faults.get(name, ""), *([self.lacks(disk)] if ended else self._wrong(disk))]
+        fault = self.files.faults.get(name, "")
+        reasons = [fault, *([self.lacks(disk)] if ended else self._wrong(disk))]
         return qmp.DiskStatus(
             name=name, format=disk.spec.format, size=disk.view.length, state=self._disk_state(disk), behind=0,
             buffer_used=disk.buffer.used if disk.buffer else 0, buffer_limit=self.config.buffer_limit,
-            reason="; ".join(filter(None, reasons)))
+            reason="; ".join(filter(None, reasons)), fault=fault)
 
     def _disk_state(self, disk: StandbyDisk) -> str:
         if disk.filter.stage is Stage.DONE:

@@ -99,7 +99,8 @@ def _stages(pair: Any) -> dict[str, str]:
 def _headline(pair: Any) -> str:
     if not pair or "role" not in pair:
         return ""
-    words = [f"pair {pair['pair']}" if pair["pair"] else "replication", pair["role"], pair["state"], pair["health"]]
+    words = [f"pair {pair['pair']}" if pair["pair"] else "replication", pair["role"], pair["state"],
+             pair["health"].replace("-", " ")]
     if checkpoint := pair.get("checkpoint"):
         words.append(f"checkpoint {checkpoint['epoch']}, {format_duration(checkpoint['age'])} old")
     return " · ".join(words)

@@ -66,8 +66,8 @@ def test_our_exports_are_found_by_their_ids() -> None:
 
 def test_a_pair_gives_a_headline_and_the_states_of_its_disks() -> None:
     pair: dict[str, Any] = {
-        "pair": "web", "role": "standby", "state": "replicating", "health": "healthy",
+        "pair": "web", "role": "standby", "state": "lost", "health": "at-risk",
         "checkpoint": {"epoch": 7, "age": 2.0, "pause": 0.001}, "disks": [{"name": "left", "state": "running"}]}
     picture = assemble({**ANSWERS, "query-replication": pair})
-    assert picture.headline == "pair web · standby · replicating · healthy · checkpoint 7, 2.0 s old"
+    assert picture.headline == "pair web · standby · lost · at risk · checkpoint 7, 2.0 s old"
     assert picture.by_id[3].state == "running"

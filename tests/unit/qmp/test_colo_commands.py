@@ -163,7 +163,7 @@ async def test_query_replication_has_the_members_of_a_pairs(tmp_path: Path) -> N
             "pair": "daemon", "role": "standby", "state": "replicating", "health": "healthy", "reason": "", "link": "",
             "peer": "", "ack": "", "checkpoint-every": 0.0, "checkpoint-bytes": 0, "checkpoint": committed,
             "disks": [{"name": "childs0", "format": "raw", "size": SIZE, "state": "running", "behind": 0,
-                       "buffer-used": 4096, "buffer-limit": 0, "reason": ""}],
+                       "buffer-used": 4096, "buffer-limit": 0, "reason": "", "fault": ""}],
             "work": None, "exports": [f"nbd+unix:///colo-disk0?socket={tmp_path}/nbd"]}
         promoted = await s.qmp("replication-failover")
         assert (promoted["epoch"], promoted["exports"]) == (2, status["exports"])

@@ -220,7 +220,8 @@ def _disk_status(filter: Replication) -> pair.DiskStatus:
         disk = disk.children["backing"].node if "backing" in disk.children else disk
     format = disk.driver if disk.driver in ("qcow2", "overlay") else "raw"
     return pair.DiskStatus(name=filter.name, format=format, size=filter.length, state=state, behind=0,
-                           buffer_used=used, buffer_limit=0, reason=str(filter.error) if filter.error else "")
+                           buffer_used=used, buffer_limit=0, reason=str(filter.error) if filter.error else "",
+                           fault="")
 
 
 def _work(inventory: Inventory) -> pair.WorkStatus | None:

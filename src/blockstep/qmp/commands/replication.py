@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Protocol
 
+import msgspec
 from msgspec import Meta
 
 from blockstep.errors import OptionError
@@ -35,6 +36,8 @@ class DiskStatus(Result):
     buffer_limit: int
     #: What is wrong with it; empty if nothing is.
     reason: str
+    #: Of that, what others have done to its file; empty if nothing.
+    fault: str
 
 
 class WorkStatus(Result):
@@ -66,7 +69,7 @@ class PairStatus(Result):
     role: Literal["primary", "standby", "promoted"]
     state: str
     health: Health
-    #: Why it is not healthy; empty if it is.
+    #: Why it is not healthy; empty if it is. Faults of the other end's files are told here as well, as far as known.
     reason: str
     #: Where a primary finds this standby; empty on a primary.
     link: str
@@ -278,13 +281,29 @@ class PairResizeArguments(Arguments):
     now: Size
 
 
+class DiskFault(Arguments):
+    """What others have done to the file of a disk of the primary."""
+
+    name: str
+    fault: str
+
+
+class PairQueryArguments(Arguments):
+    """Arguments of pair-query. ``faults``: all that the primary has now.
+
+    They are for a standby whose own answer has the member ``fault``: one of an older version does not know them.
+    """
+
+    faults: list[DiskFault] = msgspec.field(default_factory=list)
+
+
 class Peer(Protocol):
     """What the primary's commands need of their context."""
 
     async def attach(self, args: AttachArguments, monitor: Monitor) -> Attached: ...
     async def commit(self, epoch: int, monitor: Monitor) -> None: ...
     async def resize_for_primary(self, args: PairResizeArguments, monitor: Monitor) -> None: ...
-    def heard(self, monitor: Monitor) -> PairStatus: ...
+    def heard(self, args: PairQueryArguments, monitor: Monitor) -> PairStatus: ...
 
 
 @peer_commands.command("pair-attach")
@@ -313,6 +332,6 @@ async def pair_resize(context: Peer, args: PairResizeArguments, monitor: Monitor
 
 
 @peer_commands.command("pair-query")
-async def pair_query(context: Peer, args: Arguments, monitor: Monitor) -> PairStatus:
-    """As query-replication; and a sign of life."""
-    return context.heard(monitor)
+async def pair_query(context: Peer, args: PairQueryArguments, monitor: Monitor) -> PairStatus:
+    """As query-replication, without another look at the files; a sign of life; and how the primary's files are."""
+    return context.heard(args, monitor)
