@@ -1,18 +1,24 @@
-"""Change the options of a qcow2 image that lie in its header, in its place.
+"""Change the options of a qcow2 image in its place.
 
-What can be changed is `CHANGES`; the size is changed as by `resize`. An option with the value that it has already is no
-change, whichever it is.
+What can be changed is `CHANGES`; an option with the value that it has already is no change, whichever it is. Each takes
+effect with one write of the header, after all that it needs is durable::
+
+    to 1.1: the header, with its bits ─┐
+                                       ├─► width of the refcounts ─► to 0.10: the header ─► size (as `resize`)
+    to 0.10: clusters of zeroes go    ─┘
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from blockstep.aio.pool import in_thread
-from blockstep.block.driver import Driver
+from blockstep.drivers.qcow2.downgrade import as_version_2, expand_zeroes
+from blockstep.drivers.qcow2.edit import Editor
 from blockstep.drivers.qcow2.format import (
+    BITMAPS,
     CORRUPT,
     DIRTY,
     LAZY_REFCOUNTS,
@@ -34,19 +40,20 @@ from blockstep.units import parse_size
 
 #: What can be changed, and what it is, for people.
 CHANGES: Final = {
-    "compat": "1.1 (v3), of an image of version 0.10 (v2)",
+    "compat": "0.10 (v2) or 1.1 (v3)",
     "data_file_raw": "off: the external data file need not be the disk any more",
     "lazy_refcounts": "on or off: let others postpone the update of refcounts; of version 1.1",
-    "refcount_bits": "what it is",
+    "refcount_bits": "a power of two up to 64; in images of version 0.10 it is 16",
     "size": "a greater length of the disk",
 }
+_WIDTHS: Final = ("1", "2", "4", "8", "16", "32", "64")
 _VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
 async def amend(image: ImageName, options: Mapping[str, str]) -> None:
-    """Make the changes, in the order of `CHANGES`. Durable at return. Nobody else may have the image open.
+    """Make the changes, in the order of the module's head. Durable at return. Nobody else may have the image open.
 
-    Raises OptionError, OSError and ImageError; nothing was changed then, except what comes before a size that failed.
+    Raises OptionError, and then nothing was changed; OSError and ImageError, and then those before it were made.
     """
     filename = await whole_qcow2(image)
     if not options:
@@ -57,44 +64,57 @@ async def amend(image: ImageName, options: Mapping[str, str]) -> None:
         if word not in CHANGES:
             raise OptionError("-o", word, "one of " + ", ".join(CHANGES))
     size = parse_size(options["size"], "-o size") if "size" in options else None
-    await in_thread(_change, filename, options)
+    await in_thread(_change, filename, options, size)
     if size is not None:
         async with opened(image, writable=True) as disk:
-            _check_size(disk.node, size)
             await resize(disk, size)
 
 
-def _check_size(node: Driver, size: int) -> None:
-    if size < node.length:
-        raise OptionError("-o size", size, f"{node.length} or more: to make a disk smaller there is 'resize --shrink'")
-
-
-def _change(filename: str, options: Mapping[str, str]) -> None:
+def _change(filename: str, options: Mapping[str, str], size: int | None) -> None:
     with whole_file(filename, writable=True) as file:
         header = read_header(file)
+        if size is not None and size < header.size:
+            raise OptionError("-o size", size, f"{header.size} or more: to make a disk smaller there is 'resize "
+                                               "--shrink'")
         if header.incompatible & (DIRTY | CORRUPT):
             raise ImageError("incompatible_features", "dirty or corrupt", "without them: blockstep img check --repair")
-        changed = amended(header, options)
+        changed, bits, older = amended(header, options)
         if changed.version > header.version and any(
                 one.disk_size is None for one in list_snapshots(file.read, file.length)):
             raise OptionError("-o compat", options["compat"], "0.10: a snapshot has no disk size, as 1.1 demands")
-        if changed != header:
+        if older:
+            expand_zeroes(file.read, file.length, file.write, file.sync)
+        elif changed != header:
             write_header(file, changed)
+        if bits != header.refcount_bits:
+            Editor(file.read, file.length, file.write, file.sync).set_refcount_order(bits.bit_length() - 1)
+        if older:
+            write_header(file, as_version_2(read_header(file)))
 
 
-def amended(header: Header, options: Mapping[str, str]) -> Header:
-    """The header with the changes, but for the size. Raises OptionError."""
+class Amended(NamedTuple):
+    """``header``: with what is changed in it alone. ``refcount_bits``: those to come. ``older``: to version 2 then."""
+
+    header: Header
+    refcount_bits: int
+    older: bool
+
+
+def amended(header: Header, options: Mapping[str, str]) -> Amended:
+    """What is to be done, but for the size. Raises OptionError."""
+    version = header.version
     if "compat" in options:
-        version = _VERSIONS.get(options["compat"])
-        if version is None or version < header.version:
-            raise OptionError("-o compat", options["compat"], "1.1 (v3), or what it is: the other way is not possible")
-        if version > header.version:
-            header = _with_names(replace(header, version=version, header_length=V3_LENGTH))
-    if options.get("refcount_bits", str(header.refcount_bits)) != str(header.refcount_bits):
-        raise OptionError("-o refcount_bits", options["refcount_bits"], f"{header.refcount_bits}, as it is")
+        found = _VERSIONS.get(options["compat"])
+        if found is None:
+            raise OptionError("-o compat", options["compat"], "0.10 (v2) or 1.1 (v3)")
+        version = found
+    bits = _refcount_bits(header, options, version)
+    older = version < header.version
+    if version > header.version:
+        header = _with_names(replace(header, version=version, header_length=V3_LENGTH))
     if "lazy_refcounts" in options:
         lazy = _switch("lazy_refcounts", options)
-        if lazy and header.version < 3:
+        if lazy and version < 3:
             raise OptionError("-o lazy_refcounts", options["lazy_refcounts"], "off in images of version 0.10")
         header = replace(header, compatible=header.compatible & ~LAZY_REFCOUNTS | (LAZY_REFCOUNTS if lazy else 0))
     if "data_file_raw" in options:
@@ -103,7 +123,19 @@ def amended(header: Header, options: Mapping[str, str]) -> Header:
             raise OptionError("-o data_file_raw", options["data_file_raw"], "off, of an image that exists")
         if not raw:
             header = replace(header, autoclear=header.autoclear & ~RAW_EXTERNAL)
-    return header
+    return Amended(header, bits, older)
+
+
+def _refcount_bits(header: Header, options: Mapping[str, str], version: int) -> int:
+    text = options.get("refcount_bits", str(header.refcount_bits))
+    if text not in _WIDTHS:
+        raise OptionError("-o refcount_bits", text, "one of " + ", ".join(_WIDTHS))
+    if version < 3 and text != "16":
+        if "refcount_bits" not in options:
+            raise OptionError("-o compat", options["compat"],
+                              f"given with refcount_bits=16, where it is {header.refcount_bits}")
+        raise OptionError("-o refcount_bits", text, "16 in images of version 0.10")
+    return int(text)
 
 
 def _with_names(header: Header) -> Header:
@@ -128,8 +160,12 @@ def read_header(file: WholeFile) -> Header:
 
 
 def write_header(file: WholeFile, changed: Header) -> None:
-    """Write a header over the one that is there. Durable at return. Raises OSError and ImageError."""
+    """Write a header over the one that is there. Durable at return. Raises OSError and ImageError.
+
+    Autoclear bits that nobody knows here are reset, as the format demands of who changes an image.
+    """
     header = read_header(file)
+    changed = replace(changed, autoclear=changed.autoclear & (BITMAPS | RAW_EXTERNAL))
     data = build_header(changed)
     # All that the old header and its name may have left behind it.
     span = max(len(data), len(build_header(header)))

@@ -19,7 +19,7 @@ class WholeFile:
 
     def __init__(self, file: OpenFile) -> None:
         self._fd = file.fd
-        self.length = length_of(file.fd)
+        self.length = length_of(file.fd)  #: now
 
     def read(self, offset: int, length: int) -> bytes | bytearray | memoryview:
         """Exactly ``length`` bytes; zeroes behind the end of the file."""
@@ -28,6 +28,7 @@ class WholeFile:
     def write(self, offset: int, data: bytes) -> None:
         """Also behind the end of the file."""
         write_whole(self._fd, data, offset)
+        self.length = max(self.length, offset + len(data))
 
     def sync(self) -> None:
         """Make all that was written durable."""

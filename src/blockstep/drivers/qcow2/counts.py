@@ -65,6 +65,17 @@ class Counts(dict[int, "array[int]"]):
                 for cluster in range((number << self.bits) + begin, (number << self.bits) + end):
                     self.add(cluster, weight)
 
+    def recast(self, header: Header) -> Counts:
+        """The same counts, of which none is too large, for refcounts of another width."""
+        new = Counts(header)
+        for number, block in self.items():
+            first = number << self.bits
+            for at, begin, end in new._pieces(first, len(block)):
+                part = block[(at << new.bits) + begin - first:(at << new.bits) + end - first]
+                if any(part):
+                    new[at][begin:end] = array(new._empty.typecode, part)
+        return new
+
     def all_are(self, first: int, count: int, value: int) -> bool:
         """Whether the counts of ``count`` clusters from ``first`` on are all ``value``."""
         if value > self._most:

@@ -21,17 +21,23 @@ from blockstep.drivers.qcow2.counts import Counts
 from blockstep.drivers.qcow2.format import (
     AT_AUTOCLEAR,
     AT_INCOMPATIBLE,
+    AT_L1,
     BITMAPS,
     CORRUPT,
     DIRTY,
     RAW_EXTERNAL,
+    TABLES,
+    V3_LENGTH,
     Header,
     build_header,
     encode_block,
 )
-from blockstep.drivers.qcow2.repair import Sync, Write, rebuild_refcounts
+from blockstep.drivers.qcow2.repair import Sync, Write, new_refcounts, tables_with
 from blockstep.errors import ImageError
+from blockstep.units import MiB
 
+#: Where the header of version 3 has refcount_order.
+_AT_ORDER: Final = 96
 _U64: Final = struct.Struct(">Q")
 
 
@@ -142,8 +148,9 @@ class Editor:
                     start = place + 1
                     continue
             self.save()
-            self._blocks, table = rebuild_refcounts(header, self.refcounts, self._structures, start, self.write,
-                                                    self.sync, room=count + 1)
+            self._blocks, table = new_refcounts(header, self.refcounts, self._structures, start, self.write,
+                                                self.sync, room=count + 1)
+            self.write(AT_L1, tables_with(header, table))
             self.sync()
             self._structures = [table, *((offset >> bits, 1) for offset in self._blocks.values())]
             self._table_entries = (table[1] << bits) // 8
@@ -163,6 +170,35 @@ class Editor:
         self.write(cluster << bits, encode_block(self.header, self.refcounts[number]))
         self.sync()
         self.write(self.header.refcount_table_offset + number * 8, _U64.pack(cluster << bits))
+
+    def place_zeroes(self, size: int) -> int:
+        """As `place`; the clusters read as zeroes."""
+        before = self._length  # what is behind it is a hole
+        offset = self.place(size)
+        for at in range(offset, min(before, offset + size), MiB):
+            self.write(at, bytes(min(MiB, before - at, offset + size - at)))
+        return offset
+
+    def set_refcount_order(self, order: int) -> None:
+        """Give the refcounts another width. Durable at return; before and after it one write of the header.
+
+        Neither needs `begin`, nor `end`. Raises ImageError, and changes nothing, if they cannot say all that they say.
+        """
+        header = replace(self.header, refcount_order=order)
+        for number, block in self.refcounts.items():
+            if max(block) > header.most_refcount:
+                cluster = (number << self.refcounts.bits) + block.index(max(block))
+                raise ImageError(f"refcount of the cluster at {cluster << header.cluster_bits}", max(block),
+                                 f"at most {header.most_refcount} for a width of {header.refcount_bits} bits")
+        counts = self.refcounts.recast(header)
+        start = max(counts.end(), 1)
+        _, table = new_refcounts(header, counts, self._structures, start, self.write, self.sync)
+        fields = bytearray(self.read(0, V3_LENGTH))
+        fields[AT_L1:AT_L1 + TABLES.size] = tables_with(header, table)
+        _U64.pack_into(fields, AT_AUTOCLEAR, header.autoclear & (BITMAPS | RAW_EXTERNAL))
+        fields[_AT_ORDER:_AT_ORDER + 4] = order.to_bytes(4, "big")
+        self.write(0, bytes(fields))
+        self.sync()
 
     def save(self) -> None:
         """Write the refcounts that changed, durably."""

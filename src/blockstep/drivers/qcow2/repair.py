@@ -149,16 +149,18 @@ class _Repair:
 
     def _rebuild(self, checker: Checker) -> None:
         start = -(-self._length >> checker.header.cluster_bits)
-        rebuild_refcounts(checker.header, checker.counts, checker.refcount_clusters, start, self._write, self._sync)
+        _, table = new_refcounts(checker.header, checker.counts, checker.refcount_clusters, start, self._write,
+                                 self._sync)
+        self._write(AT_L1, tables_with(checker.header, table))
 
 
-def rebuild_refcounts(header: Header, counts: Counts, old: list[tuple[int, int]], start: int, write: Write,
+def new_refcounts(header: Header, counts: Counts, old: list[tuple[int, int]], start: int, write: Write,
                       sync: Sync, room: int = 0) -> tuple[dict[int, int], tuple[int, int]]:
     """Write refcounts to a new place, from cluster ``start`` on, behind everything that is in use.
 
     ``counts`` are what they say, and follow; ``old`` is where the old ones are (first cluster, how many), which is free
     afterwards. ``room``: so many more clusters behind them are covered. Returns the offsets of the blocks by number,
-    and the first cluster and the clusters of the table. Durable at return but for the header, which is written.
+    and the first cluster and the clusters of the table. Durable at return; the header refers to the old ones still.
     """
     bits = header.cluster_bits
     for first, count in old:
@@ -177,8 +179,12 @@ def rebuild_refcounts(header: Header, counts: Counts, old: list[tuple[int, int]]
         write(table[number], encode_block(header, block))
     write(start << bits, encode_table(table))
     sync()
-    write(AT_L1, TABLES.pack(header.l1_size, header.l1_table_offset, start << bits, table_clusters))
     return {number: table[number] for number in numbers}, (start, table_clusters)
+
+
+def tables_with(header: Header, table: tuple[int, int]) -> bytes:
+    """What lies `AT_L1` in a header that refers to another refcount table: its first cluster, and how many."""
+    return TABLES.pack(header.l1_size, header.l1_table_offset, table[0] << header.cluster_bits, table[1])
 
 
 def _layout(header: Header, start: int, used: set[int], room: int) -> tuple[list[int], int]:
