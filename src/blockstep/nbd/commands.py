@@ -102,8 +102,6 @@ def _check_flags(session: Session, command: _Command, type: int, flags: int) -> 
         allowed &= ~c.CMD_FLAG_PAYLOAD_LEN
     if flags & ~allowed:
         raise OSError(errno.EINVAL, f"command {type} does not take the flags {flags & ~allowed:#x}")
-    if type == c.CMD_WRITE and session.extended and not flags & c.CMD_FLAG_PAYLOAD_LEN:
-        raise OSError(errno.EINVAL, "a write with extended headers needs the flag PAYLOAD_LEN")
 
 
 def cost(request: Request) -> int:
@@ -207,7 +205,7 @@ def _status_query(session: Session, payload: memoryview) -> tuple[int, tuple[int
 
 _COMMANDS: Final[dict[int, _Command]] = {
     c.CMD_READ: _Command(_read, c.CMD_FLAG_DF),
-    c.CMD_WRITE: _Command(_write, c.CMD_FLAG_PAYLOAD_LEN, writes=True),
+    c.CMD_WRITE: _Command(_write, 0, writes=True),
     c.CMD_FLUSH: _Command(_flush, 0, has_range=False),
     c.CMD_TRIM: _Command(_trim, 0, writes=True),
     c.CMD_CACHE: _Command(_cache, 0),

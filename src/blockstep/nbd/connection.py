@@ -211,7 +211,6 @@ class Connection:
             self._deadline = None
         self._form = forms.EXTENDED if go.extended else forms.STRUCTURED if go.structured else forms.SIMPLE
         self._decode = decode_extended_requests if go.extended else decode_requests
-        self._plain_write = c.CMD_FLAG_PAYLOAD_LEN if go.extended else 0
         self.export = go.export
         self._session = Session(go.export, self._form, go.contexts)
         go.export.connections.add(self)
@@ -260,7 +259,7 @@ class Connection:
         assert export is not None
         backend, form, out = export.backend, self._form, self._out
         begin_read, begin_write, read, done = backend.begin_read, backend.begin_write, form.read, form.done
-        size, plain_write = backend.length, -1 if export.read_only else self._plain_write
+        size, plain_write = backend.length, -1 if export.read_only else 0
         self._backlog = None
         self._running = True
         room, turn = self._room(), _TURN

@@ -85,7 +85,8 @@ def decode_extended_requests(data: memoryview, position: int, end: int,
                              max_payload: int = c.MAX_PAYLOAD) -> Requests:
     """Decode extended requests from ``data[position:end]``.
 
-    There is a payload, of ``length`` bytes, exactly if the flags have CMD_FLAG_PAYLOAD_LEN, whatever the type.
+    There is a payload, of ``length`` bytes, if the flags have CMD_FLAG_PAYLOAD_LEN, whatever the type, and with every
+    WRITE, which is returned without the flag: a client must set it, but QEMU's (seen up to 11.1) does not.
     """
     requests: list[Request] = []
     unpack = EXTENDED_REQUEST.unpack_from
@@ -93,7 +94,9 @@ def decode_extended_requests(data: memoryview, position: int, end: int,
         magic, flags, type, cookie, offset, length = unpack(data, position)
         if magic != 0x21E41C71:
             return requests, position, 1, ProtocolError(f"extended request with magic {magic:#010x}")
-        if not flags & c.CMD_FLAG_PAYLOAD_LEN:
+        if type == 1:
+            flags &= ~c.CMD_FLAG_PAYLOAD_LEN
+        elif not flags & c.CMD_FLAG_PAYLOAD_LEN:
             requests.append((type, flags, cookie, offset, length, None))
             position += 32
             continue

@@ -182,13 +182,25 @@ def test_df_needs_structured_replies_and_payload_len_extended_headers() -> None:
     asyncio.run(main())
 
 
-def test_an_extended_write_without_payload_len_and_a_payload_where_none_belongs_are_invalid() -> None:
+@pytest.mark.parametrize("flags", [0, c.CMD_FLAG_FUA])
+def test_an_extended_write_has_its_payload_also_when_the_client_forgets_payload_len_as_qemu_does(flags: int) -> None:
     async def main() -> None:
         storage = Storage()
         async with served(storage) as (_, client):
             await client.go(extended=True)
-            await client.send(client.request(c.CMD_WRITE, 0, 5))
-            assert (await client.replies(1))[0][0] == c.REPLY_TYPE_ERROR
+            await client.send(client.request(c.CMD_WRITE, 7, 5, flags) + b"hello")
+            assert (await client.replies(1))[0][0] == c.REPLY_TYPE_NONE
+            assert storage.data[6:13] == b"\0hello\0"
+            assert error_of(await client.ask(c.CMD_FLUSH)) == 0
+
+    asyncio.run(main())
+
+
+def test_a_payload_where_none_belongs_is_invalid() -> None:
+    async def main() -> None:
+        storage = Storage()
+        async with served(storage) as (_, client):
+            await client.go(extended=True)
             assert error_of(await client.ask(c.CMD_TRIM, 0, payload=b"what?")) == c.EINVAL
             assert error_of(await client.ask(c.CMD_FLUSH)) == 0
             assert storage.calls == [("flush",)]

@@ -28,7 +28,7 @@ COMPACT = b"".join([
 EXTENDED = b"".join([
     wire.encode_request(c.CMD_WRITE, c.CMD_FLAG_PAYLOAD_LEN, 2, 7, 5, True) + b"hello",
     wire.encode_request(c.CMD_TRIM, 0, 3, 0, 1 << 40, True),
-    wire.encode_request(c.CMD_WRITE, 0, 6, 0, 5, True),
+    wire.encode_request(c.CMD_WRITE, c.CMD_FLAG_FUA, 6, 0, 5, True) + b"QEMU!",
     wire.encode_request(c.CMD_BLOCK_STATUS, c.CMD_FLAG_PAYLOAD_LEN, 4, 0, 12, True)
     + wire.encode_status_query(1 << 33, [2])])
 
@@ -73,9 +73,10 @@ def test_compact_requests_carry_their_fields() -> None:
         (c.CMD_DISC, 0, 5, 0, 0, None)]
 
 
-def test_the_flag_and_not_the_type_says_whether_an_extended_request_has_a_payload() -> None:
+def test_an_extended_request_has_a_payload_if_it_is_a_write_or_has_the_flag() -> None:
     requests, _, _, _ = wire.decode_extended_requests(memoryview(EXTENDED), 0, len(EXTENDED))
-    assert [payload is not None for *_, payload in requests] == [True, False, False, True]
+    assert [payload is not None for *_, payload in requests] == [True, False, True, True]
+    assert [flags for _, flags, *_ in requests] == [0, 0, c.CMD_FLAG_FUA, c.CMD_FLAG_PAYLOAD_LEN]
     payload = requests[-1][5]
     assert payload is not None
     assert wire.parse_status_query(payload) == (1 << 33, (2,))
@@ -100,6 +101,7 @@ def test_payloads_are_slices_of_what_was_received() -> None:
 @pytest.mark.parametrize(("decoder", "header"), [
     (wire.decode_requests, wire.encode_request(c.CMD_WRITE, 0, 1, 0, 101, False)),
     (wire.decode_extended_requests, wire.encode_request(c.CMD_TRIM, c.CMD_FLAG_PAYLOAD_LEN, 1, 0, 1 << 60, True)),
+    (wire.decode_extended_requests, wire.encode_request(c.CMD_WRITE, 0, 1, 0, 101, True)),
 ])
 def test_a_payload_above_the_maximum_is_an_error_before_it_comes(decoder: Callable[..., Any], header: bytes) -> None:
     good = header[:]
