@@ -132,9 +132,12 @@ class Bitmap:
         return self.bits.count()
 
     def next_dirty(self, offset: int, limit: int) -> tuple[int, int] | None:
-        """The first run of set clusters at or after ``offset``, as (offset, length) of at most ``limit`` bytes."""
+        """The first run of set clusters from that of ``offset`` on, as (offset, length) of at most ``limit`` bytes.
+
+        None if there is none: also where ``offset`` is the disk's end, which may lie within a cluster.
+        """
         start = self.bits.find(1, offset >> self.shift)
-        if start < 0:
+        if start < 0 or offset >= self.length:
             return None
         most = start + max(1, limit >> self.shift)
         end = self.bits.find(0, start, most)

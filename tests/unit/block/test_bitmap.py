@@ -109,6 +109,15 @@ def test_questions_are_answered_as_by_a_set(
         after = -(-(found[0] + found[1]) // CLUSTER)
         assert after not in model.clusters or found[1] + CLUSTER > limit or found[0] + found[1] == length
 
+    # Whoever goes on where a run has ended comes to an end, also if the last cluster is a part of one.
+    walked: set[int] = set()
+    at = 0
+    while (run := bitmap.next_dirty(at, limit)) is not None:
+        assert run[0] >= at
+        walked |= model.touched(*run)
+        at = sum(run)
+    assert walked == model.clusters
+
 
 @given(st.lists(ranges, max_size=5), st.lists(ranges, max_size=5), st.sampled_from((128, 512, 4096)))
 def test_merge_is_the_union(one: list[tuple[int, int]], other: list[tuple[int, int]], granularity: int) -> None:
