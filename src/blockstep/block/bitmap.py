@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from bitarray import bitarray
+from bitarray.util import count_or
 
 from blockstep.block.driver import Prepared
 from blockstep.errors import OperationBlocked, OptionError, explained
@@ -122,11 +123,17 @@ class Bitmap:
 
     def count(self) -> int:
         """Bytes in set clusters (the last cluster counts as far as the disk goes)."""
-        total = self._ones() << self.shift
+        return self._bytes(self._ones(), self)
+
+    def count_or(self, other: Bitmap) -> int:
+        """Bytes in clusters that are set here or in ``other``, of the same length and granularity."""
+        return self._bytes(count_or(self.bits, other.bits), self, other)
+
+    def _bytes(self, ones: int, *bitmaps: Bitmap) -> int:
+        """What ``ones`` clusters have that are set in any of ``bitmaps``."""
         tail = self.length & (self.granularity - 1)
-        if tail and self.bits[self.length >> self.shift]:
-            total -= self.granularity - tail
-        return total
+        cut = tail and any(bitmap.bits[self.length >> self.shift] for bitmap in bitmaps)
+        return (ones << self.shift) - (self.granularity - tail if cut else 0)
 
     def _ones(self) -> int:
         return self.bits.count()

@@ -145,12 +145,7 @@ class Link(Filter):
     @property
     def behind(self) -> int:
         """Bytes that the standby may lack: what waits while the link is on, else what a resync has to copy."""
-        if self.on:
-            return self.queued
-        union = Bitmap(self.length, GRANULARITY)
-        union.merge(self.since)
-        union.merge(self.closing)
-        return union.count()
+        return self.queued if self.on else self.since.count_or(self.closing)
 
     # --- on and off ---
 

@@ -202,6 +202,17 @@ def test_a_disk_whose_dirty_bitmap_has_no_memory_to_follow_keeps_its_length() ->
 
 
 @settings(max_examples=60)
+@given(st.integers(1, 10 * CLUSTER), st.data())
+def test_what_either_of_two_has_set_counts_as_their_union(length: int, data: st.DataObject) -> None:
+    first, second, union = (Bitmap(length, CLUSTER) for _ in range(3))
+    for bitmap in (first, second):
+        offset = data.draw(st.integers(0, length))
+        bitmap.set(offset, data.draw(st.integers(0, length - offset)))
+        union.merge(bitmap)
+    assert first.count_or(second) == second.count_or(first) == union.count()
+
+
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from(["set", "reset", "merge", "clear", "resize", "exchange", "count"]),
                           st.integers(0, 1 << 28), st.integers(1, 1 << 28)), max_size=12))
 def test_a_counted_bitmap_counts_as_any_other(steps: list[tuple[str, int, int]]) -> None:
