@@ -498,3 +498,34 @@ def test_a_daemon_imports_nothing_of_other_commands() -> None:
               "print(*sorted({name.partition('.')[0] for name in sys.modules}))")
     loaded = set(run("env", f"PYTHONPATH={environment()['PYTHONPATH']}", sys.executable, "-c", script).stdout.split())
     assert not loaded & {"typer", "click", "rich", "qemu", "argparse", "unittest"}
+
+
+def test_a_disk_whose_file_was_moved_away_is_told_of_everywhere_and_its_replication_is_at_risk(
+        tmp_path: Path, image: Path) -> None:
+    path, elsewhere, err = tmp_path / "qmp", tmp_path / "elsewhere", tmp_path / "stderr"
+    said = f"{image} was moved away: put it back before this program ends"
+    with err.open("wb") as stderr, running(
+            *file_node(image), "--blockdev", f"null,node-name=remote,size={MiB}",
+            "--blockdev", "replication,node-name=filter,mode=primary,file=remote",
+            "--blockdev", "quorum,node-name=disk,vote-threshold=1,read-pattern=fifo,"
+                          "children.0=file,children.1=filter",
+            "--qmp", f"unix:{path}", listens_on=(path,), stderr=stderr) as process:
+        with contextlib.closing(QMP(path)) as qmp:
+            qmp.execute("replication-start", mode="primary")
+            status = blockstep("status", "--qmp", path)
+            assert run(*status, check=False).returncode == 0
+            image.rename(elsewhere)
+            shown = run(*status, check=False)
+            assert (shown.returncode, f"  at risk: disk 'filter': {said}" in shown.stdout) == (2, True)
+            [fault] = [each["fault"] for each in qmp.execute("query-named-block-nodes") if "fault" in each]
+            assert fault == said
+            elsewhere.rename(image)
+            assert run(*status, check=False).returncode == 0
+            qmp.execute("query-status")
+            assert [event["data"] for event in qmp.events if event["event"] == "BLOCK_STORAGE_FAULT"] == [
+                {"node-name": "file", "reason": said}, {"node-name": "file", "reason": ""}]
+            assert err.read_text() == f"blockstep: node 'file': {said}\n"
+            image.unlink()
+            qmp.execute("quit")
+            assert ended(process) == 0
+    assert f"node 'file': {image} was deleted: its data end with this program" in err.read_text()

@@ -5,19 +5,19 @@ another one under its name is what the next start takes. So all files of a disk,
 every few seconds, when somebody asks how it is, and at the end. Never on the path of a request, and in a thread: a
 filesystem that hangs holds up nobody.
 
-What has been lost stays a fault, also when a file has been made long again. A name can be mended.
+What has been lost stays a fault, also when a file has been made long again, for as long as its node is open. A name
+can be mended.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from blockstep.aio.pool import in_thread
 from blockstep.aio.posix import Fault
 from blockstep.block.driver import Driver
-from blockstep.block.node import Node
 
 #: Seconds between two looks, and for which somebody who asks waits for one.
 EVERY: Final = 5.0
@@ -33,7 +33,8 @@ class Files:
         self.faults: dict[str, str] = {}
         self.torn: dict[str, str] = {}
         self._disks: dict[str, Driver] = {}
-        self._lasting: dict[str, Fault] = {}
+        self._nodes: Mapping[str, Driver] = {}
+        self._lasting: dict[Driver, Fault] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._looking: asyncio.Task[None] | None = None
 
@@ -44,6 +45,14 @@ class Files:
     def watch(self, disk: str, storage: Driver) -> None:
         """From now on look at the files of ``storage`` and of what is below it, which stay open until `close`."""
         self._disks[disk] = storage
+        self._begin()
+
+    def watch_each(self, nodes: Mapping[str, Driver]) -> None:
+        """From now on look at the files of these nodes, which come and go: each is a disk of its own."""
+        self._nodes = nodes
+        self._begin()
+
+    def _begin(self) -> None:
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(EVERY, self._due)
 
@@ -56,7 +65,7 @@ class Files:
         if self._timer:
             self._timer.cancel()
         await asyncio.wait([self._look()])
-        self._disks.clear()
+        self._disks, self._nodes = {}, {}
 
     def _due(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(EVERY, self._due)
@@ -68,31 +77,45 @@ class Files:
         return self._looking
 
     async def _look_at_all(self) -> None:
-        faults = {}
-        for disk, storage in self._disks.items():
-            found = [fault for node in list(_all_below(storage)) if (fault := await self._look_at(node))]
-            if found:
-                faults[disk] = "; ".join(fault.text for fault in found)
-            if torn := [fault.text for fault in found if fault.torn]:
-                self.torn[disk] = "; ".join(torn)
+        watched = [(disk, node) for disk, storage in self._disks.items() for node in (storage, *storage.below())]
+        watched += self._nodes.items()
+        suspects = await in_thread(_suspects, [node for _, node in watched])
+        found: dict[str, list[Fault]] = {}
+        lasting: dict[Driver, Fault] = {}
+        for disk, node in watched:
+            fault = _judge(node, self._lasting.get(node), node in suspects)
+            if fault:
+                found.setdefault(disk, []).append(fault)
+                if fault.lasting:
+                    lasting[node] = fault
+        self._lasting = lasting
+        faults, self.torn = _in_words(found), _in_words(found, torn=True)
         if faults != self.faults:
             self.faults = faults
             self._changed()
 
-    async def _look_at(self, node: Driver) -> Fault | None:
-        known = self._lasting.get(node.name)
-        if (known and known.torn) or not await in_thread(node.storage_fault):
-            return known
-        fault = node.storage_fault()  # again, here, where no resize of our own is half done
-        if not fault or (known and not fault.torn):
-            return known
-        if fault.lasting:
-            self._lasting[node.name] = fault
-        return fault
+
+def _suspects(nodes: Iterable[Driver]) -> set[Driver]:
+    """Those that seem to have a fault, in a thread: they may just be resized, or closed."""
+    return {node for node in nodes if _seems_faulty(node)}
 
 
-def _all_below(node: Node) -> Iterator[Driver]:
-    assert isinstance(node, Driver)
-    yield node
-    for child in node.children.values():
-        yield from _all_below(child.node)
+def _seems_faulty(node: Driver) -> bool:
+    try:
+        return node.storage_fault() is not None
+    except OSError:
+        return True
+
+
+def _judge(node: Driver, known: Fault | None, suspect: bool) -> Fault | None:
+    """What is the matter with a node of which is ``known`` what lasts: asked here, where no resize is half done."""
+    if node.gone:
+        return None
+    fault = node.storage_fault() if suspect and not (known and known.torn) else None
+    return fault if fault and (not known or fault.torn) else known
+
+
+def _in_words(found: Mapping[str, list[Fault]], torn: bool = False) -> dict[str, str]:
+    """The faults of each disk, or those by which it is ``torn``; without the disks that have none."""
+    words = {disk: "; ".join(fault.text for fault in faults if fault.torn >= torn) for disk, faults in found.items()}
+    return {disk: text for disk, text in words.items() if text}

@@ -4,6 +4,9 @@
          ▲                                            │
          └──────────────── events ◄───────────────────┘
 
+It looks at the files of all nodes (`blockstep.daemon.files`): what others do to them is an event, a line on standard
+error, and a part of what is told of nodes and of replication.
+
 The end, in this order, so that nobody is told "written" of what is not: no command begins any more, and those that
 have begun end; exports finish what clients have sent and close; jobs are cancelled; what the users of the disks wrote
 is flushed, and all nodes are closed; the monitors go last, so that they hear of it.
@@ -12,6 +15,7 @@ is flushed, and all nodes are closed; the monitors go last, so that they hear of
 from __future__ import annotations
 
 from blockstep import drivers
+from blockstep.daemon.files import Files
 from blockstep.daemon.service import Service
 from blockstep.inventory.inventory import Inventory
 from blockstep.qmp.commands import (
@@ -69,10 +73,25 @@ class StorageDaemon(Service):
         self.inventory.colo.name = self.name or ""
         self.qmp: Server = Server(Registry.of(*AREAS), self, version=self.version)
         self.inventory.on_event = self.qmp.announce
+        self._files = Files(self._tell_faults)
+        self._files.watch_each(self.inventory.graph.nodes)
+
+    async def look(self) -> None:
+        """Find out how the nodes' files are."""
+        await self._files.look()
+
+    def _tell_faults(self) -> None:
+        before, now = self.inventory.faults, self._files.faults
+        self.inventory.faults = now
+        for name in list(self.inventory.graph.nodes):
+            if before.get(name) != now.get(name):
+                self.inventory.graph.report("BLOCK_STORAGE_FAULT", {"node-name": name, "reason": now.get(name, "")})
+        self.inventory.colo.tell_state()
 
     async def close(self) -> list[OSError]:
         """A clean stop; see the module. Returns what could not be flushed: one error for each node."""
         await self.qmp.finish()
+        await self._files.close()
         try:
             return await self.inventory.close()
         finally:

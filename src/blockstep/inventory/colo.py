@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from blockstep.block.driver import Driver
 from blockstep.drivers.replication import DiskBuffer, Mode, Replication, Stage
 from blockstep.errors import BlockstepError
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
@@ -43,10 +44,10 @@ class How(NamedTuple):
 
 
 class Colo:
-    """See the module. ``name``, which events carry, is that of the process."""
+    """See the module. ``name``, which events carry, is that of the process; ``faults`` are those of nodes' files."""
 
-    def __init__(self, registry: ReplicationRegistry, report: Report, name: str = "",
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, registry: ReplicationRegistry, report: Report, faults: Callable[[], Mapping[str, str]],
+                 name: str = "", clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = registry
         self.name = name
         self.mode: Role = "none"
@@ -56,6 +57,7 @@ class Colo:
         self.pause = 0.0
         self._committed_at = 0.0
         self._report = report
+        self._faults = faults
         self._clock = clock
         self._reason: Reason = "none"
         self._merging: asyncio.Task[None] | None = None
@@ -82,7 +84,7 @@ class Colo:
             self.mode, self.epoch = mode, 0
             if mode == "secondary":
                 self._committed(began)
-            self._tell_state()
+            self.tell_state()
 
     async def checkpoint(self) -> None:
         """A checkpoint of all filters, or of none: see `ReplicationRegistry.checkpoint_all`."""
@@ -135,8 +137,22 @@ class Colo:
             await asyncio.wait([self._merging])
             self._merging = None
 
+    def fault(self, filter: Replication) -> str:
+        """What others have done to the files of a filter's disk, the local one of a primary included; else empty."""
+        tops = [edge.parent for edge in filter.parents if isinstance(edge.parent, Driver)] or [filter]
+        names = {node.name for top in tops for node in top.below()}
+        return "; ".join(fault for name, fault in self._faults().items() if name in names)
+
+    def faults(self) -> list[str]:
+        """Those of all filters' disks, one text a disk that has any."""
+        return [f"disk '{filter.name}': {fault}" for filter in self.registry.filters if (fault := self.fault(filter))]
+
     def how(self) -> How:
         """See `How`. There is at least one filter. A promoted standby that has a standby of its own is a primary."""
+        how, faults = self._how(), self.faults()
+        return how._replace(health="at-risk", reason="; ".join(filter(None, [*faults, how.reason]))) if faults else how
+
+    def _how(self) -> How:
         filters = self.registry.filters
         primary = [filter for filter in filters if filter.mode == "primary"]
         stages = {filter.stage for filter in primary or filters}
@@ -159,7 +175,8 @@ class Colo:
             return How("standby", "replicating", "degraded" if failed else "healthy", failed[0] if failed else "")
         return How("standby", "waiting", "at-risk", "there is no checkpoint yet")
 
-    def _tell_state(self) -> None:
+    def tell_state(self) -> None:
+        """Announce how it is, if that is news."""
         if not self.registry.filters:
             return
         how = self.how()
@@ -169,10 +186,10 @@ class Colo:
 
     def _failed(self, disk: str, error: OSError) -> None:
         self._report("REPLICATION_IO_ERROR", {"pair": self.name, "disk": disk, "reason": str(error)})
-        self._tell_state()
+        self.tell_state()
 
     def _exit(self) -> None:
-        self._tell_state()
+        self.tell_state()
         if self.mode != "none":
             self.last_mode, self.mode, self._reason = self.mode, "none", "request"
             self._report("COLO_EXIT", {"mode": self.last_mode, "reason": "request"})
@@ -188,7 +205,7 @@ class Colo:
             if isinstance(buffer, HiddenDiskBuffer):
                 await buffer.merged()
         self._merging = None
-        self._tell_state()
+        self.tell_state()
         failed = [filter for filter, _ in merging if filter.stage is Stage.FAILOVER_FAILED]
         if failed:
             self._reason = "error"

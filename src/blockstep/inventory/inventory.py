@@ -29,7 +29,9 @@ class Inventory:
         self.objects = Objects(self.graph)
         self.jobs = JobRegistry(on_event=self.report)
         self.replication = ReplicationRegistry(self.graph, self.jobs)
-        self.colo = Colo(self.replication, self.report)
+        #: What others have done to the files of nodes, in words, by the names of these; as the program saw it last.
+        self.faults: Mapping[str, str] = {}
+        self.colo = Colo(self.replication, self.report, lambda: self.faults)
         self.exports = ExportTable(self.graph, self.report, lambda id: self.objects.tls(id, "server").context())
         #: Gets QEMU's name of each event and its data: what nodes, jobs and exports report.
         self.on_event: Callable[[str, Mapping[str, Any]], None] = lambda name, data: None

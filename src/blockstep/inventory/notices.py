@@ -9,7 +9,7 @@ from blockstep.streams import complain
 
 
 def tell(event: str, data: Mapping[str, Any]) -> None:
-    """For `Graph.listeners`. Of images that were repaired, or are broken; of other events nothing."""
+    """For `Graph.listeners`. Of images that were repaired, or are broken, and of files that others have harmed."""
     if event == "BLOCK_IMAGE_REPAIRED":
         name = data.get("filename", f"node '{data['node-name']}'")
         text = (f"{name} was not closed in order, and has been repaired: {data['corruptions-fixed']} corruptions, "
@@ -17,6 +17,8 @@ def tell(event: str, data: Mapping[str, Any]) -> None:
     elif event == "BLOCK_IMAGE_CORRUPTED":
         text = f"the image of node '{data['node-name']}' is {'marked as corrupt' if data['fatal'] else 'broken'}: " \
                f"{data['msg']}"
+    elif event == "BLOCK_STORAGE_FAULT" and data["reason"]:
+        text = f"node '{data['node-name']}': {data['reason']}"
     else:
         return
     complain(f"blockstep: {text}")

@@ -24,6 +24,7 @@ class Storage(Driver):
 
     def __init__(self) -> None:
         self.name, self.children = "disk", {}
+        self.gone = False
         self.fault: Callable[[], Fault | None] = lambda: WELL
 
     def storage_fault(self) -> Fault | None:
@@ -110,5 +111,39 @@ def test_a_filesystem_that_hangs_holds_up_nobody_who_asks(monkeypatch: pytest.Mo
         answers.set()
         await files.close()
         assert files.faults == {"disk": "moved"}
+
+    asyncio.run(main())
+
+
+def test_nodes_that_come_and_go_are_each_a_disk_and_a_new_one_of_a_name_is_a_new_one() -> None:
+    async def main() -> None:
+        told: list[dict[str, str]] = []
+        nodes: dict[str, Driver] = {}
+        one, other, again = Storage(), Storage(), Storage()
+        one.fault, other.fault = lambda: DELETED, lambda: MOVED
+        files = Files(lambda: told.append(files.faults))
+        files.watch_each(nodes)
+        for change in (lambda: nodes.update(a=one), lambda: nodes.update(b=other), lambda: nodes.update(a=again)):
+            change()
+            await files.look()
+        await files.close()
+        assert told == [{"a": "deleted"}, {"a": "deleted", "b": "moved"}, {"b": "moved"}]
+
+    asyncio.run(main())
+
+
+def test_a_node_that_is_closed_while_it_is_looked_at_has_no_fault() -> None:
+    async def main() -> None:
+        storage, other, files = Storage(), Storage(), Files(lambda: None)
+
+        def closing() -> Fault | None:
+            storage.gone = True
+            raise OSError("bad descriptor")
+
+        storage.fault, other.fault = closing, lambda: MOVED
+        files.watch_each({"a": storage, "b": other})
+        await files.look()
+        await files.close()
+        assert files.faults == {"b": "moved"}
 
     asyncio.run(main())

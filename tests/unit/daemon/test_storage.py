@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from blockstep.block.permissions import READ, WRITE
+from blockstep.daemon import files
 from blockstep.daemon.storage import AREAS
 from blockstep.errors import ConnectionLost
 from blockstep.jobs.mirror import MirrorJob
@@ -113,3 +114,50 @@ async def test_a_stop_ends_replication_and_jobs_in_good_order(tmp_path: Path) ->
         await graph.detach_backend(link)
     assert d.inventory.jobs.list() == []
     assert (tmp_path / "secondary").read_bytes().startswith(b"from the primary")
+
+
+@scenario
+async def test_what_others_do_to_the_file_of_a_node_is_an_event_and_told_of_the_node_until_it_is_mended(
+        tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path, elsewhere = tmp_path / "disk", tmp_path / "elsewhere"
+    path.write_bytes(bytes(4096))
+    async with daemon(tmp_path) as d:
+        await d.qmp("blockdev-add", {"driver": "raw", "node-name": "top", "file": {
+            "driver": "file", "node-name": "file", "filename": str(path)}})
+        path.rename(elsewhere)
+        await d.program.look()
+        said = f"{path} was moved away: put it back before this program ends"
+        assert await d.event("BLOCK_STORAGE_FAULT") == {"node-name": "file", "reason": said}
+        nodes = {node["node-name"]: node.get("fault") for node in await d.qmp("query-named-block-nodes")}
+        assert nodes == {"top": None, "file": said}
+        assert capfd.readouterr().err == f"blockstep: node 'file': {said}\n"
+        elsewhere.rename(path)
+        await d.program.look()
+        assert await d.event("BLOCK_STORAGE_FAULT", reason="") == {"node-name": "file", "reason": ""}
+        assert not any("fault" in node for node in await d.qmp("query-named-block-nodes"))
+        path.unlink()
+        await d.program.look()
+        await d.qmp("blockdev-del", {"node-name": "top"})
+        await d.program.look()
+        assert len([event for event in d.events if event["event"] == "BLOCK_STORAGE_FAULT"]) == 3
+    assert "was deleted" in capfd.readouterr().err
+
+
+@scenario
+async def test_files_are_looked_at_without_anybody_who_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "EVERY", 0.001)
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    async with daemon(tmp_path) as d:
+        await d.qmp("blockdev-add", {"driver": "file", "node-name": "file", "filename": str(tmp_path / "disk")})
+        os.truncate(tmp_path / "disk", 512)
+        assert "was shortened from 4096 to 512 bytes" in (await d.event("BLOCK_STORAGE_FAULT"))["reason"]
+
+
+@scenario
+async def test_a_file_that_is_deleted_before_the_end_is_told_of_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    async with daemon(tmp_path) as d:
+        await d.qmp("blockdev-add", {"driver": "file", "node-name": "file", "filename": str(tmp_path / "disk")})
+        (tmp_path / "disk").unlink()
+        await d.program.close()
+        assert "was deleted" in (await d.event("BLOCK_STORAGE_FAULT", **{"node-name": "file"}))["reason"]

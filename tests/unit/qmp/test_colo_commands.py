@@ -244,3 +244,50 @@ async def test_the_standby_can_be_lost_after_its_filter_was_removed(tmp_path: Pa
         await graph.close(filter)
         await d.qmp("x-colo-lost-heartbeat")
         assert (await d.qmp("query-colo-status"))["last-mode"] == "primary"
+
+
+@pytest.mark.parametrize("mode", ["secondary", "primary"])
+def test_a_disk_whose_file_was_moved_away_is_at_risk_until_it_is_back(tmp_path: Path, mode: str) -> None:
+    path, elsewhere = tmp_path / "disk", tmp_path / "elsewhere"
+    path.write_bytes(bytes(SIZE))
+    file: dict[str, Any] = {"driver": "file", "node-name": "local", "filename": str(path)}
+
+    @scenario
+    async def run() -> None:
+        async with daemon(tmp_path) as d:
+            graph = d.inventory.graph
+            filter: dict[str, Any] = {"driver": "replication", "node-name": "filter", "mode": mode}
+            if mode == "secondary":
+                await graph.open({"driver": "raw", "node-name": "secondary", "file": file})
+                filter |= {"top-id": "top", "file": {"driver": "overlay", "backing": {
+                    "driver": "overlay", "backing": "secondary"}}}
+                children = [filter]
+                await d.qmp("nbd-server-start", addr={"type": "unix", "data": {"path": str(tmp_path / "nbd")}})
+                await d.qmp("nbd-server-add", device="secondary", writable=True)
+            else:
+                children = [file, {**filter, "file": {"driver": "null", "size": SIZE}}]
+            await graph.open({"driver": "quorum", "node-name": "top", "read-pattern": "fifo", "vote-threshold": 1,
+                              "children": children})
+            await d.qmp("replication-start", mode=mode)
+            assert (await d.qmp("query-replication"))["health"] == "healthy"
+            path.rename(elsewhere)
+            status = await d.qmp("query-replication")
+            [disk] = status["disks"]
+            said = f"{path} was moved away: put it back before this program ends"
+            assert (status["state"], status["health"], status["reason"]) == (
+                "replicating", "at-risk", f"disk 'filter': {said}")
+            assert (disk["fault"], disk["reason"]) == (said, said)
+            assert (await d.event("REPLICATION_STATE", health="at-risk"))["reason"] == status["reason"]
+            since = len(d.events)
+            elsewhere.rename(path)
+            status = await d.qmp("query-replication")
+            assert (status["health"], status["reason"], status["disks"][0]["fault"]) == ("healthy", "", "")
+            await d.event("REPLICATION_STATE", since, health="healthy")
+            path.unlink()
+            if mode == "secondary":
+                await d.program.look()
+                [fault] = (await d.qmp("replication-failover"))["faults"]
+                assert fault.startswith(f"disk 'filter': {path} was deleted")
+                await wait_merged(d)
+
+    run()

@@ -127,7 +127,7 @@ async def replication_failover(context: Holder, args: pair.FailoverArguments) ->
     else:
         await inventory.colo.fail_over()
     return pair.Promoted(epoch=inventory.colo.epoch, seconds=time.monotonic() - began,
-                         exports=_uris(inventory, standby), faults=[])
+                         exports=_uris(inventory, standby), faults=inventory.colo.faults())
 
 
 @commands.command("replication-stop")
@@ -141,6 +141,7 @@ async def replication_stop(context: Holder, args: Arguments) -> None:
 async def query_replication(context: Holder, args: Arguments) -> pair.PairStatus:
     """How replication is, as seen from this end. An error if there is no replication filter."""
     inventory = context.inventory
+    await context.look()
     filters = _some_filter(inventory, "status")
     colo = inventory.colo
     how = colo.how()
@@ -148,7 +149,7 @@ async def query_replication(context: Holder, args: Arguments) -> pair.PairStatus
         pair=colo.name, role=how.role, state=how.state, health=how.health, reason=how.reason, link="", peer="",
         ack="both" if how.role == "primary" else "", checkpoint_every=0.0, checkpoint_bytes=0,
         checkpoint=pair.CheckpointStatus(epoch=colo.epoch, age=colo.age, pause=colo.pause) if colo.epoch else None,
-        disks=[_disk_status(filter) for filter in filters], work=_work(inventory),
+        disks=[_disk_status(filter, colo.fault(filter)) for filter in filters], work=_work(inventory),
         exports=_uris(inventory, filters))
 
 
@@ -210,7 +211,7 @@ def _some_filter(inventory: Inventory, step: str) -> list[Replication]:
     return inventory.replication.filters
 
 
-def _disk_status(filter: Replication) -> pair.DiskStatus:
+def _disk_status(filter: Replication, fault: str) -> pair.DiskStatus:
     state = filter.stage.value
     if filter.stage is Stage.DONE:
         state = "promoted" if filter.failed_over else "stopped"
@@ -220,8 +221,8 @@ def _disk_status(filter: Replication) -> pair.DiskStatus:
         disk = disk.children["backing"].node if "backing" in disk.children else disk
     format = disk.driver if disk.driver in ("qcow2", "overlay") else "raw"
     return pair.DiskStatus(name=filter.name, format=format, size=filter.length, state=state, behind=0,
-                           buffer_used=used, buffer_limit=0, reason=str(filter.error) if filter.error else "",
-                           fault="")
+                           buffer_used=used, buffer_limit=0, fault=fault,
+                           reason="; ".join(text for text in (fault, str(filter.error or "")) if text))
 
 
 def _work(inventory: Inventory) -> pair.WorkStatus | None:

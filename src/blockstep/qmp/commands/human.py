@@ -213,7 +213,7 @@ async def _info_block(context: Holder, line: str) -> str:
 
 def _lines(context: Holder, node: Driver, verbose: bool, disk: bool = False) -> str:
     """What people see of one node."""
-    info = query_nodes.node_info(context.inventory.graph, node)
+    info = query_nodes.node_info(context.inventory, node)
     name = f"{node.name} ({node.name})" if disk else node.name
     text = f"{name}: {filename_of(node)} ({node.driver}{', read-only' if node.read_only else ''})\n"
     if disk:

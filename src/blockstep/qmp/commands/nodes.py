@@ -129,6 +129,17 @@ class BlockImageRepaired(Event, kw_only=True):
     leaks_fixed: int
 
 
+@commands.event("BLOCK_STORAGE_FAULT")
+class BlockStorageFault(Event, kw_only=True):
+    """Somebody has deleted, moved, replaced or shortened the file of a node while it is in use, or has mended that.
+
+    ``reason``: which file, what has become of it and what to do; empty if all is well again. Our own, not QEMU's.
+    """
+
+    node_name: str
+    reason: str
+
+
 @commands.event("NBD_CONNECTION")
 class NbdConnection(Event):
     """The connection of an nbd node to its server has come, or was lost (``error`` says why)."""

@@ -27,6 +27,7 @@ from blockstep.block.permissions import Permission
 from blockstep.block.write_threshold import write_threshold
 from blockstep.drivers.throttle import Limits
 from blockstep.inventory.filenames import actual_size, backing_of, filename_of
+from blockstep.inventory.inventory import Inventory
 from blockstep.inventory.limits import limits_of
 from blockstep.qmp.commands.holder import Holder
 from blockstep.qmp.commands.nodes import throttle_name
@@ -73,7 +74,10 @@ class ImageInfo(Result, kw_only=True):
 
 
 class NodeInfo(Result, kw_only=True):
-    """A node. Limits are those of block_set_io_throttle. ``write_threshold``: 0: none."""
+    """A node. Limits are those of block_set_io_throttle. ``write_threshold``: 0: none.
+
+    ``fault``: what has become of its file, if others have harmed that: the last BLOCK_STORAGE_FAULT. Ours.
+    """
 
     file: str
     node_name: str | UnsetType = UNSET
@@ -107,6 +111,7 @@ class NodeInfo(Result, kw_only=True):
     cache: CacheInfo
     write_threshold: int = msgspec.field(name="write_threshold")
     dirty_bitmaps: list[DirtyBitmapInfo] | UnsetType = UNSET
+    fault: str | UnsetType = UNSET
 
 
 class DiskInfo(Result, kw_only=True):
@@ -128,16 +133,17 @@ class FlatArguments(Arguments):
 @commands.command("query-block")
 async def query_block(context: Holder, args: Arguments) -> list[DiskInfo]:
     """All disks."""
-    graph = context.inventory.graph
-    return [DiskInfo(device=node.name, kind="unknown", removable=True, locked=False, inserted=node_info(graph, node))
-            for node in disks(graph)]
+    inventory = context.inventory
+    return [DiskInfo(device=node.name, kind="unknown", removable=True, locked=False,
+                     inserted=node_info(inventory, node))
+            for node in disks(inventory.graph)]
 
 
 @commands.command("query-named-block-nodes")
 async def query_named_block_nodes(context: Holder, args: FlatArguments) -> list[NodeInfo]:
     """All nodes, those included that came with others."""
-    graph = context.inventory.graph
-    return [node_info(graph, node, args.flat) for node in graph.nodes.values()]
+    inventory = context.inventory
+    return [node_info(inventory, node, args.flat) for node in inventory.graph.nodes.values()]
 
 
 def disks(graph: Graph) -> list[Driver]:
@@ -156,10 +162,10 @@ def _above(graph: Graph, node: Driver) -> Iterator[Driver]:
             yield from _above(graph, edge.parent)
 
 
-def node_info(graph: Graph, node: Driver, flat: bool = False) -> NodeInfo:
+def node_info(inventory: Inventory, node: Driver, flat: bool = False) -> NodeInfo:
     """One node."""
     backing = backing_of(node)
-    group = limits_of(graph, node)
+    group = limits_of(inventory.graph, node)
     cache = node.options.cache
     info = NodeInfo(
         file=filename_of(node), node_name=node.name, ro=node.read_only, drv=node.driver,
@@ -169,7 +175,7 @@ def node_info(graph: Graph, node: Driver, flat: bool = False) -> NodeInfo:
         image=image_info(node, flat),
         group=UNSET if group is None else group.name,
         cache=CacheInfo(writeback=True, direct=cache.direct, no_flush=cache.no_flush),
-        write_threshold=write_threshold(node))
+        write_threshold=write_threshold(node), fault=inventory.faults.get(node.name, UNSET))
     if group is not None:
         _show_limits(info, group.limits)
     bitmaps = [bitmap for bitmap in node.bitmaps.values() if isinstance(bitmap, DirtyBitmap)]

@@ -108,7 +108,7 @@ class Promoted(Result):
     """Result of replication-failover. ``seconds``: until the disks could be used.
 
     ``faults``: what has become of the files of the disks, one text a disk, as far as that is known already; the status
-    looks anew. Not by a daemon.
+    looks anew.
     """
 
     epoch: int
