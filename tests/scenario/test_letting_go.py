@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from blockstep.block.io import leave
 from blockstep.daemon.primary import Primary
 from blockstep.daemon.standby import Standby
 from blockstep.replication import coordinator as c
+from blockstep.replication.catch_up import CatchUp
 from blockstep.replication.link import Link
-from tests.scenario.pair import turns, until, with_pair
+from tests.scenario.pair import SIZE, turns, until, with_pair
 
 pytestmark = pytest.mark.usefixtures("four_disks")
 
@@ -52,6 +54,55 @@ def test_a_sync_that_ends_after_its_standby_was_let_go_leaves_the_link_off(tmp_p
         await stopping
         assert not is_on
         await guest.pwrite(0, b"alone")
+
+    with_pair(tmp_path, test)
+
+
+def test_a_sync_that_fails_does_not_wait_for_those_of_the_other_disks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy of the first disk may take hours yet when that of the second one fails."""
+
+    async def test(primary: Primary, standby: Standby) -> None:
+        copying = asyncio.Event()
+        copy = CatchUp._copy_dirty
+
+        async def copy_one(job: CatchUp) -> None:
+            if job.id == "sync-b":
+                raise OSError(errno.EIO, "broken")
+            while not job.cancelled:
+                copying.set()
+                await job.sleep()
+
+        monkeypatch.setattr(CatchUp, "_copy_dirty", copy_one)
+        await primary.open()
+        await copying.wait()
+        await until(lambda: primary.coordinator.state is c.State.OFFLINE)
+        assert primary.coordinator.reason == "broken"
+        monkeypatch.setattr(CatchUp, "_copy_dirty", copy)
+        await until(lambda: primary.coordinator.protected)
+
+    with_pair(tmp_path, test)
+
+
+def test_a_disk_that_grows_while_its_standby_is_attached_is_copied_to_its_end(tmp_path: Path) -> None:
+    """The growth waits for a request of the guest ► the standby is attached, with the old length ► the disk grows."""
+
+    async def test(primary: Primary, standby: Standby) -> None:
+        await primary.open()
+        guest, size = primary.disks["a"].backend, SIZE + 70000
+        guest.in_flight += 1
+        growing = asyncio.create_task(primary.resize("a", size))
+        await until(lambda: primary.coordinator.state is c.State.SYNCING)
+        await turns()
+        leave(guest)
+        await growing
+        await guest.pwrite(size - 4, b"tail")
+        await until(lambda: primary.coordinator.protected)
+        await primary.checkpoint()
+        view = standby.disks["a"].view
+        assert view.length == size
+        assert bytes(await view.pread(size - 4, 4)) == b"tail"
 
     with_pair(tmp_path, test)
 

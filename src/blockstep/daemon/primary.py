@@ -189,7 +189,9 @@ class Primary(Service):
         return c.Attached(attempt, full=answer["instance"] != self.standby.instance)
 
     async def _sync(self, attempt: int, full: bool) -> c.Event:
-        await self.sync.run(full)
+        async with self._resizing:  # a disk that grew behind the back of its sync would lack its end on the standby
+            await self.sync.begin(full)
+        await self.sync.ended()
         return c.Synced(attempt)
 
     def _link_failed(self, disk: str, error: OSError) -> None:
@@ -260,6 +262,7 @@ class Primary(Service):
             for node in (one.link, self.graph.find(f"{disk}-disk")):
                 node.check_operation("resize")
             try:
+                control = self.standby.control
                 await self.standby.resize(disk, size)
                 async with self.graph.drained(one.link):
                     await resize_together([one.link], size)
@@ -271,7 +274,7 @@ class Primary(Service):
                 raise BlockstepError(f"{error}; {await self._take_back(disk, before)}") from error
             one.wrong = ""
             for connection in (one.standby, one.sync):
-                if connection:
+                if connection and self.standby.control is control:  # else it is another one's, with a length of its own
                     connection.has_grown(size)
 
     async def _take_back(self, disk: str, before: int) -> str:

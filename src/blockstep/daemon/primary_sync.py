@@ -6,6 +6,7 @@ covers the disk; a resync covers what the link remembers.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from blockstep.block.bitmap import DirtyBitmap
@@ -25,10 +26,9 @@ class Sync:
         self._graph, self._jobs, self._disks = graph, jobs, disks
         self._is_full = True
 
-    async def run(self, full: bool) -> None:
-        """Copy everything, or what the standby lacks. At return all links are on. Raises the first job's error."""
+    async def begin(self, full: bool) -> None:
+        """Begin to copy everything, or what the standby lacks. From then on the disks keep their lengths."""
         self._is_full = full
-        jobs = []
         for name, disk in self._disks.items():
             assert disk.sync is not None
             source = self._graph.find(f"{name}-disk")
@@ -38,11 +38,13 @@ class Sync:
                 disk.bitmap.merge(disk.link.closing)
             job = CatchUp(f"sync-{name}", self._graph, source, disk.sync, disk.link, disk.bitmap)
             disk.job = await self._jobs.create(job)
-            jobs.append(job)
-        for job in jobs:
-            error = await job.wait()
-            if error:
-                raise error
+
+    async def ended(self) -> None:
+        """Wait for the end of what has begun. At return all links are on.
+
+        Raises the error of the first job that fails, at once: the others run on, up to `cancel`.
+        """
+        await asyncio.gather(*(_succeeded(disk.job) for disk in self._disks.values() if disk.job))
         with self._graph.change() as change:
             for disk in self._disks.values():
                 change.refresh(disk.link)
@@ -69,3 +71,9 @@ class Sync:
         """How far it is; None if none runs."""
         jobs = [disk.job for disk in self._disks.values() if disk.job]
         return work_status("sync" if self._is_full else "resync", jobs) if jobs else None
+
+
+async def _succeeded(job: CatchUp) -> None:
+    error = await job.wait()
+    if error:
+        raise error
