@@ -407,7 +407,8 @@ class Link(Filter):
 
         What is on its way at a time is kept to what the link carries in a quarter of the deadline: a slow link that is
         full is not to be taken for a dead one. (With ``both`` a guest waits for each, so the deadline decides.) A
-        guest that has waited for room in the queue for as long as the deadline waits no more: the link lets go.
+        guest that has waited for room in the queue for as long as the deadline, or for a write that `stall` keeps
+        from being sent, waits no more: the link lets go.
         """
         carried, self._carried = self._carried, 0
         if not self.on:
@@ -422,13 +423,16 @@ class Link(Filter):
             elif len(self._busy) >= LOOKS // 2:
                 self._window = max(_LEAST_WINDOW, fitting)
         first = self._waiting_for_room[0] if self._waiting_for_room else None
+        if first is None and self._stalled and self._queue:
+            first = self._queue[0].done
         if first is None or first is not self._first_in_line[0]:
             self._first_in_line = first, 0.0
             return
         waited = self._first_in_line[1] + seconds
         self._first_in_line = first, waited
         if waited >= deadline:
-            self.fail(OSError(errno.ETIMEDOUT, f"the queue to it has been full for {waited:.1f} s"))
+            self.fail(OSError(errno.ETIMEDOUT, f"{'its buffer' if self._stalled else 'the queue to it'} has been full "
+                                               f"for {waited:.1f} s"))
 
     @staticmethod
     def _wake(waiting: list[Completion[None]] | set[Completion[None]]) -> None:

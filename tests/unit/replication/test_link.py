@@ -16,7 +16,7 @@ from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE, Role
 from blockstep.errors import ConnectionLost
-from blockstep.replication.link import GRANULARITY, SMALL, WINDOW, Link
+from blockstep.replication.link import GRANULARITY, LOOKS, SMALL, WINDOW, Link
 from blockstep.testing.model import Content, Write
 from tests.scenario.gates import GatedDisk, Gates, gated_disk
 
@@ -146,6 +146,23 @@ def test_an_error_of_the_standby_lets_go_of_it_and_not_of_the_guest(ack: str, op
     assert request.error is None
     assert not pair.link.on
     assert [error.errno for error in pair.failures] == [errno.ENOSPC]
+    pair.check_bitmaps_cover()
+
+
+@pytest.mark.parametrize(("ack", "gives_up"), [("local", False), ("both", True)])
+def test_a_guest_waits_no_longer_than_the_deadline_for_a_standby_without_room(ack: str, gives_up: bool) -> None:
+    """Its checkpoint waits for a flush, say, that takes its time: nothing is sent, so no request has a deadline."""
+    pair = Pair(ack)
+    pair.link.stall()
+    write = pair.write(0, b"1")
+    for _ in range(LOOKS):
+        assert write.ended is not gives_up
+        pair.link.look(1.0, float(LOOKS))
+    assert not pair.failures
+    pair.link.look(1.0, float(LOOKS))
+    assert write.ended
+    assert write.error is None
+    assert [error.errno for error in pair.failures] == [errno.ETIMEDOUT] * gives_up
     pair.check_bitmaps_cover()
 
 
