@@ -305,6 +305,32 @@ def test_rebase_keeps_what_the_image_shows(chain: Both, arguments: tuple[str, ..
     assert about.get("backing-filename-format") == (arguments[3] if arguments[1] else None)
 
 
+@pytest.mark.parametrize("options", ["compat=1.1", "compat=0.10", "extended_l2=on", "cluster_size=512"])
+@pytest.mark.parametrize("below", [(), ("-b", "short", "-F", "raw")])
+def test_rebase_hides_what_the_new_image_has_where_there_was_nothing(both: Both, options: str,
+                                                                     below: tuple[str, ...]) -> None:
+    written("new", (7 << 20) + 1024, (0, b"\7" * (7 << 20)), (7 << 20, b"\7" * 1024))
+    written("short", (2 << 20) + 5 * 512, (0, b"\1" * (1 << 20)), (2 << 20, b"\2" * 2560))
+    both.theirs("create", "-q", "-f", "qcow2", "-o", options, *below, "top", "8M")
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 3 3100k 70k", "-c", "write -P 4 5M 512", "top"],
+                   check=True, stdout=subprocess.DEVNULL)
+    both.theirs("convert", "-f", "qcow2", "-O", "raw", "top", "flat")
+    assert both.ours("rebase", "-b", "new", "-F", "raw", "top") == (0, "", "")
+    for program in (both.ours, both.theirs):
+        assert program("check", "-f", "qcow2", "top")[0] == 0
+        assert program("compare", "-f", "qcow2", "-F", "raw", "top", "flat")[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [("-b", "top"), ("-b", "above"), ("-u", "-b", "./top")])
+def test_an_image_is_not_its_own_backing_image(both: Both, arguments: tuple[str, ...]) -> None:
+    both.theirs("create", "-q", "-f", "qcow2", "top", "1M")
+    both.theirs("create", "-q", "-f", "qcow2", "-b", "top", "-F", "qcow2", "above")
+    before = Path("top").read_bytes()
+    code, _, said = both.ours("rebase", "-F", "qcow2", *arguments, "top")
+    assert (code, said[:13]) == (1, "blockstep: -b")
+    assert Path("top").read_bytes() == before
+
+
 def test_unsafe_rebase_changes_the_name_alone(chain: Both) -> None:
     before = chain.theirs("map", "--output=json", "sub/mid")[1]
     assert chain.ours("rebase", "-u", "-b", "/nowhere/base", "-F", "raw", "sub/mid") == (0, "", "")

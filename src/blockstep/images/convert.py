@@ -31,7 +31,7 @@ from blockstep.images.copying import ImageCopy, Salvage
 from blockstep.images.create import Creation
 from blockstep.images.files import made_anew
 from blockstep.images.joined import joined
-from blockstep.images.opened import ImageName, opened
+from blockstep.images.opened import ImageName, lies_in, opened
 from blockstep.images.snapshot import snapshot_id
 from blockstep.images.whole import whole_qcow2
 from blockstep.jobs.block_copy import Control, Pass
@@ -130,6 +130,8 @@ async def convert(conversion: Conversion, progress: Progress = no_progress) -> N
                          for source in conversion.sources])
         total = source.length
         target = conversion.target
+        if target.is_file and lies_in(graph, target.name):
+            raise OptionError("TARGET", target.name, "another file than those that are read")
         if conversion.create:
             target = await stack.enter_async_context(_made(conversion, total))
         async with opened(target, graph=graph, writable=True) as into:

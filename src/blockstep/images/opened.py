@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from blockstep.aio.pool import in_thread
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, RESIZE, WRITE
+from blockstep.drivers.file import File
 from blockstep.errors import OptionError
 from blockstep.images import AUTO, FORMATS, CacheMode, is_address, is_options
 from blockstep.inventory.notices import tell_changes
@@ -84,6 +86,18 @@ def probe(filename: str) -> str:
     with open(filename, "rb", buffering=0) as file:
         begin = file.read(max(map(len, _MAGIC)))
     return next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), "raw")
+
+
+def same_file(one: str, two: str) -> bool:
+    """Whether two names are those of one file that exists."""
+    with suppress(OSError, ValueError):
+        return os.path.samefile(one, two)
+    return False
+
+
+def lies_in(graph: Graph, filename: str) -> bool:
+    """Whether a node of ``graph`` has what it holds in that file."""
+    return any(isinstance(node, File) and same_file(node.options.filename, filename) for node in graph.nodes.values())
 
 
 @asynccontextmanager

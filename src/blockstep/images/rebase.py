@@ -2,6 +2,8 @@
 
     old chain ──► differs from the new one where the image holds nothing? ──► written into the image ──► header
 
+What is written may be zeroes where the old chain has nothing: they are there to hide what the new one has.
+
 Until the header names the new backing image, what was written into the image is what the old one shows anyway: whoever
 interrupts it has an image that reads as before. *Unsafe* changes the header alone, for a backing image that was moved.
 """
@@ -16,12 +18,13 @@ from blockstep.aio.pool import in_thread
 from blockstep.block.driver import Buffer
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
+from blockstep.drivers.qcow2.driver import Qcow2
 from blockstep.drivers.qcow2.format import EXT_BACKING_FORMAT, RAW_EXTERNAL
 from blockstep.errors import OptionError
 from blockstep.images import FORMATS
 from blockstep.images.amend import read_header, write_header
 from blockstep.images.compare import Progress, no_progress
-from blockstep.images.opened import ImageName, opened
+from blockstep.images.opened import ImageName, lies_in, opened, same_file
 from blockstep.images.qcow2 import full_name
 from blockstep.images.whole import whole_file
 from blockstep.units import MiB
@@ -42,6 +45,8 @@ async def rebase(image: ImageName, backing: str, backing_format: str | None, uns
         raise OptionError("-F", backing_format, f"given, as the format of the backing image: {', '.join(FORMATS)}")
     if await in_thread(_is_raw_external, image.name) and backing:
         raise OptionError("-b", backing, "'': with a raw external data file there is no backing image")
+    if unsafe and backing and same_file(image.name, full_name(backing, image.name)):
+        raise OptionError("-b", backing, "another image than the one that it is for")
     if not unsafe:
         await _write_differences(image, backing, backing_format, progress)
     await in_thread(_change_backing, image.name, backing, backing_format)
@@ -55,7 +60,11 @@ async def _write_differences(image: ImageName, backing: str, backing_format: str
         if backing:
             name = ImageName(full_name(backing, image.name), backing_format, option="-F")
             new = await stack.enter_async_context(opened(name, graph=graph))
+            if lies_in(graph, image.name):
+                raise OptionError("-b", backing, f"an image that does not lead to '{image.name}' itself")
         top = await stack.enter_async_context(opened(image, graph=graph, writable=True))
+        if isinstance(top.node, Qcow2):
+            top.node.notes_all_zeroes = True
         offset = 0
         while offset < top.length:
             progress(offset, top.length)

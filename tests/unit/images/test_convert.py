@@ -100,6 +100,17 @@ def test_a_target_that_exists_is_written_in_place(tmp_path: Path) -> None:
     assert target.read_bytes() == source.read_bytes() + b"stays".ljust(MiB, b"\0")
 
 
+@pytest.mark.parametrize("create", [True, False])
+def test_what_is_read_is_not_written_to(tmp_path: Path, create: bool) -> None:
+    source = disk(tmp_path / "source")
+    (tmp_path / "link").symlink_to("source")
+    before = source.read_bytes()
+    with pytest.raises(OptionError) as caught:
+        asyncio.run(convert(Conversion([name(source)], name(tmp_path / "link"), create=create)))
+    assert caught.value.option == "TARGET"
+    assert source.read_bytes() == before
+
+
 def test_a_rate_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     sleep = asyncio.sleep

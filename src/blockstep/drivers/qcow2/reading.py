@@ -46,10 +46,17 @@ class Reader(Driver):
     _unpacked: dict[int, bytes]
     #: Nothing shows through from here on: the backing node ended there when the disk grew, and may have grown since.
     _below_end: int = EVERYTHING
+    #: Zeroes are noted also where nothing is below: the image is about to have another backing image.
+    notes_all_zeroes: bool = False
 
     def _below(self) -> int:
         """Bytes of the backing node that show through, from the beginning."""
         return 0 if self.backing is None else min(self.backing.node.length, self._below_end)
+
+    def _hides(self, start: int) -> bool:
+        """Whether zeroes from there on have to hide something."""
+        return self.notes_all_zeroes or self._below() > start
+
     #: Bytes that can be zero, or the backing node's, on their own: a cluster or a subcluster.
     _unit: int
     #: Whether the external data file is to read as the disk at any moment.

@@ -95,7 +95,7 @@ class SubclusterWriter(Saver):
     async def _zero_subclusters(self, index: int, start: int, end: int, unmap: bool) -> list[tuple[int, int]]:
         """As `Writer._zero_entries`. Returns the ranges that must be written: parts of compressed clusters."""
         tables = self._tables
-        backed = self._below() > start
+        backed = self._hides(start)
         if not tables.l1[index] and not backed:
             return []
         table = await tables.own(index)

@@ -192,7 +192,7 @@ class Writer(SubclusterWriter):
             while start < stop:
                 index = start >> self._l2_shift
                 end = min(stop, (index + 1) << self._l2_shift)
-                if self.header.version < 3 and self._below() > start:
+                if self.header.version < 3 and self._hides(start):
                     if not advice:
                         if flags & FAST:
                             raise not_supported("fast zeroes in an image of version 2 with a backing file")
@@ -217,7 +217,7 @@ class Writer(SubclusterWriter):
             done += await self._write_some(offset + done, view[done:])
 
     async def _zero_entries(self, index: int, start: int, end: int, unmap: bool) -> None:
-        backed = self._below() > start
+        backed = self._hides(start)
         if not self._tables.l1[index] and not backed:
             return
         first = (start >> self._bits) & self._mask
