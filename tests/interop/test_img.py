@@ -321,7 +321,7 @@ def test_rebase_hides_what_the_new_image_has_where_there_was_nothing(both: Both,
         assert program("compare", "-f", "qcow2", "-F", "raw", "top", "flat")[0] == 0
 
 
-@pytest.mark.parametrize("arguments", [("-b", "top"), ("-b", "above"), ("-u", "-b", "./top")])
+@pytest.mark.parametrize("arguments", [("-b", "top"), ("-b", "above"), ("-b", "./top")])
 def test_an_image_is_not_its_own_backing_image(both: Both, arguments: tuple[str, ...]) -> None:
     both.theirs("create", "-q", "-f", "qcow2", "top", "1M")
     both.theirs("create", "-q", "-f", "qcow2", "-b", "top", "-F", "qcow2", "above")

@@ -88,16 +88,12 @@ def probe(filename: str) -> str:
     return next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), "raw")
 
 
-def same_file(one: str, two: str) -> bool:
-    """Whether two names are those of one file that exists."""
-    with suppress(OSError, ValueError):
-        return os.path.samefile(one, two)
-    return False
-
-
 def lies_in(graph: Graph, filename: str) -> bool:
     """Whether a node of ``graph`` has what it holds in that file."""
-    return any(isinstance(node, File) and same_file(node.options.filename, filename) for node in graph.nodes.values())
+    with suppress(FileNotFoundError):
+        return any(isinstance(node, File) and os.path.samefile(node.options.filename, filename)
+                   for node in graph.nodes.values())
+    return False
 
 
 @asynccontextmanager

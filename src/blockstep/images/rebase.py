@@ -24,7 +24,7 @@ from blockstep.errors import OptionError
 from blockstep.images import FORMATS
 from blockstep.images.amend import read_header, write_header
 from blockstep.images.compare import Progress, no_progress
-from blockstep.images.opened import ImageName, lies_in, opened, same_file
+from blockstep.images.opened import ImageName, lies_in, opened
 from blockstep.images.qcow2 import full_name
 from blockstep.images.whole import whole_file
 from blockstep.units import MiB
@@ -45,8 +45,6 @@ async def rebase(image: ImageName, backing: str, backing_format: str | None, uns
         raise OptionError("-F", backing_format, f"given, as the format of the backing image: {', '.join(FORMATS)}")
     if await in_thread(_is_raw_external, image.name) and backing:
         raise OptionError("-b", backing, "'': with a raw external data file there is no backing image")
-    if unsafe and backing and same_file(image.name, full_name(backing, image.name)):
-        raise OptionError("-b", backing, "another image than the one that it is for")
     if not unsafe:
         await _write_differences(image, backing, backing_format, progress)
     await in_thread(_change_backing, image.name, backing, backing_format)
