@@ -12,28 +12,38 @@ its clusters. A write whose clusters are all saved takes no lock: nobody reads t
 When the old content cannot be saved, ``on-cbw-error`` chooses what breaks: the write (it fails, the snapshot stays
 good) or the snapshot (the write goes on, `broken` says why the snapshot is no longer one).
 
+Zeroes are saved as zeroes, which take no room in a target that can keep them so. A request without data (zeroes, a
+discard) may cover all of a disk that is mostly holes: those are not read.
+
 Durability: a flush makes the target durable first and the disk second. Nothing orders the save before the
 overwrite it precedes: after a crash of the machine the snapshot may be incomplete.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from types import CoroutineType
 from typing import ClassVar, Final, Literal
 
+from blockstep.aio.copying import zero_runs
 from blockstep.aio.rangelock import RangeLock
 from blockstep.block.bitmap import Bitmap
-from blockstep.block.driver import FAST, Buffer, Filter, not_supported
+from blockstep.block.driver import FAST, MAY_UNMAP, Buffer, Filter, not_supported
 from blockstep.block.node import Child, NodeOptions, NodeRef
 from blockstep.block.permissions import ALL, NONE, READ, RESIZE, WRITE, WRITE_UNCHANGED, Permission, Role
 from blockstep.block.registry import register
+from blockstep.block.status import status_through
 from blockstep.errors import OptionError
 
 #: So much is saved at a time: between its read and its write it stays in the processor's cache.
 _PIECE: Final = 128 << 10
+#: From so many bytes on, a piece is looked at whether it is zeroes: 3 us a MiB where it is not.
+_LONG: Final = 64 << 10
+#: After so many bytes, some milliseconds if nothing has to be waited for, others have their turn.
+_TURN: Final = 4 << 20
 
 
 class CopyBeforeWriteOptions(NodeOptions, tag="copy-before-write"):
@@ -136,10 +146,10 @@ class CopyBeforeWrite(Filter):
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         if flags & FAST and not (self.broken or self._is_saved(offset, length)):
             raise not_supported("fast zeroes: old content has to be saved")
-        await self._locked(offset, length, lambda: self.file.write_zeroes(offset, length, flags))
+        await self._locked(offset, length, lambda: self.file.write_zeroes(offset, length, flags), sparse=True)
 
     async def discard(self, offset: int, length: int) -> None:
-        await self._locked(offset, length, lambda: self.file.discard(offset, length))
+        await self._locked(offset, length, lambda: self.file.discard(offset, length), sparse=True)
 
     async def flush(self) -> None:
         try:
@@ -153,14 +163,14 @@ class CopyBeforeWrite(Filter):
         """See `Driver`. Nothing may be in flight: the bitmap of what is saved is replaced.
 
         The target must be so long already. What is new is not saved, except where the last cluster is: that counts
-        as saved as a whole.
+        as saved as a whole. What is cut off is saved before.
         """
         before = self.length
         if length > self.target.node.length:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: '{self.target.node.name}', which keeps old "
                           f"content, has {self.target.node.length} bytes only")
         if length < before:
-            await self._locked(length, before - length, None)
+            await self._locked(length, before - length, None, sparse=True)
         elif before & (self.done.granularity - 1) and self.done.any(before - 1, 1):
             rest = min(-before & (self.done.granularity - 1), length - before)
             try:
@@ -174,34 +184,63 @@ class CopyBeforeWrite(Filter):
         shift = self.done.shift
         return self.done.bits.find(0, offset >> shift, (offset + length - 1 >> shift) + 1) < 0
 
-    async def _locked(self, offset: int, length: int, then: Callable[[], Awaitable[None]] | None) -> None:
+    async def _locked(self, offset: int, length: int, then: Callable[[], Awaitable[None]] | None,
+                      sparse: bool = False) -> None:
         shift = self.done.shift
         first, end = offset >> shift, (offset + length - 1 >> shift) + 1
         token = await self.lock.take(first << shift, end << shift)
         try:
-            await self._save(first, end)
+            try:
+                if sparse and length > _PIECE:
+                    await self._save_holes(first, end)
+                await self._save(first, end)
+            except OSError as error:
+                self._not_saved(error)
             if then:
                 await then()
         finally:
             self.lock.give_back(token)
 
+    async def _save_holes(self, first: int, end: int) -> None:
+        """Save those of the clusters ``[first, end)`` that are known to be zero. The range is locked."""
+        shift = self.done.shift
+        offset = first << shift
+        for extent in await status_through(self.file.node, offset, min(end << shift, self.done.length) - offset):
+            begin, offset = offset, offset + extent.length
+            if extent.zero:
+                stop = end if offset == self.done.length else offset >> shift
+                for start, after in self._not_done(-(-begin // self.done.granularity), stop):
+                    at = start << shift
+                    await self._saved_zeroes(at, min(after << shift, self.done.length) - at)
+
     async def _save(self, first: int, end: int) -> None:
         """Save the clusters ``[first, end)`` as far as they are not. The range is locked."""
-        done, bits = self.done, self.done.bits
-        try:
-            while (start := bits.find(0, first, end)) >= 0:
-                stop = bits.find(1, start, end)
-                if stop < 0:
-                    stop = end
-                offset, whole = start << done.shift, min(stop << done.shift, done.length)
-                while offset < whole:
-                    length = min(max(_PIECE, done.granularity), whole - offset)
-                    await self.target.pwrite(offset, await self.file.pread(offset, length))
-                    offset += length
-                bits[start:stop] = True
-                first = stop
-        except OSError as error:
-            self._not_saved(error)
+        shift = self.done.shift
+        for start, stop in self._not_done(first, end):
+            offset, whole = start << shift, min(stop << shift, self.done.length)
+            while offset < whole:
+                length = min(max(_PIECE, self.done.granularity), whole - offset)
+                data = await self.file.pread(offset, length)
+                if length >= _LONG and zero_runs(data, length)[0][1]:
+                    await self._saved_zeroes(offset, length)
+                else:
+                    await self.target.pwrite(offset, data)
+                    self.done.set(offset, length)
+                offset += length
+                if not offset & _TURN - 1:
+                    await asyncio.sleep(0)
+
+    async def _saved_zeroes(self, offset: int, length: int) -> None:
+        await self.target.write_zeroes(offset, length, MAY_UNMAP)
+        self.done.set(offset, length)
+
+    def _not_done(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        bits = self.done.bits
+        while first < end and (start := bits.find(0, first, end)) >= 0:
+            first = bits.find(1, start, end)
+            if first < 0:
+                first = end
+            yield start, first
 
     def _not_saved(self, error: OSError) -> None:
         """Old content cannot be saved: break what ``on-cbw-error`` says."""

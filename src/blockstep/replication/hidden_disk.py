@@ -34,6 +34,7 @@ from blockstep.block.node import Node
 from blockstep.block.permissions import WRITE, Role
 from blockstep.block.status import allocated_above
 from blockstep.drivers.copy_before_write import CopyBeforeWrite
+from blockstep.drivers.overlay import Overlay
 from blockstep.drivers.replication import Replication, Stage
 from blockstep.errors import BlockstepError, ReplicationError, noting
 from blockstep.jobs.commit import CommitJob
@@ -272,8 +273,8 @@ class HiddenDiskBuffer:
 
     @property
     def used(self) -> int:
-        """Bytes saved since the last checkpoint."""
-        return self.cbw.done.count()
+        """Bytes saved since the last checkpoint, as far as they take room."""
+        return self.hidden.used if isinstance(self.hidden, Overlay) else self.cbw.done.count()
 
     def _refuse(self, reason: str) -> Any:
         raise self._error(reason)

@@ -54,6 +54,8 @@ _FIRST_WINDOW: Final = MiB
 _LEAST_WINDOW: Final = 64 * KiB
 #: How often per deadline the owner calls `Link.look`.
 LOOKS: Final = 8
+#: Bytes of a request without data. The standby may have to save what it overwrites, and has a deadline for it.
+AT_ONCE: Final = 256 * MiB
 #: What a request without data counts for in the queue.
 SMALL: Final = 4096
 Kind = Literal["pwrite", "write_zeroes", "discard", "barrier"]
@@ -306,7 +308,10 @@ class Link(Filter):
                 wait = self.options.ack == "both"
                 done = Completion() if wait else None
                 flags &= ~FAST if wait else ~(FAST | FUA)
-                self._put(_Request(self, kind, offset, offset + length, None, flags, done))
+                end = offset + length
+                for at in range(offset, end, AT_ONCE):  # ranges so long go one after the other: the last ends last
+                    self._put(_Request(self, kind, at, min(at + AT_ONCE, end), None, flags,
+                                       done if end - at <= AT_ONCE else None))
             try:
                 await local()
             finally:

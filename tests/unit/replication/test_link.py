@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockstep.aio.inline import start
+from blockstep.aio.rangelock import BusyRanges
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.driver import FAST, FUA
 from blockstep.block.graph import Graph
@@ -240,6 +241,32 @@ def test_fast_zeroes_that_this_disk_cannot_do_fast_do_not_reach_the_standby() ->
     assert isinstance(request.error, OSError)
     assert request.error.errno == errno.ENOTSUP
     assert pair.remote.data == pair.local.data
+
+
+@pytest.mark.parametrize("ack", ["local", "both"])
+@pytest.mark.parametrize("operation", ["discard", "write_zeroes"])
+def test_a_long_request_without_data_reaches_the_standby_piece_by_piece(
+    ack: str, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a deadline, in which the standby has to save what the piece overwrites."""
+    monkeypatch.setattr("blockstep.replication.link.AT_ONCE", GRANULARITY)
+    monkeypatch.setattr(BusyRanges, "WIDE", 4096)
+    pair = Pair(ack)
+    pair.gates.close("remote")
+    request = Request(getattr(pair.guest, operation)(1, LENGTH - 1))
+    pieces = []
+    while pair.gates.waiting:
+        [stop] = pair.gates.waiting
+        assert request.ended is (ack == "local")
+        pieces.append(stop.length)
+        pair.gates.release()
+        pair.gates.release()
+    assert request.ended
+    assert request.error is None
+    assert max(pieces) == GRANULARITY
+    assert sum(pieces) == LENGTH - 1
+    assert pair.remote.data == pair.local.data
+    assert pair.link.queued == 0
 
 
 def test_at_most_a_window_of_requests_is_on_the_way() -> None:
