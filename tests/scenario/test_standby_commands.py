@@ -426,7 +426,7 @@ def test_port_0_is_nowhere_said_but_the_one_that_it_became(tmp_path: Path, host:
         assert isinstance(address, InetAddress)
         server = standby._view_server
         assert server
-        assert {sock.getsockname()[1] for sock in server._listeners} == {address.port}
+        assert {listener.sock.getsockname()[1] for listener in server._listeners} == {address.port}
         assert status.link.endswith(f":{standby.link.port}")
         assert standby.link.port
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from blockstep.aio.acceptor import Acceptor
 from blockstep.errors import OptionError, of_socket
 from blockstep.nbd.buffers import Pool
 from blockstep.nbd.connection import Connection, Limits
@@ -30,8 +31,6 @@ from blockstep.nbd.handshake import TlsMode
 from blockstep.nbd.turns import Turns
 
 _BACKLOG: Final = 128
-#: Seconds without accepting after the process ran out of descriptors or memory.
-_ACCEPT_PAUSE: Final = 1.0
 _FIRST_PASSED_FD: Final = 3
 #: What the kernel may hold for a client on a unix socket, as far as it allows that much (net.core.wmem_max): a reply
 #: of 1 MiB then leaves with one call and not with eight (1.9 k to 2.5 k a second). TCP finds its own size.
@@ -73,7 +72,7 @@ class Server:
         self._on_client = on_client
         self._pool = Pool(budget=memory)
         self._turns = Turns()
-        self._listeners: list[socket.socket] = []
+        self._listeners: list[Acceptor] = []
         self._paths: list[tuple[str, tuple[int, int]]] = []
         self._loop = asyncio.get_running_loop()
         self._stopped = False
@@ -155,10 +154,10 @@ class Server:
         self._listen(sock)
 
     def _listen(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self._listeners.append(sock)
+        listener = Acceptor(sock, self.serve)
+        self._listeners.append(listener)
         if self._accepting:
-            self._loop.add_reader(sock, self._accept, sock)
+            listener.start()
 
     # Connections.
 
@@ -166,24 +165,7 @@ class Server:
         """Serve those who connect, and those who have: they wait while a server is not ``accepting``."""
         self._accepting = True
         for listener in self._listeners:
-            self._accept_again(listener)
-
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            sock, _ = listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._loop.remove_reader(listener)
-                self._loop.call_later(_ACCEPT_PAUSE, self._accept_again, listener)
-                return
-            raise
-        self.serve(sock)
-
-    def _accept_again(self, listener: socket.socket) -> None:
-        if listener in self._listeners:
-            self._loop.add_reader(listener, self._accept, listener)
+            listener.start()
 
     def serve(self, sock: socket.socket) -> Connection | None:
         """Serve a connected socket. None if there are too many connections: it has been closed then."""
@@ -222,9 +204,8 @@ class Server:
         Connections that have not ended after ``deadline`` seconds are cut off. Idempotent.
         """
         self._stopped = True
-        for sock in self._listeners:
-            self._loop.remove_reader(sock)
-            sock.close()
+        for listener in self._listeners:
+            listener.close()
         self._listeners.clear()
         self._remove_paths()
         for connection in list(self.connections):

@@ -70,18 +70,19 @@ class Connection(asyncio.Protocol):
         self._transport = transport
         transport.set_write_buffer_limits(high=_HIGH_WATER)
         sock = transport.get_extra_info("socket")
+        peer = transport.get_extra_info("peername")
+        if peer is None or self._listener.closed:  # it has gone already; it was in its TLS handshake
+            self._finishing = True
+            transport.abort()
+            return
         if sock is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            host, port = transport.get_extra_info("peername")[:2]
+            host, port = peer[:2]
             host = host.removeprefix("::ffff:")  # IPv4, on a socket for both
             self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             self._deadline = asyncio.get_running_loop().call_later(NEGOTIATION, self._must_have_negotiated)
         else:
             self.peer = f"unix:{self._listener.address}"
-        if self._listener.closed:  # it was in its TLS handshake
-            self._finishing = True
-            transport.abort()
-            return
         if len(self._listener.monitors) >= self._listener.max_monitors:
             self._finishing = True
             most = self._listener.max_monitors

@@ -38,16 +38,19 @@ import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
+from blockstep.aio.acceptor import Acceptor
 from blockstep.errors import of_socket
 from blockstep.qmp import wire
 from blockstep.qmp.events import Throttle
 from blockstep.qmp.monitor import Connection
 from blockstep.qmp.schema import Command, Event, Registry
 from blockstep.qmp.turns import Turns
+
+_BACKLOG: Final = 128
 
 
 class Listener:
@@ -62,32 +65,48 @@ class Listener:
         self.address: str | tuple[str, int] = ""
         #: Whether it takes no more monitors.
         self.closed = False
-        self._server: asyncio.Server | None = None
+        self._acceptor: Acceptor | None = None
+        self._tls: tls.SSLContext | None = None
+        #: What makes monitors of connections, until they are.
+        self._opening: set[asyncio.Task[None]] = set()
         self._inode: tuple[int, int] | None = None
 
-    async def _listen(self, sock: socket.socket, ssl: tls.SSLContext | None) -> None:
-        loop = asyncio.get_running_loop()
+    def _listen(self, sock: socket.socket, ssl: tls.SSLContext | None) -> None:
         name = sock.getsockname()
         self.address = os.fsdecode(name) if sock.family == socket.AF_UNIX else name[:2]
-        timeout = {} if ssl is None else {"ssl_handshake_timeout": 10.0, "ssl_shutdown_timeout": 2.0}
-        options: Any = {"sock": sock, "ssl": ssl, "backlog": 128, **timeout}
-        if sock.family == socket.AF_UNIX:
-            self._server = await loop.create_unix_server(self._connected, **options)
-        else:
-            self._server = await loop.create_server(self._connected, **options)
+        self._tls = ssl
+        sock.listen(_BACKLOG)
+        self._acceptor = Acceptor(sock, self._accepted)
+        self._acceptor.start()
+
+    def _accepted(self, sock: socket.socket) -> None:
+        def opened(task: asyncio.Task[None]) -> None:
+            self._opening.discard(task)
+            if task.cancelled():
+                sock.close()  # it may not have begun
+
+        task = self.server.spawn(self._open(sock))
+        self._opening.add(task)
+        task.add_done_callback(opened)
+
+    async def _open(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # of the TLS handshake: who cannot do it is nobody's monitor
+            await self._attach(sock)
 
     async def _attach(self, sock: socket.socket) -> None:
-        await asyncio.get_running_loop().connect_accepted_socket(self._connected, sock)
-
-    def _connected(self) -> Connection:
-        return Connection(self)
+        sock.setblocking(False)
+        loop, ssl = asyncio.get_running_loop(), self._tls
+        timeout: Any = {} if ssl is None else {"ssl_handshake_timeout": 10.0, "ssl_shutdown_timeout": 2.0}
+        await loop.connect_accepted_socket(lambda: Connection(self), sock, ssl=ssl, **timeout)
 
     def close(self) -> None:
         """Stop listening; monitors stay. A unix socket that is still ours is removed from the file system."""
         self.closed = True
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        if self._acceptor is not None:
+            self._acceptor.close()
+            self._acceptor = None
+        for task in self._opening:
+            task.cancel()
         if self._inode is not None:
             with contextlib.suppress(OSError):
                 if _inode(self.address) == self._inode:
@@ -145,8 +164,7 @@ class Server:
         """Listen on a bound stream socket (systemd's, for one), which is closed with the listener."""
         try:
             listener = Listener(self, self.registry.offered(allow), max_monitors, pretty)
-            sock.setblocking(False)
-            await listener._listen(sock, ssl)
+            listener._listen(sock, ssl)
         except BaseException:
             sock.close()
             raise
@@ -157,7 +175,6 @@ class Server:
         """Serve one monitor on a connected stream socket, which is closed with it."""
         listener = Listener(self, self.registry.offered(allow), 1, pretty)
         self.listeners.append(listener)
-        sock.setblocking(False)
         await listener._attach(sock)
 
     def emit(self, event: Event) -> None:
@@ -240,11 +257,12 @@ class Server:
                 await asyncio.wait(gone)
         self.listeners.clear()
 
-    def spawn(self, coroutine: Any) -> None:
+    def spawn(self, coroutine: Any) -> asyncio.Task[None]:
         """Run a monitor's work as a task that `stop` waits for."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def report(self, error: BaseException, what: str) -> None:
         """Something happened that may not: a bug, for the exception handler of the event loop."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import stat
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -442,6 +445,36 @@ def test_who_does_not_negotiate_takes_no_place_on_the_network_for_long(
             peer.close()
 
     served(tmp_path, scenario)
+
+
+def test_who_is_gone_before_it_is_accepted_is_nobody(tmp_path: Path) -> None:
+    async def scenario(server: Server, context: Context, path: Path) -> None:
+        reports: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, report: reports.append(report))
+        listener = await server.start_tcp("127.0.0.1", 0)
+        with socket.create_connection(listener.address) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        peer = await dial(listener.address)
+        await peer.negotiate()
+        assert len(server.monitors) == 1
+        assert reports == []
+
+    served(tmp_path, scenario)
+
+
+def test_a_server_that_stops_does_not_wait_for_who_says_nothing_in_its_tls_handshake(tmp_path: Path) -> None:
+    async def main() -> None:
+        server = Server(REGISTRY, Context(), version=VERSION)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        listener = await server.start_tcp("127.0.0.1", 0, context)
+        with socket.create_connection(listener.address) as sock:
+            await until(lambda: server._tasks)
+            begun = time.monotonic()
+            await server.stop(grace=30)
+            assert time.monotonic() - begun < 20
+            assert sock.recv(1) == b""
+
+    asyncio.run(main())
 
 
 def test_an_unknown_command_in_the_allowed_ones_is_found_at_the_start(tmp_path: Path) -> None:
