@@ -604,7 +604,7 @@ def test_a_large_write_waits_while_others_hold_the_servers_memory() -> None:
 def test_a_client_that_gets_no_memory_for_long_is_cut_off() -> None:
     async def main() -> None:
         storage, events = Storage(8 << 20), []
-        async with served(storage, memory=3 << 20, events=events, limits=Limits(handshake=0.05)) as (server, first):
+        async with served(storage, memory=3 << 20, events=events, limits=Limits(handshake=0.5)) as (server, first):
             ours, theirs = socket.socketpair()
             server.serve(theirs)
             with ours:
