@@ -26,6 +26,20 @@ def nobody_reads() -> bool:
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
+def announce(*lines: str) -> None:
+    """Print what a server says when it serves. If that cannot be, it serves all the same, and prints nothing more.
+
+    Standard error says why, unless whoever was to read it has gone.
+    """
+    try:
+        print(*lines, sep="\n", flush=True)
+    except (OSError, UnicodeError) as error:
+        forget(1)
+        if not isinstance(error, BrokenPipeError):
+            reason = error.strerror if isinstance(error, OSError) else error
+            complain(f"blockstep: what is served could not be printed: {reason}")
+
+
 def complain(text: str) -> None:
     """Print a line on standard error. If that cannot be, nobody is to be told, and it is no reason to fail."""
     try:

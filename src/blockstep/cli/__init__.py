@@ -1,8 +1,8 @@
 """The command line: one command a file. ``blockstep --help`` lists them.
 
 Exit codes: 0 done (for ``status``: healthy), 1 degraded, 2 at risk, 3 error; a usage error is 3 as well. As in shells
-130 after Ctrl-C, and 141 if whoever reads the output goes before its end. Only ``daemon`` has those of the program in
-whose place it stands: 0, and 1 for every error; and so has ``img``, see there.
+130 after Ctrl-C, and 141 if whoever reads the output goes before its end, which is nothing to a server. Only ``daemon``
+has those of the program in whose place it stands: 0, and 1 for every error; and so has ``img``, see there.
 
 A command imports what it needs and no other's: whoever types ``failover`` is in a hurry, and a server serves its first
 request a good part of a second earlier for that. So this module imports nothing but the standard library until it

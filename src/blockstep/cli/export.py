@@ -36,9 +36,10 @@ def export(
         raise OptionError("--max-connections", max_connections, "0 or more")
     from blockstep.aio.loop import run
     from blockstep.daemon.export import ExportConfig, main
+    from blockstep.streams import announce
 
     config = ExportConfig(
         path=file, format=format, name=name, address=parse_served(socket, listen, "export.nbd"), read_only=read_only,
         direct=cache == "none", discard=discard, tls=tls, tls_certificates=tls_certificates,
         tls_verify_peer=tls_verify_peer, max_connections=max_connections, given=bool(socket or listen))
-    run(main(config, lambda uris: print("\n".join(uris), flush=True)))
+    run(main(config, lambda uris: announce(*uris)))

@@ -53,6 +53,7 @@ def primary(
     """
     from blockstep.aio.loop import run
     from blockstep.daemon.primary import Primary, PrimaryConfig, main
+    from blockstep.streams import announce
 
     stall = parse_duration(max_stall, "--max-stall")
     if stall < _LEAST_STALL:
@@ -68,7 +69,7 @@ def primary(
         export_tls=export_tls, export_given=socket is not None or listen is not None)
 
     def ready(program: Primary) -> None:
-        print(f"primary of pair '{pair}': standby at {config.standby}, control {config.qmp}",
-              *program.status().exports, sep="\n", flush=True)
+        announce(f"primary of pair '{pair}': standby at {config.standby}, control {config.qmp}",
+                 *program.status().exports)
 
     run(main(config, ready))

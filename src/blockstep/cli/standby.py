@@ -51,6 +51,7 @@ def standby(
     """
     from blockstep.aio.loop import run
     from blockstep.daemon.standby import Standby, StandbyConfig, main
+    from blockstep.streams import announce
 
     if buffer_format != "overlay" and buffer_dir is None:
         raise OptionError("--buffer-format", buffer_format, "overlay without --buffer-dir: images are files")
@@ -65,7 +66,7 @@ def standby(
 
     def ready(program: Standby) -> None:
         link = program.status().link
-        print(f"standby of pair '{pair}': waiting for its primary at {link}, control {config.qmp}",
-              *program.exports, sep="\n", flush=True)
+        announce(f"standby of pair '{pair}': waiting for its primary at {link}, control {config.qmp}",
+                 *program.exports)
 
     run(main(config, ready))
