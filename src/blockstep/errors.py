@@ -52,9 +52,14 @@ class OptionError(BlockstepError):
 class ImageError(BlockstepError):
     """A field of an image file is wrong, or stands for something that is not supported. Nothing was written."""
 
-    def __init__(self, field: str, value: object, expected: str) -> None:
-        super().__init__(f"the image's {field} is {_shown(value)}; it should be {expected}")
-        self.field, self.value, self.expected = field, value, expected
+    def __init__(self, field: str, value: object, expected: str, filename: str | None = None) -> None:
+        where = "" if filename is None else f"{filename}: "
+        super().__init__(f"{where}the image's {field} is {_shown(value)}; it should be {expected}")
+        self.field, self.value, self.expected, self.filename = field, value, expected, filename
+
+    def of(self, filename: str) -> ImageError:
+        """The same error with the name of the image's file, if it has none yet."""
+        return self if self.filename is not None else ImageError(self.field, self.value, self.expected, filename)
 
 
 class GraphError(BlockstepError):

@@ -82,6 +82,109 @@ def test_what_cannot_be_measured(both: Both, arguments: tuple[str, ...]) -> None
     assert both.ours("measure", *arguments)[0] == both.theirs("measure", *arguments)[0] == 1
 
 
+# --- options, names, sizes ---
+
+
+@pytest.mark.parametrize("arguments", [
+    ("check",), ("check", "-T", "none"), ("check", "-r", "all"), ("commit",), ("info",), ("map", "--output=json"),
+    ("rebase", "-b", ""), ("rebase", "-T", "none", "-U", "-b", "below", "-F", "raw"), ("snapshot", "-l"),
+    ("snapshot", "-c", "new"), ("amend", "-o", "lazy_refcounts=on"),
+])
+@pytest.mark.parametrize("options", ["driver=qcow2,file.filename=a", "driver=qcow2,file.driver=file,file.filename=a"])
+def test_images_as_the_options_of_nodes(both: Both, arguments: tuple[str, ...], options: str) -> None:
+    written("below", 6 << 20, (1 << 20, b"x" * 100_000))
+    found = []
+    for program in (both.ours, both.theirs):
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "below", "-F", "raw", "a")
+        run("qemu-io", "-f", "qcow2", "-c", "write -P 1 100k 300k", "a")
+        code, out, said = program(arguments[0], "--image-opts", *arguments[1:], options)
+        run("qemu-img", "check", "-f", "qcow2", "a")
+        run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", "a", "plain")
+        out = "" if arguments[0] == "info" else out
+        about = json.loads(run("qemu-img", "info", "--output=json", "a").stdout)
+        found.append((code, out, said, Path("plain").read_bytes(), about.get("backing-filename"), len(about.get(
+            "snapshots", ())), about["format-specific"]))
+    assert found[0] == found[1]
+
+
+def test_bitmaps_and_conversions_by_the_options_of_nodes(both: Both) -> None:
+    images()
+    source = "driver=qcow2,file.filename=a"
+    assert both.ours("bitmap", "--image-opts", "--remove", source, "fine") == (0, "", "")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "b", "20M")
+    for arguments in (("-n", "--target-image-opts", "-c", "-f", "raw", "raw", "driver=qcow2,file.filename=b"),
+                      ("--image-opts", "-O", "raw", source, "c")):
+        assert both.ours("convert", *arguments) == (0, "", "")
+    assert both.same("compare", "-f", "raw", "-F", "qcow2", "raw", "b") == "Images are identical.\n"
+    assert both.ours("convert", "--image-opts", "-f", "qcow2", "-O", "raw", source, "d")[2].startswith("blockstep: -f")
+    assert both.ours("info", "--image-opts", "a")[2].startswith("blockstep: --image-opts")
+
+
+@pytest.mark.parametrize("length", [1, 1000, 70_001])
+def test_qemu_sees_all_of_a_disk_that_is_no_multiple_of_a_sector(both: Both, length: int) -> None:
+    written("a", length, (0, b"z" * length))
+    for arguments in ((), ("-c",)):
+        assert both.ours("convert", *arguments, "-f", "raw", "-O", "qcow2", "a", "b") == (0, "", "")
+        run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", "b", "back")
+        assert Path("back").read_bytes() == (b"z" * length).ljust(-(-length // 512) * 512, b"\0")
+    assert both.ours("create", "-q", "-f", "qcow2", "c", str(length))[0] == 0
+    both.theirs("create", "-q", "-f", "qcow2", "d", str(length))
+    assert both.json("info", "c")[0]["virtual-size"] == both.json("info", "d")[1]["virtual-size"]
+    for arguments in (("resize", "-f", "qcow2", "c", "80001"), ("amend", "-o", "size=80001", "c"),
+                      ("resize", "-f", "qcow2", "--shrink", "c", "0")):
+        ours, theirs = both.ours(*arguments), both.theirs(*arguments)
+        assert (ours[0], theirs[0], ours[2][:16]) == (1, 1, "blockstep: size:")
+
+
+def test_bitmaps_that_are_broken_are_skipped_if_asked(both: Both) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", "a", "4M")
+    run("qemu-img", "bitmap", "--add", "a", "broken")
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write 0 64k", "-c", "flush", "-c", "abort", "a"],
+                   capture_output=True, timeout=60, check=False)
+    run("qemu-img", "bitmap", "--add", "a", "good")
+    convert = ("convert", "--bitmaps", "-f", "qcow2", "-O", "qcow2", "a")
+    for program, target in ((both.ours, "ours"), (both.theirs, "theirs")):
+        assert program(*convert, target)[0] == 1
+        code, _, said = program("convert", "--skip-broken-bitmaps", *convert[1:], target)
+        assert (code, said.splitlines()[-1].split(": ", 1)[1]) == (0, "warning: Skipping inconsistent bitmap 'broken'")
+        about = both.json("info", target)[1]["format-specific"]["data"]
+        assert [each["name"] for each in about["bitmaps"]] == ["good"]
+    assert both.ours("convert", "--skip-broken-bitmaps", "-f", "qcow2", "a", "b")[0] == 1
+    assert both.ours(*convert[:-1], "-o", "compat=0.10", "a", "b")[2].startswith("blockstep: --bitmaps")
+
+
+@pytest.mark.parametrize("command", [
+    ("info", "-f", "qcow2"), ("check",), ("check", "-r", "all"), ("snapshot", "-l"), ("snapshot", "-c", "x"),
+    ("bitmap", "--add"), ("amend", "-o", "compat=1.1"), ("rebase", "-u", "-b", ""), ("map", "-f", "qcow2"), ("commit",),
+    ("resize", "-f", "qcow2"), ("measure", "-f", "qcow2", "-O", "qcow2"), ("convert", "-f", "qcow2")])
+@pytest.mark.parametrize("version", [1, 3])
+def test_errors_of_an_image_name_its_file(both: Both, command: tuple[str, ...], version: int) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", "a.img", "4M")
+    data = bytearray(Path("a.img").read_bytes())
+    data[7] = version
+    data[48:56] = b"\x7f" * 8  # refcount_table_offset
+    Path("a.img").write_bytes(data)
+    more = {"bitmap": ["name"], "resize": ["8M"], "convert": ["target"]}.get(command[0], [])
+    code, _, said = both.ours(*command, "a.img", *more)
+    assert (code, said.count("\n")) == (1, 1)
+    assert "a.img" in said
+    assert "magic" in said or "refcount_table_offset" in said
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (("-o", "cluster_size=3k"), "-o cluster_size:"), (("-o", "cluster_size=x"), "-o cluster_size:"),
+    (("-o", "compat=2"), "-o compat:"), (("-o", "refcount_bits=3"), "-o refcount_bits:"),
+    (("-o", "lazy_refcounts=maybe"), "-o lazy_refcounts:"), (("-o", "preallocation=x"), "-o preallocation:"),
+    (("-F", "raw"), "-F:"), (("-o", "backing_fmt=raw"), "-o backing_fmt:"), (("-o", "data_file="), "-o data_file:"),
+    (("-o", "nope=1"), "-o: 'nope'"), (("-o", "compat=0.10,extended_l2=on"), "-o extended_l2:"),
+    (("-f", "nope"), "-f:")])
+def test_wrong_options_of_a_new_image_are_named_as_they_were_given(both: Both, arguments: tuple[str, ...],
+                                                                   named: str) -> None:
+    code, _, said = both.ours("create", "-f", "qcow2", *arguments, "a", "1M")
+    assert (code, said[:len("blockstep: " + named)]) == (1, "blockstep: " + named)
+    assert both.theirs("create", "-f", "qcow2", *arguments, "a", "1M")[0] == 1
+
+
 # --- amend ---
 
 

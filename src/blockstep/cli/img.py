@@ -23,6 +23,8 @@ from blockstep.cli.img_options import (
     Quiet,
     Share,
     SourceCache,
+    WholeCache,
+    image_format,
     option_words,
     run,
     shown,
@@ -108,6 +110,8 @@ def info_command(
 def check_command(
     filename: Image,
     format: Annotated[str, Option("-f", "--format", metavar="FMT", help="Its format.")] = "qcow2",
+    image_opts: ImageOpts = False,
+    cache: WholeCache = "writeback",
     repair: Annotated[Literal["leaks", "all"] | None, Option("-r", "--repair", metavar="leaks|all",
                       help="Give leaked clusters back; or repair everything, at the risk of a wrong choice.")] = None,
     output: OutputFormat = "human",
@@ -120,15 +124,17 @@ def check_command(
     async def fixed() -> CheckResult:
         from blockstep.images.opened import ImageName
 
+        image = ImageName(filename, image_format(format, image_opts), image_opts)
         try:
-            return await checks.check_image(ImageName(filename, format), repair, complain)
+            return await checks.check_image(image, repair, complain)
         except checks.NothingToCheck as error:
             complain(f"blockstep: {told(error)}")
             raise Failed(checks.NO_CHECKS) from None
 
     try:
         # To look only, nothing is needed of what images are opened with otherwise: that takes longer than most checks.
-        result = checks.look(filename, complain) if repair is None and format == "qcow2" else run(fixed())
+        simple = repair is None and format == "qcow2" and not image_opts
+        result = checks.look(filename, complain) if simple else run(fixed())
     except (BlockstepError, OSError) as error:
         complain(f"blockstep: {told(error)}")
         return 1
@@ -239,6 +245,8 @@ def convert_command(
     salvage: Annotated[bool, Option("--salvage", help="What cannot be read becomes zeroes, with a warning.")] = False,
     bitmaps: Annotated[bool, Option("--bitmaps", help="Copy persistent bitmaps as well: qcow2 to qcow2.")]
         = False,
+    skip_broken_bitmaps: Annotated[bool, Option("--skip-broken-bitmaps", help="With --bitmaps: leave out those that "
+                                   "are inconsistent.")] = False,
     offload: Annotated[bool, Option("-C", "--copy-range-offloading", help="Let the kernel copy between raw "
                        "files, which may share their blocks; zeroes are not looked for.")] = False,
     sparse: Annotated[str, Option("-S", "--sparse-size", metavar="SIZE", help="So many zeroes become a hole; "
@@ -264,6 +272,9 @@ def convert_command(
         if not quiet:
             complain(f"blockstep: warning: error while reading offset {offset}: {error.strerror}")
 
+    def skipped(bitmap: str) -> None:
+        complain(f"blockstep: warning: Skipping inconsistent bitmap '{bitmap}'")
+
     async def work() -> None:
         if _help_on_options(target_format, options, "-O"):
             return
@@ -272,11 +283,13 @@ def convert_command(
         if target_image_opts and not no_create:
             raise OptionError("--target-image-opts", True, "given with -n")
         sources = tuple(ImageName(name, format, image_opts, source_cache) for name in filenames[:-1])
-        target = ImageName(filenames[-1], target_format, target_image_opts, cache, option="-O")
+        target = ImageName(filenames[-1], image_format(target_format, target_image_opts), target_image_opts, cache,
+                           option="-O")
         conversion = Conversion(
             sources, target, create=not no_create, options=option_words(options), zeroed=target_is_zero,
             sparse=parse_size(sparse, "-S"), offload=offload, workers=workers,
-            rate=0 if rate is None else parse_size(rate, "-r"), bitmaps=bitmaps, compressed=compressed,
+            rate=0 if rate is None else parse_size(rate, "-r"), bitmaps=bitmaps,
+            skip_bitmap=skipped if skip_broken_bitmaps else None, compressed=compressed,
             backing=backing, backing_format=backing_format, salvage=unreadable if salvage else None,
             snapshot=snapshot)
         with shown("Converting", bar, quiet) as progress:
@@ -326,7 +339,7 @@ def commit_command(
     from blockstep.images.opened import ImageName
 
     async def work() -> None:
-        image = ImageName(filename, format, image_opts, cache)
+        image = ImageName(filename, image_format(format, image_opts), image_opts, cache)
         with shown("Committing", bar, quiet) as progress:
             await commit(image, base, keep, 0 if rate is None else parse_size(rate, "-r"), progress)
         if not quiet:
@@ -342,11 +355,14 @@ def rebase_command(
     backing_format: Annotated[str | None, Option("-F", "--backing-format", metavar="FMT", help="Its format.")]
         = None,
     format: Annotated[str, Option("-f", "--format", metavar="FMT", help="The image's format.")] = "qcow2",
+    image_opts: ImageOpts = False,
     unsafe: Annotated[bool, Option("-u", help="Change only the name: the new backing image has the content of "
                       "the old one.")] = False,
     cache: Cache = "writeback",
+    source_cache: WholeCache = "writeback",
     bar: Bar = False,
     quiet: Quiet = False,
+    share: Share = False,
 ) -> None:
     """Give an image another backing image. It reads as before: what differs is copied into it first."""
     from blockstep.images.opened import ImageName
@@ -356,7 +372,8 @@ def rebase_command(
         if backing is None and not unsafe:
             raise OptionError("-b", None, "given: the new backing image, or an empty name for none")
         with shown("Rebasing", bar, quiet) as progress:
-            await rebase(ImageName(filename, format, cache=cache), backing or "", backing_format, unsafe, progress)
+            await rebase(ImageName(filename, image_format(format, image_opts), image_opts, cache), backing or "",
+                         backing_format, unsafe, progress)
 
     run(work())
 

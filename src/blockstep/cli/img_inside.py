@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, cast
 
-from blockstep.cli.img_options import Image, Quiet, Share, run
+from blockstep.cli.img_options import Image, ImageOpts, Quiet, Share, image_format, run
 from blockstep.cli.words import Argument, Option, Order
 from blockstep.errors import OptionError
 from blockstep.units import parse_size
@@ -18,6 +18,7 @@ def snapshot_command(
                      "then.")] = None,
     delete: Annotated[str | None, Option("-d", "--delete", metavar="SNAPSHOT", help="Delete one.")] = None,
     format: Annotated[str, Option("-f", "--format", metavar="FMT", help="The image's format.")] = "qcow2",
+    image_opts: ImageOpts = False,
     quiet: Quiet = False,
     share: Share = False,
 ) -> None:
@@ -27,7 +28,7 @@ def snapshot_command(
     from blockstep.images.snapshot import Action, change_snapshots, snapshots_of
 
     async def work() -> None:
-        image = ImageName(filename, format)
+        image = ImageName(filename, image_format(format, image_opts), image_opts)
         all_given: tuple[tuple[str, Action, str | None], ...] = (
             ("-c", "create", create), ("-a", "apply", apply), ("-d", "delete", delete))
         given = [(option, action, name) for option, action, name in all_given if name is not None]
@@ -57,6 +58,7 @@ def bitmap_command(
                       "bitmaps; default: the same.")] = None,
     source_format: Annotated[str, Option("-F", "--source-format", metavar="FMT", help="Its format.")] = "qcow2",
     format: Annotated[str, Option("-f", "--format", metavar="FMT", help="The image's format.")] = "qcow2",
+    image_opts: ImageOpts = False,
 ) -> None:
     """Change a persistent bitmap of a qcow2 image: actions in the order given, all of them or none."""
     from blockstep.images.bitmap import BitmapAction, Kind, change_bitmap
@@ -74,7 +76,8 @@ def bitmap_command(
         if source is not None and not merge:
             raise OptionError("-b", source, "given with --merge only")
         other = None if source is None else ImageName(source, source_format, option="-F")
-        await change_bitmap(ImageName(filename, format), bitmap, actions,
-                            None if granularity is None else parse_size(granularity, "-g"), other)
+        image = ImageName(filename, image_format(format, image_opts), image_opts)
+        await change_bitmap(image, bitmap, actions, None if granularity is None else parse_size(granularity, "-g"),
+                            other)
 
     run(work())

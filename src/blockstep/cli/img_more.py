@@ -13,6 +13,7 @@ from blockstep.cli.img_options import (
     OutputFormat,
     Quiet,
     Share,
+    image_format,
     option_words,
     run,
     shown,
@@ -54,6 +55,7 @@ def amend_command(
     filename: Annotated[str, Argument("FILENAME", help="The image.")] = "",
     options: Options = None,
     format: Annotated[str, Option("-f", "--format", metavar="FMT", help="Its format.")] = "qcow2",
+    image_opts: ImageOpts = False,
     cache: Cache = "writeback",
     bar: Bar = False,
     quiet: Quiet = False,
@@ -72,7 +74,7 @@ def amend_command(
             raise OptionError("FILENAME", None, "given: the image to change")
         with shown("Amending", bar, quiet) as progress:
             progress(0, 1)
-            await amend(ImageName(filename, format, cache=cache), option_words(options))
+            await amend(ImageName(filename, image_format(format, image_opts), image_opts, cache), option_words(options))
             progress(1, 1)
 
     run(work())

@@ -32,10 +32,17 @@ Share = Annotated[bool, Option("-U", "--force-share", help="Taken, and of no eff
 Cache = Annotated[CacheMode, Option("-t", "--cache", help="How the image that is written is cached; unsafe: "
                                           "nothing is made durable.")]
 SourceCache = Annotated[CacheMode, Option("-T", "--source-cache", help="How images that are read are cached.")]
+WholeCache = Annotated[CacheMode, Option("-T", "--source-cache", help="Taken, and of no effect: the image is read as a "
+                                         "file.")]
 OutputFormat = Annotated[Output, Option("--output", help="For people, or for programs.")]
 
 Options = Annotated[list[str] | None, Option("-o", "--options", metavar="NAME=VALUE,...",
                     help="Options of the new image's format; help lists them.")]
+
+
+def image_format(format: str, image_opts: bool) -> str | None:
+    """The format of an image, of a command where it has a default: the options of a node say it themselves."""
+    return None if image_opts else format
 
 
 class Failed(Exception):

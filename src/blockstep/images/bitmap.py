@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -52,13 +52,20 @@ async def change_bitmap(image: ImageName, name: str, actions: Sequence[BitmapAct
     await in_thread(work)
 
 
-def copy_bitmaps(source: str, target: str) -> None:
-    """Give the image in the file ``target`` the bitmaps of ``source``. Raises BlockstepError for one that is broken."""
+def copy_bitmaps(source: str, target: str, skip: Callable[[str], None] | None = None) -> None:
+    """Give the image in the file ``target`` the bitmaps of ``source``.
+
+    ``skip`` is told the names of those that are inconsistent, which are left out; None: raises BlockstepError for one.
+    """
     with whole_file(source, writable=False) as file:
         bitmaps = load(file.read, file.length)
     for one in bitmaps:
         if not one.usable:
-            raise BlockstepError(f"Cannot copy inconsistent bitmap '{one.name}'")
+            if skip is None:
+                raise BlockstepError(f"Cannot copy inconsistent bitmap '{one.name}'; --skip-broken-bitmaps leaves it "
+                                     "out")
+            skip(one.name)
+    bitmaps = [one for one in bitmaps if one.usable]
     if bitmaps:
         with whole_file(target, writable=True) as file:
             store(file.read, file.length, file.write, file.sync, [replace(one, entry=None) for one in bitmaps])

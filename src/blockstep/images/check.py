@@ -33,6 +33,7 @@ async def check_image(image: ImageName, fix: Repair | None, report: Callable[[st
     """
     from blockstep.aio.pool import in_thread
 
+    image = image.as_file()
     if not image.is_file:
         raise _no_file(image.name)
     kind = await image.format_known()

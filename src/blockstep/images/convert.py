@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -28,7 +28,7 @@ from blockstep.errors import OptionError
 from blockstep.images.bitmap import copy_bitmaps
 from blockstep.images.compare import Progress, no_progress
 from blockstep.images.copying import ImageCopy, Salvage
-from blockstep.images.create import Creation
+from blockstep.images.create import COMPAT, Creation
 from blockstep.images.files import made_anew
 from blockstep.images.joined import joined
 from blockstep.images.opened import ImageName, lies_in, opened
@@ -53,7 +53,8 @@ class Conversion:
     """What to do. ``sparse``: so many bytes of zeroes become a hole; 0: none does, the target is fully allocated.
 
     ``zeroed``: the target that exists reads as zeroes. ``offload``: let the kernel copy from file to file, where
-    zeroes are not looked for. ``rate``: bytes a second; 0: no limit. ``bitmaps``: copy the persistent ones as well.
+    zeroes are not looked for. ``rate``: bytes a second; 0: no limit. ``bitmaps``: copy the persistent ones as well;
+    ``skip_bitmap`` is told of those that are inconsistent; None: that is an error.
     ``compressed``: pack what is written. ``backing``, ``backing_format``: the image that shows through in the target,
     with the content of the source's own; only what the source itself holds is written. ``salvage``: is told of what
     cannot be read, and zeroes are there then; None: that is an error. ``snapshot``: of the source, an internal one
@@ -70,6 +71,7 @@ class Conversion:
     workers: int = 8
     rate: int = 0
     bitmaps: bool = False
+    skip_bitmap: Callable[[str], None] | None = None
     compressed: bool = False
     backing: str | None = None
     backing_format: str | None = None
@@ -89,6 +91,10 @@ class Conversion:
             raise OptionError("-S", self.sparse, "left out with -C: the kernel copies without looking for zeroes")
         if self.bitmaps and (len(self.sources) != 1 or self.target.format != "qcow2"):
             raise OptionError("--bitmaps", True, "left out, except from one qcow2 image to another")
+        if self.bitmaps and self.create and COMPAT.get(self.options.get("compat", "1.1")) == "v2":
+            raise OptionError("--bitmaps", True, "left out: images of version 0.10 have none")
+        if self.skip_bitmap is not None and not self.bitmaps:
+            raise OptionError("--skip-broken-bitmaps", True, "given with --bitmaps")
         if self.zeroed and self.create:
             raise OptionError("--target-is-zero", True, "given with -n: a new image is zero anyway")
         if not 1 <= self.workers <= 16:
@@ -140,7 +146,8 @@ async def convert(conversion: Conversion, progress: Progress = no_progress) -> N
             if total:
                 await _copy(conversion, source, into, _Progress(progress, total, conversion.rate))
         if conversion.bitmaps:
-            await in_thread(copy_bitmaps, await whole_qcow2(conversion.sources[0]), await whole_qcow2(target))
+            await in_thread(copy_bitmaps, await whole_qcow2(conversion.sources[0]), await whole_qcow2(target),
+                            conversion.skip_bitmap)
         progress(total, total)
 
 

@@ -18,7 +18,9 @@ from blockstep.images.opened import ImageName, opened
 from blockstep.keyval import fit
 
 #: What qemu-img calls ``version``, and its values.
-_COMPAT: Final = {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}
+COMPAT: Final = {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}
+#: A qcow2 image is a multiple of this: QEMU does not see what is beyond the last one.
+SECTOR: Final = 512
 #: How it shows them.
 _SHOWN: Final = {"v2": "0.10", "v3": "1.1"}
 
@@ -68,9 +70,20 @@ class Creation:
         if "size" not in given:
             raise OptionError("size", None, f"given: '{self.filename}' has no backing image to take it from")
         words = {"driver": str(kind.__struct_config__.tag), "filename": self.filename, **given}
-        wanted: Any = fit(words, kind, "-o", words=True)
-        wanted.check()
+        try:
+            wanted: Any = fit(words, kind, "-o", words=True)
+            wanted.check()
+        except OptionError as error:
+            raise OptionError(self._option(error.option.rpartition(" ")[2]), error.value, error.expected) from None
+        if self.format == "qcow2":
+            wanted = msgspec.structs.replace(wanted, size=-(-wanted.size // SECTOR) * SECTOR)
         return wanted
+
+    def _option(self, field: str) -> str:
+        """How the user gave a field."""
+        given = {"size": ("size", self.size), "backing-file": ("-b", self.backing),
+                 "backing-fmt": ("-F", self.backing_format)}.get(field)
+        return given[0] if given and given[1] is not None else f"-o {_word(field)}"
 
     def _fields(self, known: set[str]) -> Iterator[tuple[str, str]]:
         words = dict(self.options)
@@ -86,9 +99,9 @@ class Creation:
                 shown = ", ".join(sorted(_word(one) for one in known))
                 raise OptionError("-o", word, f"an option of {self.format} images: {shown}")
             if word == "compat":
-                if value not in _COMPAT:
+                if value not in COMPAT:
                     raise OptionError("-o compat", value, "0.10 (v2) or 1.1 (v3)")
-                value = _COMPAT[value]
+                value = COMPAT[value]
             yield name, value
 
 

@@ -17,7 +17,7 @@ from blockstep.drivers.nbd import Nbd
 from blockstep.drivers.overlay import Overlay
 from blockstep.drivers.qcow2.backing import place_of
 from blockstep.drivers.qcow2.driver import Qcow2
-from blockstep.errors import BlockstepError
+from blockstep.errors import BlockstepError, ImageError
 from blockstep.images import AUTO
 from blockstep.images.opened import ImageName, opened
 from blockstep.images.qcow2 import qcow2_fields
@@ -52,7 +52,10 @@ async def _describe(image: ImageName) -> tuple[dict[str, Any], ImageName | None]
     """One image, and the one that it names as its backing image."""
     if not image.is_options and await image.format_known() == "qcow2":
         async with opened(replace(image, format="raw")) as file:
-            return await _qcow2(image, image.name, file.edge)
+            try:
+                return await _qcow2(image, image.name, file.edge)
+            except ImageError as error:
+                raise error.of(image.name) from error
     async with opened(image) as backend:
         node = backend.node
         if isinstance(node, Qcow2):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from blockstep.aio.pool import in_thread
@@ -43,6 +43,21 @@ class ImageName:
         """Whether ``name`` is the options of a node."""
         return self.image_opts or is_options(self.name)
 
+    def as_file(self) -> ImageName:
+        """The same image as a format in a file, where the options of a node say no more than that.
+
+        Raises OptionError for what are no options.
+        """
+        if not self.is_options:
+            return self
+        options = _with_drivers(parse(self.name, "--image-opts"))
+        file = options.get("file")
+        if not isinstance(file, dict) or options.keys() != {"driver", "file"} or file.keys() != {"driver", "filename"}:
+            return self
+        if file["driver"] != "file" or options["driver"] not in FORMATS:
+            return self
+        return replace(self, name=file["filename"], format=options["driver"], image_opts=False)
+
     @property
     def is_file(self) -> bool:
         """Whether ``name`` is a path."""
@@ -64,7 +79,9 @@ class ImageName:
         """The options of its node."""
         options: dict[str, Any]
         if self.is_options:
-            options = parse(self.name, "--image-opts", implied=None)
+            if self.image_opts and self.format not in (None, AUTO):
+                raise OptionError(self.option, self.format, "left out with --image-opts: the options say what it is")
+            options = _with_drivers(parse(self.name, "--image-opts", implied=None))
             if not options:
                 raise OptionError("--image-opts", self.name, "the options of a node: driver=...")
         else:
@@ -79,6 +96,15 @@ class ImageName:
         if writable:
             options.setdefault("discard", "unmap")
         return options
+
+
+def _with_drivers(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a node, and of those below it where a file name says what it is: driver ``file``."""
+    found = {name: _with_drivers(value) if isinstance(value, dict) else value for name, value in options.items()}
+    for child in found.values():
+        if isinstance(child, dict) and "filename" in child:
+            child.setdefault("driver", "file")
+    return found
 
 
 def probe(filename: str) -> str:

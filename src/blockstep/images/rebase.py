@@ -39,6 +39,7 @@ async def rebase(image: ImageName, backing: str, backing_format: str | None, uns
 
     Raises OptionError, OSError and ImageError; then the image reads as before.
     """
+    image = image.as_file()
     if not image.is_file or await image.format_known() != "qcow2":
         raise OptionError("-f", image.format, "qcow2, and the image a file: others do not name a backing image")
     if backing and backing_format not in FORMATS:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from blockstep.aio.posix import OpenFile, length_of, read_padded, write_whole
-from blockstep.errors import OptionError
+from blockstep.errors import ImageError, OptionError
 
 if TYPE_CHECKING:
     from blockstep.images.opened import ImageName
@@ -37,16 +37,22 @@ class WholeFile:
 
 @contextmanager
 def whole_file(filename: str, writable: bool) -> Iterator[WholeFile]:
-    """The file, open inside the section; a writer keeps other writers of ours out. Raises OSError that names it."""
+    """The file, open inside the section; a writer keeps other writers of ours out. Raises OSError that names it.
+
+    An ImageError of the section names it afterwards, too.
+    """
     file = OpenFile(filename, writable=writable)
     try:
         yield WholeFile(file)
+    except ImageError as error:
+        raise error.of(filename) from error
     finally:
         file.close()
 
 
 async def whole_qcow2(image: ImageName) -> str:
     """The path of an image that must be a qcow2 image in a file. Raises OptionError."""
+    image = image.as_file()
     if not image.is_file:
         raise OptionError("FILENAME", image.name, "a file: this is not done through nodes and networks")
     kind = await image.format_known()
