@@ -23,6 +23,8 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Final, Self
 
+from blockstep.aio.pool import wait_out
+
 _CHUNK: Final = 64 << 10
 #: Bytes that are under way in one direction of a connection before reading stops.
 _WINDOW: Final = 4 << 20
@@ -134,8 +136,12 @@ class _Connection:
         except OSError:
             self.reset()
         finally:
+            # First out of the loop, then closed: it knows a socket by its number, which another one may have then.
             for pump in self._pumps:
                 pump.cancel()
+            for pump in self._pumps:
+                await wait_out(pump)
+                _ = pump.cancelled() or pump.exception()  # both may have failed
             self.near.close()
             self.far.close()
             self.proxy._forget(self)
