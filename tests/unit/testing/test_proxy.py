@@ -16,12 +16,14 @@ async def test_sockets_that_are_made_while_a_connection_is_cut_are_heard() -> No
     loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        server.setblocking(False)
         proxy = Proxy("127.0.0.1", server.getsockname()[1], ports=1)
         async with proxy:
             near = stack.enter_context(socket.create_connection((proxy.host, proxy.port)))
             near.send(b"hello")
-            while not proxy.up:
-                await asyncio.sleep(0)
+            far = stack.enter_context((await loop.sock_accept(server))[0])
+            far.setblocking(False)
+            assert await loop.sock_recv(far, 16) == b"hello"
             proxy.cut()
             heard: list[asyncio.Event] = []
             while proxy.connections or len(heard) < 8:
