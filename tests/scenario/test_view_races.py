@@ -489,6 +489,36 @@ def test_operations_of_the_registry_take_turns(first: str, second: str) -> None:
 
 
 @over_four_disks
+@pytest.mark.parametrize("what", ["read", "write"])
+def test_a_checkpoint_is_not_given_up_under_a_request_of_the_view(what: str) -> None:
+    """It may be in a thread with a file that emptying closes, and whose number the next file gets."""
+
+    async def main() -> None:
+        rig = await Rig.open()
+        await rig.registry.start_all("secondary")
+        disk = rig.disks[0]
+        before = bytes(disk.secondary.data)
+        await disk.primary.pwrite(0, b"n" * 4096)
+        rig.gates.close("a-hidden", "a-active")
+        request = Request(disk.view.pread(0, 4096) if what == "read" else disk.view.pwrite(0, b"v" * 4096))
+        giving_up = asyncio.create_task(rig.registry.give_up_all())
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not any(stop.event == "make_empty" for stop in rig.gates.waiting)
+        assert not request.ended
+        assert not giving_up.done()
+        rig.gates.open()
+        await giving_up
+        assert request.ended
+        assert request.error is None
+        if what == "read":
+            assert request.value == before[:4096]
+        await rig.close()
+
+    asyncio.run(main())
+
+
+@over_four_disks
 def test_a_checkpoint_and_giving_it_up_take_turns() -> None:
     """The checkpoint has prepared one disk of two ► the buffer is to be given up ► the checkpoint goes on."""
 

@@ -66,7 +66,8 @@ class ReplicationRegistry:
     async def give_up_all(self) -> None:
         """Give the checkpoint up, and what the standby itself wrote: all running secondaries are as before their start.
 
-        The views refuse all requests until they are started again. Nobody but them uses the disks now.
+        The views refuse all requests until they are started again; what they have in flight is waited for. Nobody but
+        them uses the disks now.
         """
         async with self._turn:  # a start in the middle would have its buffers emptied under it
             await self._give_up_all()
@@ -76,8 +77,9 @@ class ReplicationRegistry:
             if filter.stage is Stage.RUNNING and isinstance(filter.buffer, HiddenDiskBuffer):
                 buffer = filter.buffer
                 await self._put_back(filter)
-                await buffer.active.make_empty()
-                await buffer.hidden.make_empty()
+                async with self._graph.drained(filter):  # requests of the view that came before are at the files yet
+                    await buffer.active.make_empty()
+                    await buffer.hidden.make_empty()
 
     async def checkpoint_all(self) -> None:
         """Move the view of all secondaries to what the primary wrote, together.
