@@ -17,6 +17,9 @@ from blockstep.daemon.primary import Primary, PrimaryConfig
 from blockstep.daemon.standby import Standby
 from blockstep.errors import BlockstepError
 from blockstep.nbd.uri import InetAddress, UnixAddress
+from blockstep.qmp.commands.replication import PairResizeArguments
+from blockstep.qmp.schema import Monitor
+from blockstep.replication import coordinator as c
 from tests.scenario.pair import SIZE, a_disk, until, with_pair
 
 pytestmark = pytest.mark.usefixtures("four_disks")
@@ -93,6 +96,26 @@ def test_a_growth_that_cannot_be_taken_back_on_the_standby_is_told_until_the_nex
         await primary.resize("a", 3 * SIZE)
         assert primary.status().health == standby.status().health == "healthy"
         assert [side.status().disks[0].size for side in (primary, standby)] == [3 * SIZE] * 2
+
+    with_pair(tmp_path, test)
+
+
+def test_a_growth_whose_standby_is_lost_meanwhile_does_not_say_that_all_is_as_before(tmp_path: Path) -> None:
+    async def test(primary: Primary, standby: Standby) -> None:
+        await primary.open()
+        await until(lambda: primary.status().health == "healthy")
+        resize = standby.link.resize_for_primary
+
+        async def lost(args: PairResizeArguments, monitor: Monitor) -> None:
+            await resize(args, monitor)
+            primary._post(c.Failed("a link was cut"))
+
+        standby.link.resize_for_primary = lost  # type: ignore[method-assign]
+        with pytest.raises(BlockstepError, match=f"it has {SIZE} bytes on this side; the standby, which is gone"):
+            await primary.resize("a", 2 * SIZE)
+        assert standby.disks["a"].view.length == 2 * SIZE
+        await until(lambda: primary.status().health == "healthy")
+        assert [side.status().disks[0].size for side in (primary, standby)] == [SIZE] * 2
 
     with_pair(tmp_path, test)
 

@@ -261,29 +261,34 @@ class Primary(Service):
             check_growth(before, size)
             for node in (one.link, self.graph.find(f"{disk}-disk")):
                 node.check_operation("resize")
+            control = self.standby.control
             try:
-                control = self.standby.control
                 await self.standby.resize(disk, size)
                 async with self.graph.drained(one.link):
                     await resize_together([one.link], size)
             except OSError as error:
-                left = await self._take_back(disk, before)
+                left = await self._take_back(disk, before, control)
                 raise BlockstepError(f"disk '{disk}' of this side cannot grow: {error.strerror or error}; "
                                      f"{left}") from error
             except BlockstepError as error:
-                raise BlockstepError(f"{error}; {await self._take_back(disk, before)}") from error
+                raise BlockstepError(f"{error}; {await self._take_back(disk, before, control)}") from error
             one.wrong = ""
             for connection in (one.standby, one.sync):
                 if connection and self.standby.control is control:  # else it is another one's, with a length of its own
                     connection.has_grown(size)
 
-    async def _take_back(self, disk: str, before: int) -> str:
-        """After a growth that failed: let the standby's disk be as this side's. Returns how it is then, in words."""
+    async def _take_back(self, disk: str, before: int, asked: Connection | None) -> str:
+        """After a growth that failed: let the standby's disk be as this side's. Returns how it is then, in words.
+
+        ``asked``: the standby that may have grown.
+        """
         one = self.disks[disk]
         left = f"it has {one.link.length} bytes on this side"
         if one.link.length != before:
             self._post(c.Failed(f"disk '{disk}': a resize failed, and {left}: the standby has to follow"))
             return left
+        if asked and self.standby.control is None:
+            return f"{left}; the standby, which is gone, gets the same when it is attached again"
         try:
             await self.standby.resize(disk, before)
         except BlockstepError as error:
