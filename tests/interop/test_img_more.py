@@ -171,6 +171,15 @@ def test_errors_of_an_image_name_its_file(both: Both, command: tuple[str, ...], 
     assert "magic" in said or "refcount_table_offset" in said
 
 
+def test_an_image_that_cannot_be_resized_is_named(both: Both) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=0.10", "a", "4M")
+    run("qemu-img", "snapshot", "-c", "x", "a")
+    for arguments in (("resize", "-f", "qcow2", "a", "8M"), ("amend", "-o", "size=8M", "a")):
+        assert both.theirs(*arguments)[0] == 1
+        code, _, said = both.ours(*arguments)
+        assert (code, said[:14]) == (1, "blockstep: a: ")
+
+
 @pytest.mark.parametrize(("arguments", "named"), [
     (("-o", "cluster_size=3k"), "-o cluster_size:"), (("-o", "cluster_size=x"), "-o cluster_size:"),
     (("-o", "compat=2"), "-o compat:"), (("-o", "refcount_bits=3"), "-o refcount_bits:"),
@@ -226,6 +235,23 @@ def test_what_cannot_be_amended(both: Both, made: str, arguments: tuple[str, ...
     assert both.ours("amend", "-f", "qcow2", *arguments, "a")[0] == 1
     assert Path("a").read_bytes() == before
     assert both.theirs("amend", "-f", "qcow2", *arguments, "a")[0] == 1
+
+
+def test_a_data_file_that_was_moved_is_found_again(both: Both) -> None:
+    for number, program in enumerate((both.ours, both.theirs)):
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=data", "a", "6M")
+        run("qemu-io", "-f", "qcow2", "-c", "write -P 1 100k 300k", "a")
+        Path("data").rename(f"moved{number}")
+        if program == both.theirs:  # wants it under the old name as well
+            os.link(f"moved{number}", "data")
+        assert program("amend", "-o", f"data_file=moved{number}", "a") == (0, "", "")
+        about = json.loads(run("qemu-img", "info", "--output=json", "a").stdout)["format-specific"]["data"]
+        assert about["data-file"] == f"moved{number}"
+        run("qemu-io", "-r", "-f", "qcow2", "-c", "read -P 1 100k 300k", "a")
+        assert both.ours("amend", "-o", "data_file=", "a")[2].startswith("blockstep: -o data_file:")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "b", "6M")
+    for program in (both.ours, both.theirs):
+        assert program("amend", "-o", "data_file=moved0", "b")[0] == 1
 
 
 @pytest.mark.parametrize("changes", ["compat=0.10", "size=1M"])

@@ -310,12 +310,14 @@ def resize_command(
     quiet: Quiet = False,
 ) -> None:
     """Give an image another length. What is added reads as zeroes."""
+    from blockstep.aio.posix import naming
     from blockstep.images.opened import ImageName, opened
     from blockstep.images.resize import resize, wanted_size
 
     async def work() -> None:
         async with opened(ImageName(filename, format, image_opts), writable=True) as image:
-            await resize(image, wanted_size(size, image.length), shrink, preallocation)
+            with naming(filename):
+                await resize(image, wanted_size(size, image.length), shrink, preallocation)
         if not quiet:
             print("Image resized.")
 

@@ -10,17 +10,21 @@ effect with one write of the header, after all that it needs is durable::
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final, NamedTuple
 
 from blockstep.aio.pool import in_thread
+from blockstep.aio.posix import naming
+from blockstep.drivers.qcow2.create import is_data_file_name
 from blockstep.drivers.qcow2.downgrade import as_version_2, expand_zeroes
 from blockstep.drivers.qcow2.edit import Editor
 from blockstep.drivers.qcow2.format import (
     BITMAPS,
     CORRUPT,
     DIRTY,
+    EXT_DATA_FILE,
     LAZY_REFCOUNTS,
     RAW_EXTERNAL,
     V3_LENGTH,
@@ -41,6 +45,7 @@ from blockstep.units import parse_size
 #: What can be changed, and what it is, for people.
 CHANGES: Final = {
     "compat": "0.10 (v2) or 1.1 (v3)",
+    "data_file": "another name of the external data file, which is the same still",
     "data_file_raw": "off: the external data file need not be the disk any more",
     "lazy_refcounts": "on or off: let others postpone the update of refcounts; of version 1.1",
     "refcount_bits": "a power of two up to 64; in images of version 0.10 it is 16",
@@ -67,7 +72,8 @@ async def amend(image: ImageName, options: Mapping[str, str]) -> None:
     await in_thread(_change, filename, options, size)
     if size is not None:
         async with opened(image, writable=True) as disk:
-            await resize(disk, size)
+            with naming(filename):
+                await resize(disk, size)
 
 
 def _change(filename: str, options: Mapping[str, str], size: int | None) -> None:
@@ -117,6 +123,13 @@ def amended(header: Header, options: Mapping[str, str]) -> Amended:
         if lazy and version < 3:
             raise OptionError("-o lazy_refcounts", options["lazy_refcounts"], "off in images of version 0.10")
         header = replace(header, compatible=header.compatible & ~LAZY_REFCOUNTS | (LAZY_REFCOUNTS if lazy else 0))
+    if "data_file" in options:
+        name = options["data_file"]
+        if header.data_file is None:
+            raise OptionError("-o data_file", name, "left out: the image has no external data file")
+        if not is_data_file_name(name):
+            raise OptionError("-o data_file", name, "the name of a file")
+        header = header.with_extension(EXT_DATA_FILE, os.fsencode(name))
     if "data_file_raw" in options:
         raw = _switch("data_file_raw", options)
         if raw and not header.autoclear & RAW_EXTERNAL:

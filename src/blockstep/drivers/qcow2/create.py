@@ -89,13 +89,18 @@ def new_header(size: int, *, version: int = 3, cluster_size: int = 65536, refcou
     return header
 
 
+def is_data_file_name(name: str) -> bool:
+    """Whether an image can call its external data file so: it is a file, and neither a node nor behind a network."""
+    return bool(name) and "://" not in name and not name.startswith(("json:", "file:"))
+
+
 def _check_features(version: int, cluster_size: int, extended_l2: bool, data_file: str | None, data_file_raw: bool,
                     backing_file: str | None) -> None:
     if extended_l2 and (version < 3 or cluster_size < 16384):
         raise OptionError("extended-l2", True, "off in images of version 2, or with clusters below 16 KiB")
     if data_file is not None and version < 3:
         raise OptionError("data-file", data_file, "left out in images of version 2")
-    if data_file is not None and (not data_file or "://" in data_file or data_file.startswith(("json:", "file:"))):
+    if data_file is not None and not is_data_file_name(data_file):
         raise OptionError("data-file", data_file, "the name of a file")
     if data_file_raw and data_file is None:
         raise OptionError("data-file-raw", True, "off without a data file")
