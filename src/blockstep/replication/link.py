@@ -55,8 +55,8 @@ _LEAST_WINDOW: Final = 64 * KiB
 #: How often per deadline the owner calls `Link.look`.
 LOOKS: Final = 8
 #: Bytes of a request without data. The standby may have to save what it overwrites, and has a deadline for it.
-AT_ONCE: Final = 256 * MiB
-#: What a request without data counts for in the queue.
+AT_ONCE: Final = 512 * MiB
+#: What a request without data counts for on its way.
 SMALL: Final = 4096
 Kind = Literal["pwrite", "write_zeroes", "discard", "barrier"]
 
@@ -82,7 +82,8 @@ class _Request:
         self.link, self.kind, self.offset, self.end, self.data, self.flags = link, kind, offset, end, data, flags
         #: Who waits for the standby.
         self.done = done
-        #: What it counts for in the queue, in bytes.
+        #: What it counts for on the link, in bytes. In the queue it counts for all that it covers: a standby that
+        #: has to save what a discard covers needs as much room for it as for a write.
         self.weight = end - offset if data is not None else 0 if kind == "barrier" else SMALL
 
     def __call__(self, error: BaseException | None) -> None:
@@ -300,6 +301,9 @@ class Link(Filter):
         token = await self._lock.take(offset, offset + length)
         try:
             self.since.set(offset, length)
+            self.written += length
+            if self.alarm and self.written > self.alarm:
+                self.on_written()
             if flags & FAST:  # this disk may refuse, and then the standby must not have done it
                 await local()
                 local = _nothing
@@ -344,7 +348,7 @@ class Link(Filter):
             self._waiting_for_room.popleft().set_result(None)
 
     def _put(self, request: _Request) -> None:
-        self.queued += request.weight
+        self.queued += request.end - request.offset
         if self._held is not None:
             self._held.append(request)
         else:
@@ -386,7 +390,7 @@ class Link(Filter):
         weight = request.weight
         self._in_flight_bytes -= weight
         self._carried += weight
-        self.queued -= weight
+        self.queued -= request.end - request.offset
         if request.done:
             request.done.set_result(None)
         if self._queue:

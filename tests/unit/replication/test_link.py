@@ -124,10 +124,14 @@ def test_data_given_to_a_write_may_change_after_its_end(ack: str) -> None:
     assert pair.remote.data[5:8] == b"abc"
 
 
-def test_a_full_queue_holds_the_guest_until_there_is_room() -> None:
-    pair = Pair("local", queue=10)
+@pytest.mark.parametrize("fills", ["write", "write_zeroes", "discard"])
+def test_a_full_queue_holds_the_guest_until_there_is_room(fills: str) -> None:
+    """A discard fills it with all that it covers: the standby may need as much room for what was there."""
+    queue = 2 * SMALL
+    pair = Pair("local", queue=queue)
     pair.gates.close("remote")
-    assert pair.write(0, bytes(11)).ended
+    full = pair.write(0, bytes(queue + 1)) if fills == "write" else Request(getattr(pair.guest, fills)(0, queue + 1))
+    assert full.ended
     waiting = [pair.write(100 + 10 * number, bytes(10)) for number in range(3)]
     assert not any(request.ended for request in waiting)
     pair.gates.open()
@@ -358,14 +362,15 @@ def test_a_write_that_this_disk_fails_counts_as_what_the_standby_may_lack_until_
     pair.check_bitmaps_cover()
 
 
-def test_the_alarm_rings_when_enough_was_written_since_the_mark() -> None:
+@pytest.mark.parametrize("operation", ["pwrite", "write_zeroes", "discard"])
+def test_the_alarm_rings_when_enough_was_written_since_the_mark(operation: str) -> None:
     pair = Pair("local")
     rings: list[int] = []
     pair.link.on_written = lambda: rings.append(pair.link.written)
     pair.link.alarm = 10
-    pair.write(0, bytes(10))
+    Request(getattr(pair.guest, operation)(0, bytes(10) if operation == "pwrite" else 10))
     assert not rings
-    pair.write(0, b"x")
+    Request(getattr(pair.guest, operation)(0, b"x" if operation == "pwrite" else 1))
     assert rings == [11]
     pair.link.mark()
     assert pair.link.written == 0
