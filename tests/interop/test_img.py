@@ -236,6 +236,15 @@ def test_map_and_info_of_a_chain(chain: Both) -> None:
             assert ours == theirs
 
 
+def test_map_of_a_chain_with_a_short_image_between(both: Both) -> None:
+    written("base", 3 << 20, (2 << 20, b"x" * 4096))
+    both.theirs("create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "mid", "1M")
+    both.theirs("create", "-q", "-f", "qcow2", "-b", "mid", "-F", "qcow2", "top", "4M")
+    both.theirs("create", "-q", "-f", "qcow2", "-b", "top", "-F", "qcow2", "above", "5M")
+    for image in ("top", "above"):
+        assert both.json("map", "-f", "qcow2", image)[0] == both.json("map", "-f", "qcow2", image)[1]
+
+
 def test_info_of_all_that_a_header_can_say(both: Both) -> None:
     for options in ("compat=0.10", "extended_l2=on,cluster_size=128k", "data_file=ext,data_file_raw=on",
                     "compression_type=zstd", "lazy_refcounts=on,refcount_bits=64"):

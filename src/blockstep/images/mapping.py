@@ -77,8 +77,9 @@ def _data_name(node: Driver, name: str) -> str:
 
 
 async def _entries(layers: list[Layer], start: int, extent: Extent) -> list[MapEntry]:
-    if not extent.depth:  # nobody holds it: the lowest layer that reaches so far was the last to be asked
-        depth = max(number for number, (node, _) in enumerate(layers) if number == 0 or node.length > start)
+    if not extent.depth:  # nobody holds it: the last layer that was asked is the one above the first that ends before
+        depth = next((number - 1 for number, (node, _) in enumerate(layers) if number and node.length <= start),
+                     len(layers) - 1)
         return [MapEntry(start, extent.length, depth, False, extent.zero, extent.data)]
     node, name = layers[extent.depth - 1]
     entries = []
