@@ -110,6 +110,15 @@ async def test_the_primary_is_killed_and_the_standby_knows_what_it_has(tmp_path:
                 assert await pair.proven(pair.standby) == at
 
 
+@scenario
+async def test_that_the_standby_was_killed_is_told_at_once_though_nothing_is_written(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start("--max-stall", "10m")
+        await pair.primary.until(health="healthy")
+        pair.standby.kill()
+        await pair.primary.until(state="offline", health="at-risk")
+
+
 async def merging(pair: Pair) -> Side:
     """The standby is promoted, and merges."""
     await pair.start(standby=["--buffer-memory", "64M"])

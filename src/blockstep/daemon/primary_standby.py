@@ -8,7 +8,6 @@ has become of this side's, so that each end can tell of both.
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
@@ -113,7 +112,7 @@ class StandbySide:
                     return
                 if self.control is control:
                     self._hear_faults({disk["name"]: disk.get("fault", "") for disk in status["disks"]})
-                await asyncio.sleep(max_stall * 0.25)
+                await control.ended(max_stall * 0.25)  # then the next question fails
                 if all("fault" in disk for disk in status["disks"]):  # else it is of an older version
                     question["faults"] = [{"name": name, "fault": fault} for name, fault in self._files.faults.items()]
         except (OSError, BlockstepError, TimeoutError) as error:

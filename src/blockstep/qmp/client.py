@@ -171,6 +171,11 @@ class Connection:
         """Whether the connection stands, as far as is known."""
         return self._client.runstate is Runstate.RUNNING
 
+    async def ended(self, limit: float) -> bool:
+        """Wait for the end of the connection, ``limit`` seconds at the most; whether it has come."""
+        await asyncio.wait([self._watcher], timeout=limit)
+        return self._watcher.done()
+
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None, *,
                       timeout: float | None = None, out_of_band: bool = False) -> Any:
         """Execute a command and return its result.

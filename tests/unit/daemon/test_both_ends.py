@@ -69,6 +69,9 @@ class Primary:
         except StopIteration:
             raise ConnectionError("gone") from None
 
+    async def ended(self, limit: float) -> bool:
+        return False
+
 
 def test_a_primary_tells_of_each_change_of_what_its_standby_says() -> None:
     primary = Primary(*(answer(fault=fault) for fault in ("", "moved", "moved", "deleted", "", "")))
