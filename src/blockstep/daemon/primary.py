@@ -121,12 +121,13 @@ class Primary(Service):
             task.cancel()
         if self._cleanup:
             await self._cleanup
+        lost = [await tried(self.graph.find(f"{name}-disk"), disk.backend.flush())
+                for name, disk in self.disks.items()]
+        await self.finish_qmp()
         await self._files.close()
-        lost: list[OSError | None] = []
         for name, disk in self.disks.items():
             storage = self.graph.find(f"{name}-disk")
-            lost += [await tried(storage, disk.backend.flush()),
-                     await tried(storage, self.graph.detach_backend(disk.backend)),
+            lost += [await tried(storage, self.graph.detach_backend(disk.backend)),
                      await tried(storage, self.graph.close(disk.link)), await tried(storage, self.graph.close(storage))]
         await self.stop_qmp()
         for error in filter(None, lost):

@@ -103,6 +103,11 @@ class Service:
                 asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    async def finish_qmp(self) -> None:
+        """Begin no more commands, and let those that have begun end: what they are about is taken down next."""
+        if self.qmp:
+            await self.qmp.finish()
+
     async def stop_qmp(self) -> None:
         """Close the control socket, after its answers have gone out."""
         if self.qmp:

@@ -110,12 +110,11 @@ class Standby(Service):
         if self._view_server:
             await self._view_server.stop()
         torn = await self.ends.close()
+        lost = [await tried(disk.filter, disk.view.flush()) for disk in self.disks.values()
+                if disk.filter.stage is not Stage.NONE]
+        await self.finish_qmp()
         await self._files.close()
-        lost: list[OSError | None] = []
-        for disk in self.disks.values():
-            if disk.filter.stage is not Stage.NONE:
-                lost.append(await tried(disk.filter, disk.view.flush()))
-            lost.append(await tried(disk.filter, self.graph.detach_backend(disk.view)))
+        lost += [await tried(disk.filter, self.graph.detach_backend(disk.view)) for disk in self.disks.values()]
         for name in reversed(list(self.graph.nodes)):
             node = self.graph.nodes.get(name)
             if node and node.owned and not node.parents:
