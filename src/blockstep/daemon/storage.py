@@ -90,7 +90,7 @@ class StorageDaemon(Service):
 
     async def close(self) -> list[OSError]:
         """A clean stop; see the module. Returns what could not be flushed: one error for each node."""
-        await self.qmp.finish()
+        await self.finish_qmp()
         await self._files.close()
         try:
             return await self.inventory.close()

@@ -228,10 +228,7 @@ class Link(Filter):
         token = self._lock.try_take(offset, end) or await self._lock.take(offset, end)
         marks = self._marks
         try:
-            self.since.set(offset, length)
-            self.written += length
-            if self.alarm and self.written > self.alarm:
-                self.on_written()
+            self._count(offset, length)
             here = writing or self.file.pwrite(offset, data, flags)
             if not self.on:
                 await here
@@ -300,10 +297,7 @@ class Link(Filter):
             await self._room()
         token = await self._lock.take(offset, offset + length)
         try:
-            self.since.set(offset, length)
-            self.written += length
-            if self.alarm and self.written > self.alarm:
-                self.on_written()
+            self._count(offset, length)
             if flags & FAST:  # this disk may refuse, and then the standby must not have done it
                 await local()
                 local = _nothing
@@ -328,6 +322,12 @@ class Link(Filter):
         finally:
             self.since.set(offset, length)
             self._lock.give_back(token)
+
+    def _count(self, offset: int, length: int) -> None:
+        self.since.set(offset, length)
+        self.written += length
+        if self.alarm and self.written > self.alarm:
+            self.on_written()
 
     def _tore(self, offset: int, length: int) -> None:
         """This disk failed a write, and may hold anything there; the standby may have taken it."""
