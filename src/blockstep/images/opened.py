@@ -50,13 +50,17 @@ class ImageName:
         """
         if not self.is_options:
             return self
-        options = _with_drivers(parse(self.name, "--image-opts"))
+        options = self._parsed()
         file = options.get("file")
         if not isinstance(file, dict) or options.keys() != {"driver", "file"} or file.keys() != {"driver", "filename"}:
             return self
         if file["driver"] != "file" or options["driver"] not in FORMATS:
             return self
         return replace(self, name=file["filename"], format=options["driver"], image_opts=False)
+
+    def _parsed(self) -> dict[str, Any]:
+        """Of a name that is the options of a node: these. Raises OptionError."""
+        return _with_drivers(parse(self.name, "--image-opts"))
 
     @property
     def is_file(self) -> bool:
@@ -81,7 +85,7 @@ class ImageName:
         if self.is_options:
             if self.image_opts and self.format not in (None, AUTO):
                 raise OptionError(self.option, self.format, "left out with --image-opts: the options say what it is")
-            options = _with_drivers(parse(self.name, "--image-opts", implied=None))
+            options = self._parsed()
             if not options:
                 raise OptionError("--image-opts", self.name, "the options of a node: driver=...")
         else:
