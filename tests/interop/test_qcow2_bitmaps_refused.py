@@ -11,7 +11,7 @@ import pytest
 
 from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.graph import Graph
-from blockstep.block.permissions import READ, WRITE
+from blockstep.block.permissions import READ, RESIZE, WRITE
 from blockstep.drivers.qcow2.create import new_header, write_image
 from blockstep.errors import OperationBlocked, OptionError
 from blockstep.units import MiB
@@ -65,7 +65,7 @@ def test_a_change_to_read_only_that_fails_leaves_no_bitmap_that_could_miss_a_wri
 
     async def go() -> None:
         graph, faulty, node = await over_faults(path, {"event": "write", "errno": 5})
-        writer = graph.attach_backend(node, "writer", READ | WRITE)
+        writer = graph.attach_backend(node, "writer", READ | WRITE | RESIZE)
         assert told(path)["kept"][1] == {"auto", "in-use"}
 
         def now_it_fails(change: Any) -> None:
@@ -80,7 +80,8 @@ def test_a_change_to_read_only_that_fails_leaves_no_bitmap_that_could_miss_a_wri
             await writer.pwrite(0, b"x")
             assert told(path)["kept"][1] == {"auto", "in-use"}
         else:
-            for write in (writer.pwrite(0, b"x"), writer.discard(0, 4096), writer.write_zeroes(0, 4096)):
+            for write in (writer.pwrite(0, b"x"), writer.discard(0, 4096), writer.write_zeroes(0, 4096),
+                          writer.truncate(SIZE // 2)):
                 with pytest.raises(OSError, match="could not be marked"):
                     await write
             faulty.state = 1

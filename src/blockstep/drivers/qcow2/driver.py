@@ -129,7 +129,7 @@ class Qcow2(Emptier, Packer):
         self._saves = self._good_save = 0
         self._unpacked: dict[int, bytes] = {}
         self._slot = None
-        self._moving = False
+        self._moving = self._size_in_doubt = False
         try:
             found = await self._load_bitmaps(self.header, not self.read_only)
             self._check_places(found, self._refcounts, self._tables)

@@ -44,6 +44,7 @@ RAW_EXTERNAL: Final = 2
 #: Header fields at their place in the file, for those who change a few of them.
 AT_INCOMPATIBLE: Final = 72
 AT_AUTOCLEAR: Final = 88
+AT_SIZE: Final = 24
 AT_L1: Final = 36  #: l1_size, l1_table_offset, refcount_table_offset, refcount_table_clusters: `TABLES`
 TABLES: Final = struct.Struct(">IQQI")
 

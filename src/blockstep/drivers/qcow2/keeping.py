@@ -48,7 +48,7 @@ from blockstep.errors import ImageError, OptionError
 
 #: Bytes of bits that are written at a time.
 _PIECE: Final = 1 << 20
-_WRITES: Final = ("pwrite", "begin_write", "write_compressed", "copy_in", "write_zeroes", "discard")
+_WRITES: Final = ("pwrite", "begin_write", "write_compressed", "copy_in", "write_zeroes", "discard", "truncate")
 
 
 class Keeper(Saver):

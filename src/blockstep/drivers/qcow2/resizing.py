@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from blockstep.block.driver import MAY_UNMAP, not_supported
 from blockstep.block.node import Child
-from blockstep.drivers.qcow2.format import AT_L1, MOST_L1, TABLES, encode_table, entries_for
+from blockstep.drivers.qcow2.format import AT_L1, AT_SIZE, MOST_L1, TABLES, encode_table, entries_for
 from blockstep.drivers.qcow2.reading import EVERYTHING
 from blockstep.drivers.qcow2.writing import Writer
 from blockstep.errors import noting
@@ -35,7 +35,7 @@ class Resizer(Writer):
         except BaseException as error:
             if length > before:
                 with noting(error):
-                    if self.length != before:
+                    if self.length != before or self._size_in_doubt:
                         await self._set_length(before)
                         self._below_end = below_end
                     if self.data_file is not None and self.data_file.node.length != file_length:
@@ -49,19 +49,19 @@ class Resizer(Writer):
             if length > before:
                 if self.data_file is not None:
                     await self._lengthen_data(self.data_file, before, length)
+                if not self._raw_data:
+                    await self._drop(before, length)
                 await self._lengthen_l1(length)
             await self._settle()
-            self.length = length
-            self.header = replace(self.header, size=length, l1_size=len(self._tables.l1),
-                                  l1_table_offset=self._tables.l1_offset)
-            await self.file.pwrite(24, length.to_bytes(8, "big"))
-            await self.file.flush()
+            await self._write_size(length)
         finally:
             self._lock.give_back(token)
         if length < before:
-            first = -(-length >> self._bits) << self._bits
-            if first < before:
-                await self._drop(first, before)
+            token = self._lock.try_take(length, before) or await self._lock.take(length, before)
+            try:
+                await self._drop(length, before)
+            finally:
+                self._lock.give_back(token)
             if self.data_file is not None:
                 await self._shorten_data(self.data_file, length)
         else:
@@ -76,6 +76,19 @@ class Resizer(Writer):
             if self._raw_data:
                 await self._allocate_all(edge, length)
         await self.flush()
+
+    async def _write_size(self, length: int) -> None:
+        """Durable at return. If it fails the disk keeps its length, and the next save puts the header right."""
+        try:
+            await self.file.pwrite(AT_SIZE, length.to_bytes(8, "big"))
+            await self.file.flush()
+        except BaseException:
+            self._size_in_doubt = True
+            raise
+        self.length = length
+        self.header = replace(self.header, size=length, l1_size=len(self._tables.l1),
+                              l1_table_offset=self._tables.l1_offset)
+        self._size_in_doubt = False
 
     async def _lengthen_data(self, data: Child, before: int, length: int) -> None:
         """Let the external data file reach to the disk's new end; a raw one reads as zeroes there."""
@@ -123,17 +136,16 @@ class Resizer(Writer):
         refcounts.made_durable(list(old))
 
     async def _drop(self, start: int, stop: int) -> None:
-        """Forget the clusters from ``start`` on, which is beyond the end."""
+        """Forget the clusters between the disk's end and ``stop``: a crash or an error may have left some there."""
         tables = self._tables
-        token = self._lock.try_take(start, stop) or await self._lock.take(start, stop)
-        try:
-            while start < stop:
-                index = start >> self._l2_shift
-                end = min(stop, (index + 1) << self._l2_shift)
-                if tables.l1[index]:
-                    await tables.own(index)
-                    first, count = (start >> self._bits) & self._mask, -(-(end - start) >> self._bits)
-                    tables.change(index, first, [0] * count)
-                start = end
-        finally:
-            self._lock.give_back(token)
+        start, stop = -(-start >> self._bits) << self._bits, min(stop, len(tables.l1) << self._l2_shift)
+        while start < stop:
+            index = start >> self._l2_shift
+            end = min(stop, (index + 1) << self._l2_shift)
+            first, count = (start >> self._bits) & self._mask, -(-(end - start) >> self._bits)
+            table = await tables.table(index)
+            if table is not None and (any(table[first:first + count]) or (
+                    tables.extended and any(tables.maps[index][first:first + count]))):
+                await tables.own(index)
+                tables.change(index, first, [0] * count)
+            start = end

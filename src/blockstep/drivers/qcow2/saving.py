@@ -15,8 +15,9 @@ before a reference appears, and only fall after it is gone. What was not flushed
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
-from blockstep.drivers.qcow2.format import AT_L1, TABLES, encode_table
+from blockstep.drivers.qcow2.format import AT_L1, AT_SIZE, TABLES, encode_table
 from blockstep.drivers.qcow2.reading import Reader
 
 
@@ -29,6 +30,8 @@ class Saver(Reader):
     _good_save: int
     #: Whether a save moves the header to the set of tables that `emptying` has made.
     _moving: bool
+    #: A resize has failed: the header may have a length of the disk that is not ours.
+    _size_in_doubt: bool
 
     async def flush(self) -> None:
         if self.read_only:
@@ -36,7 +39,7 @@ class Saver(Reader):
         before = self._saves
         tables, refcounts = self._tables, self._refcounts
         if not (tables.dirty or tables.l1_dirty or refcounts.dirty or refcounts.retired or self._moving
-                or self._saving.locked()):
+                or self._size_in_doubt or self._saving.locked()):
             await self._data.flush()
         else:
             async with self._saving:
@@ -54,7 +57,7 @@ class Saver(Reader):
         tables, refcounts = self._tables, self._refcounts
         # The moment: from here to the first wait nothing changes, and later changes are the next save's.
         kept = (tables.dirty, tables.l1_dirty, refcounts.dirty, refcounts.table_dirty, refcounts.retired)
-        moving, table_moved = self._moving, refcounts.table_moved
+        moving, table_moved, size_in_doubt = self._moving, refcounts.table_moved, self._size_in_doubt
         blocks = [refcounts.dirty_bytes(index) for index in sorted(refcounts.dirty)]
         table = self._table_bytes(table_moved)
         l2 = [tables.dirty_bytes(index) for index in sorted(tables.dirty)]
@@ -66,6 +69,8 @@ class Saver(Reader):
         refcounts.dirty, refcounts.table_dirty, refcounts.retired = {}, set(), []
         refcounts.retiring = kept[4]
         try:
+            if size_in_doubt:
+                await self.file.pwrite(AT_SIZE, self.length.to_bytes(8, "big"))
             await self._write_all(blocks)
             if moving:
                 await self._write_all(table + l2 + l1)
@@ -95,6 +100,8 @@ class Saver(Reader):
             tables.saving, refcounts.saving = {}, {}
         if table_moved:
             refcounts.table_moved = False
+        if size_in_doubt:
+            self._size_in_doubt = False
         if moving:
             await self._moved()
         refcounts.made_durable(kept[4])
@@ -149,5 +156,7 @@ class Saver(Reader):
         self._refcounts.start_is_durable()
 
     async def _pass_discard(self, offset: int, length: int) -> None:
+        """Of what is free. That it cannot be done is no error of the request that happens to find it free."""
         if self.options.discard == "unmap" and offset + length <= self.file.node.length:
-            await self.file.discard(offset, length)
+            with suppress(OSError):
+                await self.file.discard(offset, length)

@@ -24,6 +24,7 @@ from blockstep.drivers.qcow2.check import Checker, Read
 from blockstep.drivers.qcow2.edit import Editor
 from blockstep.drivers.qcow2.format import (
     AT_L1,
+    AT_SIZE,
     AUTO,
     COPIED,
     EXTERNAL_DATA,
@@ -38,8 +39,7 @@ from blockstep.drivers.qcow2.format import (
 from blockstep.drivers.qcow2.repair import Sync, Write
 from blockstep.errors import ImageError, OptionError
 
-#: Where the header has size and crypt_method (`AT_L1` follows), and the number and the place of the snapshots.
-_AT_SIZE: Final = 24
+#: What lies `AT_SIZE`: size and crypt_method (`AT_L1` follows); where the number and the place of the snapshots are.
 _SIZE: Final = struct.Struct(">QI")
 _AT_SNAPSHOTS: Final = 60
 _SNAPSHOTS: Final = struct.Struct(">IQ")
@@ -139,7 +139,7 @@ def apply_snapshot(read: Read, length: int, write: Write, sync: Sync, wanted: st
     editor.write(place, encode_table(entries).ljust(bytes_of_l1, b"\0"))
     editor.sync()
     header = editor.header  # its refcount table may have moved
-    editor.write(_AT_SIZE, _SIZE.pack(size, 0) + TABLES.pack(
+    editor.write(AT_SIZE, _SIZE.pack(size, 0) + TABLES.pack(
         snapshot.l1_size, place, header.refcount_table_offset, header.refcount_table_clusters))
     editor.sync()
     editor.lower_by(old)
@@ -148,7 +148,7 @@ def apply_snapshot(read: Read, length: int, write: Write, sync: Sync, wanted: st
     return snapshot
 
 
-assert _AT_SIZE + _SIZE.size == AT_L1
+assert AT_SIZE + _SIZE.size == AT_L1
 
 
 def _editor(read: Read, length: int, write: Write, sync: Sync) -> Editor:

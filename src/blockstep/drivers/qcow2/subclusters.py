@@ -51,7 +51,8 @@ class SubclusterWriter(Saver):
         place = (left if head else offset) - start + host
         await self._data.pwrite(place, b"".join(pieces) if len(pieces) > 1 else pieces[0])
         for low, high in copied:
-            await self._data.pwrite(low - start + host, await self._read_padded(low, high))
+            if held := await self._read_padded(low, high):
+                await self._data.pwrite(low - start + host, held)
         await tables.own(index)
         tables.change(index, first, [(host + (each << self._bits)) | COPIED for each in range(count)], maps)
         return end - offset

@@ -171,3 +171,30 @@ def test_a_cluster_is_not_used_again_before_the_requests_to_it_have_ended(late: 
         await graph.close(node)
 
     asyncio.run(go())
+
+
+def test_a_discard_that_fails_is_no_error_of_the_write_that_finds_the_place_free(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    CreateQcow2(filename=str(path), size=SIZE).create()
+
+    async def go() -> None:
+        graph = Graph()
+        node = await graph.open({"driver": "qcow2", "discard": "unmap", "file": {
+            "driver": "blkdebug", "inject-error": [{"event": "discard"}], "file": {
+                "driver": "file", "filename": str(path)}}})
+        user = graph.attach_backend(node, "test", READ | WRITE)
+        for _ in range(3):
+            await user.pwrite(0, b"\x01" * 65536)
+            await user.flush()
+            await user.discard(0, 65536)
+            await user.flush()
+        await node.make_empty()
+        await user.flush()
+        await user.pwrite(0, b"\x02" * 65536)
+        assert bytes(await user.pread(0, 65536)) == b"\x02" * 65536
+        await graph.detach_backend(user)
+        await graph.close(node)
+
+    asyncio.run(go())
+    image = path.read_bytes()
+    assert check(lambda offset, length: image[offset:offset + length], len(image)).clean

@@ -1,11 +1,11 @@
-"""Growth over a backing node that grows as well, and growth that fails at any moment."""
+"""Growth over a backing node that grows as well, resizes that fail at any moment, and what they leave behind."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -16,6 +16,7 @@ from blockstep.block.permissions import READ, RESIZE, WRITE, Role
 from blockstep.block.registry import register
 from blockstep.drivers.create import CreateQcow2
 from blockstep.drivers.qcow2.check import check
+from blockstep.drivers.qcow2.format import AT_SIZE, parse_header
 from blockstep.errors import told
 from blockstep.units import KiB
 from tests.disks import ram
@@ -47,6 +48,8 @@ class Failing(Filter):
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
         self._comes_by()
+        assert data
+        assert offset + len(data) <= self.length
         await super().pwrite(offset, data, flags)
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
@@ -110,6 +113,85 @@ async def test_a_growth_that_fails_at_any_moment_leaves_the_image_as_it_was(tmp_
         assert_whole(path.read_bytes())
         good += 1
     assert good > 10
+
+
+@scenario
+async def test_a_shrinking_that_fails_at_any_moment_leaves_one_of_the_two_lengths_and_the_header_says_which(
+        tmp_path: Path) -> None:
+    path, after, good, failed = tmp_path / "disk.qcow2", 60 * KiB + 5, 0, True
+    lengths = set()
+    while failed:
+        CreateQcow2(filename=str(path), size=BEFORE, cluster_size=512).create()
+        graph = Graph()
+        await graph.open({"driver": "file", "node-name": "plain", "filename": str(path)})
+        file = await graph.open({"driver": "test-failing", "node-name": "file", "file": "plain"})
+        assert isinstance(file, Failing)
+        node = await graph.open({"driver": "qcow2", "file": "file"})
+        user = graph.attach_backend(node, "user", READ | WRITE | RESIZE)
+        await user.pwrite(0, b"\x07" * BEFORE)
+        await user.flush()
+        file.good = good
+        error = await refusal(user.truncate(after))
+        failed, file.good = error is not None, None
+        length = user.length
+        assert length == after or (failed and length == BEFORE)
+        lengths.add(length)
+        assert bytes(await user.pread(0, length)) == b"\x07" * length
+        await user.flush()
+        assert parse_header(path.read_bytes()[:512]).size == length
+        await user.truncate(after)
+        await user.truncate(BEFORE)
+        assert bytes(await user.pread(0, BEFORE)) == b"\x07" * after + bytes(BEFORE - after)
+        await graph.detach_backend(user)
+        for name in (node.name, "file", "plain"):
+            await graph.close(graph.find(name))
+        assert_whole(path.read_bytes())
+        good += 1
+    assert lengths == {BEFORE, after}
+
+
+@pytest.mark.parametrize("options", [{}, {"extended_l2": True}, {"data_file": "data"}, {"version": "v2"}], ids=str)
+@scenario
+async def test_a_disk_that_grows_does_not_show_again_what_a_shrinking_was_cut_short_over(
+        tmp_path: Path, options: dict[str, Any]) -> None:
+    path = tmp_path / "disk.qcow2"
+    CreateQcow2(filename=str(path), size=BEFORE, cluster_size=16 * KiB, **options).create()
+    graph = Graph()
+    disk = {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}}
+    node = await graph.open(disk)
+    await node.pwrite(0, b"\x07" * BEFORE)
+    await node.write_zeroes(200 * KiB, 64 * KiB)
+    await graph.close(node)
+    after = 100 * KiB
+    with path.open("r+b") as file:  # as a crash leaves it: the new length is durable, and nothing else is
+        file.seek(AT_SIZE)
+        file.write(after.to_bytes(8, "big"))
+    node = await graph.open(disk)
+    user = graph.attach_backend(node, "user", READ | WRITE | RESIZE)
+    await user.truncate(400 * KiB)
+    assert bytes(await user.pread(0, 400 * KiB)) == b"\x07" * after + bytes(300 * KiB)
+    assert all(extent.zero for extent in await user.block_status(112 * KiB, 288 * KiB))
+    await graph.detach_backend(user)
+    await graph.close(node)
+    assert_whole(path.read_bytes())
+
+
+@scenario
+async def test_subclusters_behind_the_end_of_a_data_file_are_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    CreateQcow2(filename=str(path), size=64 * KiB, cluster_size=16 * KiB, extended_l2=True, data_file="data").create()
+    graph = Graph()
+    data = await graph.open({"driver": "test-failing", "file": {"driver": "file", "filename": str(tmp_path / "data")}})
+    node = await graph.open({"driver": "qcow2", "file": {"driver": "file", "filename": str(path)},
+                             "data-file": data.name})
+    user = graph.attach_backend(node, "user", READ | WRITE | RESIZE)
+    await user.pwrite(62 * KiB, b"\x07" * 2 * KiB)
+    await user.truncate(60 * KiB)
+    await user.pwrite(40 * KiB, b"\x08" * 20 * KiB)
+    assert bytes(await user.pread(0, 60 * KiB)) == bytes(40 * KiB) + b"\x08" * 20 * KiB
+    await graph.detach_backend(user)
+    for each in (node, data):
+        await graph.close(each)
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
