@@ -73,6 +73,11 @@ class Receiver(Protocol):
         """The connection is gone. None: an orderly end of the stream, or `Channel.close`."""
 
 
+def errno_of(error: OSError) -> int:
+    """The errno of what ended a channel. The numbers of TLS's errors are no errnos."""
+    return errno.EPROTO if isinstance(error, ssl.SSLError) else error.errno or errno.EIO
+
+
 class Channel:
     """A connected stream socket (TCP or unix), plain or TLS, driven by the running event loop."""
 
@@ -291,6 +296,7 @@ class Channel:
             if self._is_writing:
                 self._is_writing = False
                 self._loop.remove_writer(self._sock)
+            self._sock.getpeername()  # of a peer that is gone wrap_socket would keep the socket, open or closed
             tls = context.wrap_socket(self._sock, server_side=server_side, server_hostname=server_hostname,
                                       do_handshake_on_connect=False)
             self._sock = tls
@@ -318,15 +324,16 @@ class Channel:
         ready = self._loop.create_future()
         sock = self._sock
 
-        def wake() -> None:
+        def wake(_: object = None) -> None:
             if not ready.done():
                 ready.set_result(None)
 
         add(sock, wake)
-        self._closed.add_done_callback(lambda _: wake())
+        self._closed.add_done_callback(wake)
         try:
             await ready
         finally:
+            self._closed.remove_done_callback(wake)
             if sock.fileno() >= 0:
                 remove(sock)
 
@@ -378,8 +385,9 @@ class Channel:
             return
         self._lost = True
         self._is_reading = self._is_writing = False
-        self._loop.remove_reader(self._sock)
-        self._loop.remove_writer(self._sock)
+        if self._sock.fileno() >= 0:  # else wrap_socket has failed, and it is in other hands
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
         self._queue.clear()
         self.unsent = 0
         if error is None:

@@ -27,6 +27,7 @@ from typing import Annotated, Any, Final, cast
 import msgspec
 from msgspec import Meta
 
+from blockstep.aio.names import resolve
 from blockstep.daemon.stdio import StandardStreams
 from blockstep.errors import OptionError
 from blockstep.inventory.objects import Objects
@@ -146,7 +147,7 @@ async def _connect(options: SocketOptions) -> socket.socket:
     family, kind, protocol, address = socket.AF_UNIX, socket.SOCK_STREAM, 0, cast(Any, options.path)
     try:
         if options.host is not None:
-            found = await loop.getaddrinfo(options.host or None, options.port, type=kind)
+            found = await resolve(options.host, options.port)
             family, kind, protocol, _, address = found[0]
         sock = socket.socket(family, kind, protocol)
         try:

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable
 from struct import Struct
 from typing import Final
 
-from blockstep.aio.channel import Buffer, Channel
+from blockstep.aio.channel import Buffer, Channel, errno_of
 from blockstep.aio.clock import Clock, Timer
 from blockstep.aio.inline import Completion, start
 from blockstep.aio.rangelock import RangeLock
@@ -349,7 +349,7 @@ class Client:
         elif error is None:
             reason = ConnectionLost("the server closed the connection", errno.ECONNRESET)
         else:
-            reason = ConnectionLost(error.strerror or str(error), error.errno or errno.EIO)
+            reason = ConnectionLost(error.strerror or str(error), errno_of(error))
         self.lost_because = self._refusing = reason
         self._cork = []
         if self._timer is not None:

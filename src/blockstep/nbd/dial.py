@@ -17,7 +17,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from blockstep.aio.channel import Channel
+from blockstep.aio.channel import Channel, errno_of
+from blockstep.aio.names import resolve
 from blockstep.errors import ConnectionLost, OptionError, PeerRefused
 from blockstep.nbd.client_handshake import (
     ABORT,
@@ -73,13 +74,13 @@ async def list_server(address: Address, *, tls: ClientTls | None = None, details
 async def open_socket(address: Address) -> socket.socket:
     """A connected, non-blocking socket. All addresses of a host are tried, one after the other.
 
-    Raises OSError: that of the last attempt, its text saying where to.
+    Raises OSError: that of the last attempt, its text saying where to; or that of the name.
     """
     loop = asyncio.get_running_loop()
     if isinstance(address, UnixAddress):
         candidates: list[tuple[int, Any]] = [(socket.AF_UNIX, address.path)]
     else:
-        found = await loop.getaddrinfo(address.host or "localhost", address.port, type=socket.SOCK_STREAM)
+        found = await resolve(address.host or "localhost", address.port)
         candidates = [(family, where) for family, _, _, _, where in found]
     error = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
     for family, where in candidates:
@@ -130,7 +131,7 @@ class _Greeter:
     def lost(self, error: OSError | None) -> None:
         reason = error.strerror if error is not None and error.strerror else "the server closed the connection"
         self._end_turn(ConnectionLost(f"{reason}, during the handshake",
-                                      errno.ECONNRESET if error is None else error.errno or errno.EIO))
+                                      errno.ECONNRESET if error is None else errno_of(error)))
 
     def _end_turn(self, error: Exception | None) -> None:
         self.channel.pause()
@@ -192,13 +193,23 @@ async def _within(timeout: float, reason: str, work: Coroutine[Any, Any, T]) -> 
 
 def _hostname(tls: ClientTls, address: Address | socket.socket) -> str | None:
     if tls.hostname is not None:
-        return tls.hostname
+        return _host_name(tls.hostname)
     if isinstance(address, InetAddress):
-        return address.host
+        return address.host or "localhost"
     if tls.context.check_hostname:
         raise OptionError("tls-hostname", None, "given: a socket without a host name leaves nothing to check the "
                           "server's certificate against")
     return None
+
+
+def _host_name(name: str) -> str:
+    try:
+        fits = bool(name.encode("idna")) and "\0" not in name
+    except UnicodeError:
+        fits = False
+    if not fits:
+        raise OptionError("tls-hostname", name, "a host name")
+    return name
 
 
 def _name(address: Address | socket.socket) -> str:

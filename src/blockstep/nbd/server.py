@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from blockstep.aio.acceptor import Acceptor
+from blockstep.aio.names import resolve
 from blockstep.errors import OptionError, of_socket
 from blockstep.nbd.buffers import Pool
 from blockstep.nbd.connection import Connection, Limits
@@ -107,11 +108,9 @@ class Server:
         if any of them cannot be had; none is kept then.
         """
         try:
-            infos = await self._loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM,
-                                                 flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG)
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is no host name"
-            raise OSError(errno.EADDRNOTAVAIL, f"cannot listen on '{host}': {reason}") from None
+            infos = await resolve(host or "", port, socket.AI_PASSIVE | socket.AI_ADDRCONFIG)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen on {error.strerror}") from None
         both = len({family for family, *_ in infos}) > 1
         made: list[socket.socket] = []
         try:

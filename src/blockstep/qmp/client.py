@@ -277,12 +277,14 @@ async def open_connection(address: Address, *, timeout: float = 10.0,
 def _failed(address: Address, cause: Exception) -> Exception:
     if isinstance(cause, tls.SSLError | socket.gaierror):  # whose numbers are no errno
         return ConnectionLost(f"{_shown(address)}: {cause.strerror or cause}")
+    if isinstance(cause, EOFError) or not cause.args:  # asyncio has no words for an end in the TLS handshake
+        return ConnectionLost(f"{_shown(address)}: the peer hung up before it had greeted")
+    if isinstance(cause, UnicodeEncodeError) or type(cause) is UnicodeError:  # which of them depends on Python
+        return ConnectionLost(f"{_shown(address)}: it is no host name")
     if isinstance(cause, OSError):
         # With a number the words for it say it all; what asyncio writes there has the address once more.
         return ConnectionLost(_shown(address) if cause.errno else f"{_shown(address)}: {cause}",
                               cause.errno or errno.ENOTCONN)
-    if isinstance(cause, EOFError):
-        return ConnectionLost(f"{_shown(address)}: the peer hung up before it had greeted")
     if isinstance(cause, PeerRefused):
         return PeerRefused(f"{_shown(address)}: {cause}")
     return ProtocolError(f"{_shown(address)}: this is no QMP server: {cause}")

@@ -43,6 +43,7 @@ from typing import Any, Final
 import msgspec
 
 from blockstep.aio.acceptor import Acceptor
+from blockstep.aio.names import resolve
 from blockstep.errors import of_socket
 from blockstep.qmp import wire
 from blockstep.qmp.events import Throttle
@@ -272,8 +273,7 @@ class Server:
 
 async def bind_tcp(host: str, port: int) -> socket.socket:
     """A socket bound to the first address that ``host`` resolves to, not listening yet. Raises OSError."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found = await resolve(host, port, socket.AI_PASSIVE)
     family, kind, protocol, _, address = found[0]
     sock = socket.socket(family, kind, protocol)
     try:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import struct
 from collections.abc import Callable
+from typing import Any
+
+import pytest
 
 from blockstep.aio.channel import Channel
 
@@ -131,6 +135,44 @@ def test_abort_of_a_tcp_connection_is_a_reset() -> None:
             channel.abort()
             await other.wait_closed()
             assert isinstance(peer.ends[0], ConnectionResetError)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("last", [b"", b"not a word of TLS"])
+def test_a_peer_that_is_gone_before_tls_can_start_ends_the_channel_as_everywhere(last: bytes) -> None:
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener, \
+                socket.create_connection(listener.getsockname()) as peer:
+            owner = Owner()
+            channel = Channel(listener.accept()[0], owner)
+            channel.pause()
+            peer.sendall(last)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            peer.close()
+            with pytest.raises(OSError) as caught:
+                await channel.start_tls(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), server_side=True)
+            assert owner.ends == [caught.value]
+            await channel.wait_closed()
+            channel.abort()
+
+    asyncio.run(main())
+
+
+def test_a_socket_that_is_lost_on_its_way_into_tls_ends_the_channel_as_well() -> None:
+    class Losing(ssl.SSLContext):
+        def wrap_socket(self, sock: socket.socket, *args: Any, **options: Any) -> ssl.SSLSocket:
+            socket.socket(fileno=sock.detach()).close()
+            raise ConnectionResetError
+
+    async def main() -> None:
+        left, one, right, _ = pair()
+        left.pause()
+        with pytest.raises(ConnectionResetError) as caught:
+            await left.start_tls(Losing(ssl.PROTOCOL_TLS_SERVER), server_side=True)
+        assert one.ends == [caught.value]
+        await left.wait_closed()
+        await right.wait_closed()
 
     asyncio.run(main())
 

@@ -45,6 +45,12 @@ def test_a_server_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) ->
         asyncio.run(node(path=str(tmp_path / "nowhere")).open())
 
 
+@pytest.mark.parametrize("name", ["a..b", ".b", "x" * 64])
+def test_what_can_be_no_host_name_is_called_that(name: str) -> None:
+    with pytest.raises(OSError, match=f"'{name}': it is no host name"):
+        asyncio.run(node(host=name).open())
+
+
 def test_every_error_of_open_is_ours_or_the_systems() -> None:
     with pytest.raises((OSError, BlockstepError)):
         asyncio.run(node(host="localhost", port=1).open())

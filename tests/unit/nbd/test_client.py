@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import ssl
 import struct
 from collections.abc import Coroutine
 from typing import Any
@@ -163,6 +164,19 @@ def test_a_peer_that_goes_away_fails_what_is_outstanding(partial: bytes) -> None
         while not ended:
             await turns()
         assert codes(ended) == [errno.ECONNRESET]
+    run(test)
+
+
+def test_the_number_of_a_tls_error_is_not_taken_for_an_errno() -> None:
+    """Number 1 is all that OpenSSL says; as an errno it would be: operation not permitted."""
+    async def test() -> None:
+        client, _ = pair()
+        ended = Ended()
+        ended.watch(client.pread(0, 4))
+        client.lost(ssl.SSLError(1, "[SSL: BAD_RECORD_TYPE] bad record type"))
+        assert codes(ended) == [errno.EPROTO]
+        assert "Protocol error: [SSL: BAD_RECORD_TYPE]" in str(ended[0])
+        client._channel.abort()
     run(test)
 
 

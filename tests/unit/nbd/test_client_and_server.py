@@ -10,7 +10,7 @@ import pytest
 
 from blockstep.block.driver import Extent
 from blockstep.drivers.nbd import Nbd, NbdOptions
-from blockstep.errors import PeerRefused
+from blockstep.errors import OptionError, PeerRefused
 from blockstep.nbd import constants as c
 from blockstep.nbd.client import Client
 from blockstep.nbd.dial import ClientTls, list_server
@@ -110,6 +110,22 @@ def test_mutual_tls_and_a_certificate_of_somebody_else(tmp_path: Path, trusted: 
             await client.pwrite(1, data)
             assert await client.pread(1, len(data)) == data
             await client.close()
+        finally:
+            await server.stop(1)
+    asyncio.run(whole())
+
+
+@pytest.mark.parametrize("name", ["", ".localhost", "a..b", "a\0b", "x" * 64])
+def test_what_can_be_no_name_in_a_certificate_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    pki = certificates.make(tmp_path / "pki", "server")
+
+    async def whole() -> None:
+        server = Server(tls="required", tls_context=server_context(pki))
+        server.add(Export("disk", Storage(MiB)))
+        try:
+            with pytest.raises(OptionError, match=r"tls-hostname: .* should be a host name"):
+                await Client.connect(InetAddress(*(await server.start_tcp("127.0.0.1", 0))[0]), "disk",
+                                     tls=ClientTls(client_context(pki), name))
         finally:
             await server.stop(1)
     asyncio.run(whole())

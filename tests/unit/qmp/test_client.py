@@ -248,6 +248,15 @@ def test_a_host_name_that_nobody_knows_is_called_that(monkeypatch: pytest.Monkey
     asyncio.run(scenario())
 
 
+def test_what_can_be_no_host_name_is_called_that() -> None:
+    async def scenario() -> None:
+        with pytest.raises(ConnectionLost, match=r"a\.\.b:1: it is no host name$"):
+            async with connect(("a..b", 1)):
+                pass
+
+    asyncio.run(scenario())
+
+
 def certificate(directory: Path) -> tuple[Path, Path]:
     """A self-signed certificate for localhost and its key, both in ``directory``."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -288,6 +297,22 @@ def test_tls_over_tcp(tmp_path: Path) -> None:
         await until(lambda: not server.monitors)
 
     served(tmp_path, scenario)
+
+
+def test_a_peer_that_hangs_up_in_the_tls_handshake_is_said_to() -> None:
+    async def scenario() -> None:
+        async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readexactly(1)  # the rest is left unread only as long as it is on its way
+            await reader.read(65536)
+            writer.close()
+
+        async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            with pytest.raises(ConnectionLost, match=f":{port}: the peer hung up before it had greeted$"):
+                async with connect(("127.0.0.1", port), ssl=ssl.create_default_context()):
+                    pass
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("turns", range(6))
