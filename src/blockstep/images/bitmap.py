@@ -44,7 +44,8 @@ async def change_bitmap(image: ImageName, name: str, actions: Sequence[BitmapAct
             others = bitmaps
             if source is not None:
                 with whole_file(source, writable=False) as other:
-                    others = {one.name: one for one in load(other.read, other.length)}
+                    others = {one.name: one for one in load(other.read, other.length, [
+                        action.source for action in actions])}
             for action in actions:
                 _apply(file, bitmaps, name, action, granularity, others)
             store(file.read, file.length, file.write, file.sync, list(bitmaps.values()))

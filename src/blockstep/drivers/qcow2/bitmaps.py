@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from blockstep.block.bitmap import Bitmap
-from blockstep.drivers.qcow2.bitmap_limits import bitmap_bytes, check_directory, check_entries
+from blockstep.drivers.qcow2.bitmap_limits import MOST_BITS, bitmap_bytes, check_directory, check_entries
 from blockstep.drivers.qcow2.check import Checker, Read
 from blockstep.drivers.qcow2.edit import Editor
 from blockstep.drivers.qcow2.format import (
@@ -81,10 +81,15 @@ def _directory(checker: Checker) -> list[BitmapEntry]:
 def load(read: Read, length: int, names: Sequence[str] | None = None) -> list[StoredBitmap]:
     """The bitmaps of the image in a file of ``length`` bytes, with their bits (only of ``names``, if given).
 
-    Raises ImageError, and what ``read`` raises.
+    Raises ImageError, also if they have more than `MOST_BITS` together, and what ``read`` raises.
     """
     checker = Checker(read, length, lambda text: None)
-    return [_load(checker, each, names is None or each.name in names) for each in _directory(checker)]
+    entries = _directory(checker)
+    wanted = {each.name for each in entries if not each.flags & IN_USE and (names is None or each.name in names)}
+    size = sum(bitmap_bytes(checker.header.size, 1 << each.granularity_bits) for each in entries if each.name in wanted)
+    if size > MOST_BITS:
+        raise ImageError("bitmaps", size, f"at most {MOST_BITS} bytes together")
+    return [_load(checker, each, each.name in wanted) for each in entries]
 
 
 def _load(checker: Checker, entry: BitmapEntry, bits: bool) -> StoredBitmap:

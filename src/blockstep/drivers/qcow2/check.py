@@ -17,6 +17,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from typing import Final
 
 from blockstep.drivers.qcow2.bitmap_limits import check_entries
@@ -43,6 +44,10 @@ __all__ = ["CheckResult", "Checker", "Fixer", "Read", "Report", "check"]
 
 #: Bytes of all L1 tables of snapshots together, at most.
 MOST_SNAPSHOT_L1: Final = GiB
+#: Bytes of all tables of bitmaps together, at most: 65535 of them, in holes of a file, would take hours to read.
+MOST_BITMAP_TABLES: Final = GiB
+#: L2 tables, at most: each takes about 100 bytes of memory. The disk alone has up to 4 million.
+MOST_L2_TABLES: Final = 1 << 23
 _BITMAP_RESERVED: Final = ~OFFSET
 
 
@@ -63,6 +68,8 @@ class Checker(TableChecker):
         self.blocks: Final[dict[int, int]] = {}  #: number of a refcount block -> its offset
         #: The refcount table and its blocks cannot be used: they are damaged, or lie where something else does.
         self.rebuild = False
+        #: The active L1 table cannot be read: what the disk has is not known, and nothing can be repaired.
+        self.l1_broken = False
         #: (cluster, how many) of the refcount table and of each block, where nothing else is.
         self.refcount_clusters: list[tuple[int, int]] = []
         self.bitmaps_broken = False
@@ -76,6 +83,7 @@ class Checker(TableChecker):
         self._l2_shift = self.header.cluster_bits + self.header.l2_bits
         self._starts: dict[int, int] = {}  # L2 table -> where on the disk its part begins, with external data
         self._metadata: list[tuple[int, int, int]] = []  # (cluster, how many, how often it is used)
+        self._l2_tables: dict[int, int] = {}  # the same of L2 tables: offset -> how often it is used
 
     def run(self) -> CheckResult:
         """Count everything, compare. Raises as `check` does."""
@@ -232,21 +240,25 @@ class Checker(TableChecker):
         self._snapshots()
         if right:
             active = self._l1_table(header.l1_table_offset, header.l1_size, "active L1 table", active=True)
-        tables = dict(active)
+        self.l1_broken = not right
+        tables = self._l2_tables = dict(active)
         for each in self.snapshots:
             for offset, times in self._l1_table(each.l1_table_offset, each.l1_size,
                                                 f"L1 table of snapshot {each.id!r}").items():
                 tables[offset] = tables.get(offset, 0) + times
+            if len(tables) > MOST_L2_TABLES:
+                raise ImageError("number of L2 tables", f"more than {MOST_L2_TABLES}", "at most that")
         for offset, weight in tables.items():
             self.counts.add(offset >> bits, weight)
-            self._metadata.append((offset >> bits, 1, weight))
         for offset, weight in tables.items():
             self.l2_table(offset, weight, active.get(offset, 0), self._starts.get(offset, 0))
 
     def _check_taken(self) -> None:
         """Metadata of which data is a second user."""
         taken: list[int] = []
-        for first, count, weight in self._metadata:
+        bits = self.header.cluster_bits
+        l2_tables = ((offset >> bits, 1, weight) for offset, weight in self._l2_tables.items())
+        for first, count, weight in chain(self._metadata, l2_tables):
             if not self.counts.all_are(first, count, weight):
                 taken += [each for each in range(first, first + count) if self.counts.of(each) != weight]
         for cluster in taken:
@@ -269,6 +281,8 @@ class Checker(TableChecker):
             entries = parse_bitmaps(header, where, self.read(where.directory_offset,
                                                              min(where.directory_size, MOST_BITMAP_DIRECTORY)))
             check_entries(header, entries)
+            if sum(each.table_size for each in entries) * 8 > MOST_BITMAP_TABLES:
+                raise ImageError("bitmap_table_size", "larger", f"at most {MOST_BITMAP_TABLES} bytes all together")
         except ImageError as error:
             self._corrupt(f"bitmap directory: {error}")
             self.bitmaps_broken = True
@@ -290,7 +304,8 @@ class Checker(TableChecker):
         seen: set[int] = set()
         size = header.refcount_table_clusters << header.cluster_bits
         if header.refcount_table_offset + size > self.end << header.cluster_bits:
-            raise ImageError("refcount_table_offset", header.refcount_table_offset, "inside of the file")
+            self.rebuild = True  # `_refcount_structures` tells
+            return
         for number, entry in enumerate(decode_table(self.read(header.refcount_table_offset, size))):
             if not entry:
                 continue

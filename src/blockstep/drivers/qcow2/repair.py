@@ -11,6 +11,8 @@
 Data is worth more than structures that can be counted anew: where a refcount block and a cluster of data overlap, the
 data stays. Where data and a table overlap, the table stays, and the data that was in its place is lost in any case.
 
+An image whose active L1 table is not in the file is left as it is: all of its data would count as leaked.
+
 Killed in the middle, a repair leaves an image that the next one repairs: the header's bits are reset last.
 """
 
@@ -70,7 +72,7 @@ class _Repair:
         first = self._checker(report)
         before = first.run()
         pending = first.header.incompatible & (DIRTY | CORRUPT)
-        if before.clean and not (pending and what == "all"):
+        if first.l1_broken or (before.clean and not (pending and what == "all")):
             return before
         if what == "leaks":
             if before.leaks and not first.rebuild:

@@ -14,9 +14,12 @@ import pytest
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
+from blockstep.drivers.qcow2 import bitmaps
 from blockstep.drivers.qcow2.bitmaps import StoredBitmap, load, mark_in_use, store
 from blockstep.drivers.qcow2.format import EXT_BITMAPS, parse_header
 from blockstep.errors import ImageError, OptionError
+from blockstep.images.bitmap import BitmapAction, change_bitmap
+from blockstep.images.opened import ImageName
 from tests.peers import need, run
 from tests.unit.drivers.qcow2.images import make, our_check, qemu_check, write
 from tests.unit.drivers.qcow2.test_snapshots import opened
@@ -160,3 +163,16 @@ def directory_of(data: bytes) -> int:
     extension = parse_header(data[:65536]).extension(EXT_BITMAPS)
     assert extension is not None
     return int.from_bytes(extension[16:24], "big")
+
+
+def test_bits_beyond_the_limit_of_memory_are_refused_unless_they_are_left_out(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make(tmp_path / "image", "default")  # 8 MiB: 16 bytes of b0, 2 KiB of b1
+    monkeypatch.setattr(bitmaps, "MOST_BITS", 2 << 10)
+    with opened(path) as image:
+        assert [each.usable for each in load(*image[:2], ["b1"])] == [False, True]
+        with pytest.raises(ImageError, match="at most 2048 bytes together"):
+            load(*image[:2])
+    change = [BitmapAction("merge", "b0")]
+    asyncio.run(change_bitmap(ImageName(str(path), "qcow2"), "b0", change, source_image=ImageName(str(path), "qcow2")))
+    assert clean(path)

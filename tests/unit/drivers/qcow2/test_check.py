@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from blockstep.drivers.qcow2 import check as checks
 from blockstep.drivers.qcow2.format import (
+    AT_L1,
     COMPRESSED,
     COPIED,
     CORRUPT,
     DIRTY,
     OFFSET,
 )
+from blockstep.drivers.qcow2.repair import Repair
+from blockstep.errors import ImageError
 from tests.peers import need, run
 from tests.unit.drivers.qcow2.images import KINDS, Damage, make, our_check, our_repair, qemu_check, write
 
@@ -97,6 +101,8 @@ DAMAGES: dict[str, Callable[[Damage], object]] = {
     "refcount block twice": lambda image: image.put(image.header.refcount_table_offset + 8, image.block),
     "refcount block over data": lambda image: image.put(
         image.header.refcount_table_offset, image.u64(image.exclusive) & OFFSET),
+    "refcount table outside": lambda image: image.put(48, 1 << 40),
+    "refcount table behind the end": lambda image: image.put(48, -(-len(image.data) // 65536) * 65536),
     "snapshot's L1 table outside": lambda image: image.put(image.snapshot, 1 << 40),
     "snapshot's L1 table unaligned": lambda image: image.put(image.snapshot, image.u64(image.snapshot) + 512),
     "snapshot's L1 table over the active one": lambda image: image.put(image.snapshot, image.l1),
@@ -181,7 +187,8 @@ def test_damage_is_found_and_repaired(tmp_path: Path, images: dict[str, Path], k
 
 @pytest.mark.parametrize("damage", [
     "all refcounts gone", "refcount block twice", "refcount block over data", "refcount of the header",
-    "refcount block outside", "not marked as exclusive", "L1 entry not marked"])
+    "refcount block outside", "refcount table outside", "refcount table behind the end", "not marked as exclusive",
+    "L1 entry not marked"])
 def test_what_can_be_counted_anew_costs_no_data(tmp_path: Path, images: dict[str, Path], damage: str) -> None:
     path = tmp_path / "image"
     shutil.copy(images["default"], path)
@@ -194,6 +201,32 @@ def test_what_can_be_counted_anew_costs_no_data(tmp_path: Path, images: dict[str
         run("qemu-img", "convert", "-l", name, "-O", "raw", str(path), str(tmp_path / "one"))
         run("qemu-img", "convert", "-l", name, "-O", "raw", str(images["default"]), str(tmp_path / "two"))
         assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["leaks", "all"])
+def test_an_image_whose_l1_table_is_not_there_is_left_as_it_is(
+        tmp_path: Path, images: dict[str, Path], what: Repair) -> None:
+    path = tmp_path / "image"
+    shutil.copy(images["default"], path)
+    image = Damage(path)
+    image.put(AT_L1 + 4, 1 << 40)
+    image.save()
+    repaired = our_repair(path, what)
+    assert repaired.corruptions
+    assert not repaired.corruptions_fixed + repaired.leaks_fixed
+    assert path.read_bytes() == image.data
+
+
+def test_more_tables_than_memory_is_for_are_refused(images: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "MOST_L2_TABLES", 2)
+    with pytest.raises(ImageError, match="number of L2 tables"):
+        our_check(images["default"])
+
+
+def test_more_tables_of_bitmaps_than_there_is_time_for_are_a_damage(
+        images: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "MOST_BITMAP_TABLES", 8)
+    assert our_check(images["default"]).corruptions == 1
 
 
 def test_the_dirty_bit_goes_when_all_is_repaired(tmp_path: Path, images: dict[str, Path]) -> None:
