@@ -397,10 +397,49 @@ def test_what_has_no_checks_says_so(both: Both) -> None:
     assert both.ours("check", "a")[0] == 1
 
 
-@pytest.mark.parametrize("arguments", [("+3M",), ("--shrink", "1M"), ("--preallocation=full", "+1M")])
+@pytest.mark.parametrize("arguments", [("+3M",), ("--shrink", "1M"), ("--preallocation=full", "+1M"),
+                                       ("--preallocation=falloc", "+1M"), ("--preallocation=metadata", "+1M")])
 def test_resize_qcow2(chain: Both, arguments: tuple[str, ...]) -> None:
     assert chain.ours("resize", "-q", "-f", "qcow2", *arguments[:-1], "base", arguments[-1]) == (0, "", "")
     assert chain.theirs("check", "base")[0] == 0
+
+
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize("options", ["compat=1.1", "compat=0.10,cluster_size=512", "extended_l2=on", "data_file=DATA",
+                                     "data_file=DATA,data_file_raw=on", "cluster_size=2M"])
+@pytest.mark.parametrize("backed", [False, True])
+def test_what_is_added_has_its_places(both: Both, mode: str, options: str, backed: bool) -> None:
+    if backed and ("raw=on" in options or "0.10" in options):
+        pytest.skip("a raw data file has no backing image, and version 2 does not grow over one in qemu-img")
+    written("base", 7 << 20, *((offset, b"below") for offset in range(0, 7 << 20, 100_000)))
+    found, options = [], options.replace("DATA", str(Path("data").absolute()))
+    for program in (both.ours, both.theirs):
+        for name in ("a", "data"):
+            Path(name).unlink(missing_ok=True)
+        words = ("-b", "base", "-F", "raw") if backed else ()
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, *words, "a", "1000k"], check=True)
+        subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 990k 10k", "a"], check=True, capture_output=True)
+        place = Path("data" if "data_file" in options else "a")
+        before = place.stat().st_blocks * 512
+        assert program("resize", "-q", "-f", "qcow2", f"--preallocation={mode}", "a", "5M") == (0, "", "")
+        assert both.theirs("check", "-f", "qcow2", "a")[0] == 0
+        check = json.loads(both.theirs("check", "--output=json", "-f", "qcow2", "a")[1])
+        subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", "a", "plain"], check=True)
+        assert (place.stat().st_blocks * 512 - before > 2 << 20) == (mode != "metadata")
+        found.append((Path("plain").read_bytes(), check["allocated-clusters"]))
+    assert found[0] == found[1]
+    assert found[0][0][1000 << 10:] == bytes((5 << 20) - (1000 << 10))
+
+
+def test_what_cannot_be_preallocated(both: Both) -> None:
+    written("a", 4096)
+    assert both.ours("resize", "-f", "raw", "--preallocation=metadata", "a", "8k")[0] == both.theirs(
+        "resize", "-f", "raw", "--preallocation=metadata", "a", "8k")[0] == 1
+    assert Path("a").stat().st_size == 4096
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "b", "1M"], check=True)
+    for words in (("b", "1M"), ("--shrink", "b", "512k")):
+        for program in (both.ours, both.theirs):
+            assert program("resize", "-f", "qcow2", "--preallocation=falloc", *words)[0] == 1
 
 
 def test_a_chain_that_loops_is_an_error_at_once(both: Both) -> None:

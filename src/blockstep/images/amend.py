@@ -49,7 +49,7 @@ CHANGES: Final = {
     "data_file_raw": "off: the external data file need not be the disk any more",
     "lazy_refcounts": "on or off: let others postpone the update of refcounts; of version 1.1",
     "refcount_bits": "a power of two up to 64; in images of version 0.10 it is 16",
-    "size": "a greater length of the disk",
+    "size": "another length of the disk; what is beyond it is lost",
 }
 _WIDTHS: Final = ("1", "2", "4", "8", "16", "32", "64")
 _VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
@@ -73,15 +73,14 @@ async def amend(image: ImageName, options: Mapping[str, str]) -> None:
     if size is not None:
         async with opened(image, writable=True) as disk:
             with naming(filename):
-                await resize(disk, size)
+                await resize(disk, size, shrink=True)
 
 
 def _change(filename: str, options: Mapping[str, str], size: int | None) -> None:
     with whole_file(filename, writable=True) as file:
         header = read_header(file)
-        if size is not None and size < header.size:
-            raise OptionError("-o size", size, f"{header.size} or more: to make a disk smaller there is 'resize "
-                                               "--shrink'")
+        if size == 0 != header.size:
+            raise OptionError("-o size", size, "more than 0 bytes")
         if header.incompatible & (DIRTY | CORRUPT):
             raise ImageError("incompatible_features", "dirty or corrupt", "without them: blockstep img check --repair")
         changed, bits, older = amended(header, options)

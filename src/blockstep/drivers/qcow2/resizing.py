@@ -12,13 +12,27 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import replace
+from typing import Final
 
 from blockstep.block.driver import MAY_UNMAP, not_supported
 from blockstep.block.node import Child
-from blockstep.drivers.qcow2.format import AT_L1, AT_SIZE, MOST_L1, TABLES, encode_table, entries_for
+from blockstep.drivers.qcow2.format import (
+    AT_L1,
+    AT_SIZE,
+    COMPRESSED,
+    COPIED,
+    MOST_L1,
+    TABLES,
+    encode_table,
+    entries_for,
+)
 from blockstep.drivers.qcow2.reading import EVERYTHING
+from blockstep.drivers.qcow2.tables import ALLOCATED
 from blockstep.drivers.qcow2.writing import Writer
 from blockstep.errors import noting
+
+#: Bytes of the disk that are given a place in one step: bounds how long the range is held.
+_PIECE: Final = 64 << 20
 
 
 class Resizer(Writer):
@@ -134,6 +148,52 @@ class Resizer(Writer):
         old = range(tables.l1_offset >> bits, (tables.l1_offset >> bits) + -(-len(tables.l1) * 8 >> bits))
         tables.l1, tables.l1_offset = grown, offset
         refcounts.made_durable(list(old))
+
+    async def preallocate(self, start: int, holes: bool) -> None:
+        """Give each cluster from ``start`` on that has no place one in the file, in which it reads as zeroes.
+
+        ``start``: the clusters from there on are zero: a disk has just grown. ``holes``: the places are holes of the
+        file where that is possible; otherwise they have room. Durable with the next flush. Raises OSError as writing.
+        """
+        start = -(-start >> self._bits) << self._bits
+        while start < self.length:
+            end = min(self.length, start + _PIECE, ((start >> self._l2_shift) + 1) << self._l2_shift)
+            token = self._lock.try_take(start, end) or await self._lock.take(start, end)
+            try:
+                await self._running(self._preallocate(start, end, holes))
+            finally:
+                self._lock.give_back(token)
+            start = end
+
+    async def _preallocate(self, start: int, end: int, holes: bool) -> None:
+        """A range of one L2 table."""
+        tables, index = self._tables, start >> self._l2_shift
+        first = (start >> self._bits) & self._mask
+        stop = first + (-(-(end - start) >> self._bits))
+        while first < stop:
+            table = await tables.own(index)
+            if table[first] & (tables.placed | COMPRESSED):
+                first += 1
+                continue
+            count = 1
+            while first + count < stop and not table[first + count] & (tables.placed | COMPRESSED):
+                count += 1
+            host, virgin = (index << self._l2_shift) + (first << self._bits), False
+            length = min(count << self._bits, self.length - host)
+            if self.data_file is None:
+                host, count, virgin = await self._refcounts.allocate(count)
+                length = count << self._bits
+            try:
+                if not (virgin and holes):
+                    await self._data.write_zeroes(host, length, MAY_UNMAP if holes else 0)
+                await tables.own(index)
+            except BaseException:
+                if self.data_file is None:
+                    await self._refcounts.release(host, count)
+                raise
+            places = range(host | COPIED, (host | COPIED) + (count << self._bits), self.cluster_size)
+            tables.change(index, first, list(places), [ALLOCATED] * count)
+            first += count
 
     async def _drop(self, start: int, stop: int) -> None:
         """Forget the clusters between the disk's end and ``stop``: a crash or an error may have left some there."""

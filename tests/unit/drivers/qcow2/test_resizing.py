@@ -18,6 +18,7 @@ from blockstep.drivers.create import CreateQcow2
 from blockstep.drivers.qcow2.check import check
 from blockstep.drivers.qcow2.format import AT_SIZE, parse_header
 from blockstep.errors import told
+from blockstep.images.resize import Preallocation, resize
 from blockstep.units import KiB
 from tests.disks import ram
 from tests.scenarios import scenario
@@ -192,6 +193,37 @@ async def test_subclusters_behind_the_end_of_a_data_file_are_not_written(tmp_pat
     await graph.detach_backend(user)
     for each in (node, data):
         await graph.close(each)
+
+
+@pytest.mark.parametrize("options", [{"cluster_size": 512}, {"extended_l2": True}, {"data_file": "data"}], ids=str)
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+@scenario
+async def test_an_image_that_does_not_get_its_places_has_its_old_length(
+        tmp_path: Path, mode: Preallocation, options: dict[str, Any]) -> None:
+    path, good, failed = tmp_path / "disk.qcow2", 0, True
+    before, after = 100 * KiB, 600 * KiB
+    while failed:
+        CreateQcow2(filename=str(path), size=before, **options).create()
+        graph = Graph()
+        await graph.open({"driver": "file", "node-name": "plain", "filename": str(path)})
+        file = await graph.open({"driver": "test-failing", "node-name": "file", "file": "plain"})
+        assert isinstance(file, Failing)
+        node = await graph.open({"driver": "qcow2", "file": "file"})
+        user = graph.attach_backend(node, "user", READ | WRITE | RESIZE)
+        await user.pwrite(0, b"\x07" * before)
+        await user.flush()
+        file.good = good
+        error = await refusal(resize(user, after, preallocation=mode))
+        failed, file.good = error is not None, None
+        assert user.length == (before if failed else after)
+        assert bytes(await user.pread(0, user.length)) == (b"\x07" * before).ljust(user.length, b"\0")
+        assert failed or all(extent.allocated for extent in await user.block_status(0, after))
+        await graph.detach_backend(user)
+        for name in (node.name, "file", "plain"):
+            await graph.close(graph.find(name))
+        assert_whole(path.read_bytes())
+        good += 7
+    assert good > 7
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
