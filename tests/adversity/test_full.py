@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,22 @@ async def test_a_buffer_that_spills_takes_what_memory_does_not(tmp_path: Path) -
         assert await pair.proven(pair.standby) == 10
         await pair.standby.until(state="promoted")
         assert await pair.proven(pair.standby) == 10
+
+
+@scenario
+async def test_a_standby_ends_in_good_order_without_room_for_the_metadata_of_its_buffers(tmp_path: Path) -> None:
+    """They are images that nobody opens again."""
+    async with Pair(tmp_path, size=MiB) as pair:
+        await pair.start(standby=["--buffer-format", "qcow2", "--buffer-dir", str(tmp_path)])
+        await pair.primary.until(health="healthy")
+        async with pair.primary.clients() as (guest,):
+            await guest.pwrite(0, b"!" * MiB)
+            await pair.primary.until(lambda status: not status["disks"][0]["behind"])
+        pair.primary.kill()
+        limit_files(pair.standby, MiB)  # as long as the disk, and shorter than the image that has saved all of it
+        pair.standby.send(signal.SIGTERM)
+        assert await pair.standby.ended() == 0, pair.standby.printed
+        assert await pair.file("standby") == pair.originals[0].read_bytes()
 
 
 @scenario

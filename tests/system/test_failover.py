@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from blockstep.nbd.client import Client
 from blockstep.nbd.dial import list_server
 from blockstep.nbd.uri import parse_address
 from blockstep.testing.numbered import BLOCK
-from blockstep.testing.pair import Pair, Status
+from blockstep.testing.pair import Pair, Side, Status
 from tests.scenarios import scenario
 
 of_any_kind = pytest.mark.usefixtures("four_disks")
@@ -205,6 +207,32 @@ async def test_stop_on_the_standby_shows_what_the_primary_wrote_last(tmp_path: P
         assert (status["state"], status["role"]) == ("stopped", "standby")
         primary = await pair.primary.until(state="fenced")
         assert "stopped" in primary["reason"]
+
+
+def unlinked(side: Side) -> list[str]:
+    """The files that a process has open and that have no name: the buffers of a standby."""
+    found = []
+    for entry in Path(f"/proc/{side.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            found.append(os.readlink(entry))
+    return [name for name in found if name.endswith(" (deleted)")]
+
+
+@of_any_kind
+@pytest.mark.parametrize("end", ["checkpoint", "latest", "stop"])
+@scenario
+async def test_the_buffers_of_a_standby_that_has_ended_as_one_take_no_room_any_more(tmp_path: Path, end: str) -> None:
+    async with Pair(tmp_path, disks=2) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        assert unlinked(pair.standby)
+        if end == "stop":
+            await pair.standby.execute("replication-stop")
+        else:
+            pair.primary.kill()
+            await pair.standby.execute("replication-failover", to=end)
+            await pair.standby.heard("REPLICATION_FAILOVER", stage="done")
+        assert not unlinked(pair.standby)
 
 
 @of_any_kind

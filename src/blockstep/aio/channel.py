@@ -75,7 +75,9 @@ class Receiver(Protocol):
 
 def errno_of(error: OSError) -> int:
     """The errno of what ended a channel. The numbers of TLS's errors are no errnos."""
-    return errno.EPROTO if isinstance(error, ssl.SSLError) else error.errno or errno.EIO
+    if isinstance(error, ssl.SSLError):
+        return errno.ECONNRESET if isinstance(error, ssl.SSLEOFError) else errno.EPROTO
+    return error.errno or errno.EIO
 
 
 class Channel:

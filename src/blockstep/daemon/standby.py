@@ -24,7 +24,7 @@ from blockstep.daemon.files import Files
 from blockstep.daemon.service import Service
 from blockstep.daemon.standby_ends import Ends
 from blockstep.daemon.standby_link import PrimarysSide
-from blockstep.daemon.standby_setup import StandbyConfig, StandbyDisk, open_disk
+from blockstep.daemon.standby_setup import BUFFERS, StandbyConfig, StandbyDisk, open_disk
 from blockstep.daemon.standby_status import Situation
 from blockstep.drivers.replication import Stage
 from blockstep.errors import BlockstepError, NodeNotFound, OperationBlocked, noting
@@ -56,7 +56,7 @@ class Standby(Service):
         self.situation = Situation(config, clock, self._files)
         self.link = PrimarysSide(self.situation, self.graph, self.registry, self._tell, self.status,
                                  self._refused)
-        self.ends = Ends(self.situation, self.registry, self.link.revoke, self.emit, self._tell)
+        self.ends = Ends(self.situation, self.graph, self.registry, self.link.revoke, self.emit, self._tell)
         self._clock = clock
         self._view_server: NbdServer | None = None
         self._addresses: list[Address] = []
@@ -118,7 +118,9 @@ class Standby(Service):
         for name in reversed(list(self.graph.nodes)):
             node = self.graph.nodes.get(name)
             if node and node.owned and not node.parents:
-                lost.append(await tried(node, self.graph.close(node)))
+                error = await tried(node, self.graph.close(node))
+                if not name.endswith(BUFFERS):  # what they hold is nobody's by now, or a disk is torn
+                    lost.append(error)
         await self.stop_qmp()
         for error in (*torn, *filter(None, lost)):
             raise error

@@ -16,7 +16,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Literal
 
 from blockstep.aio.pool import in_thread
+from blockstep.block.graph import Graph
 from blockstep.daemon import promotion
+from blockstep.daemon.standby_setup import close_buffers
 from blockstep.daemon.standby_status import Situation
 from blockstep.drivers.replication import Stage
 from blockstep.errors import BlockstepError, ReplicationError
@@ -28,9 +30,10 @@ from blockstep.replication.registry import ReplicationRegistry
 class Ends:
     """The verbs. ``revoke`` shuts the primary out; ``emit`` sends an event; ``tell`` sends the state if it is new."""
 
-    def __init__(self, situation: Situation, registry: ReplicationRegistry, revoke: Callable[[], Awaitable[None]],
-                 emit: Callable[[Event], None], tell: Callable[[], None]) -> None:
-        self._now, self._registry = situation, registry
+    def __init__(self, situation: Situation, graph: Graph, registry: ReplicationRegistry,
+                 revoke: Callable[[], Awaitable[None]], emit: Callable[[Event], None],
+                 tell: Callable[[], None]) -> None:
+        self._now, self._graph, self._registry = situation, graph, registry
         self._revoke, self._emit, self._tell = revoke, emit, tell
         self._pair = situation.config.pair
         self._note = situation.config.state
@@ -101,6 +104,7 @@ class Ends:
 
     async def _see_merged(self) -> None:
         await self._merged()
+        await self._close_buffers()
         await self._write_down_what_is_left()
         left = self._now.what_is_left()
         self._announce("failed" if left else "done", left)
@@ -127,6 +131,7 @@ class Ends:
             try:
                 if now.stopped:
                     await self._finish()
+                    await self._close_buffers()
                     return
                 self._must_run("stop")
                 self._must_be_whole("stop")
@@ -137,6 +142,7 @@ class Ends:
                 except BaseException:
                     now.stopped = not now.untouched
                     raise
+                await self._close_buffers()
             finally:
                 self._tell()
 
@@ -171,6 +177,11 @@ class Ends:
         for disk in self._now.unfinished:
             disk.errors.clear()
         await self._registry.finish_all(failover=not self._now.keeps_latest)
+
+    async def _close_buffers(self) -> None:
+        for disk in self._now.disks.values():
+            if disk.filter.stage is Stage.DONE:
+                await close_buffers(self._graph, disk.spec)
 
     async def _merged(self) -> None:
         """Wait until no merge runs."""

@@ -11,6 +11,7 @@ The first commit of a primary puts copy-before-write over NAME-secondary: see `b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ from blockstep.replication.resize import unevenness
 _BUFFER_CLUSTER: Final = 4096
 _LARGE_BUFFER_CLUSTER: Final = 65536
 _MOST_IN_SMALL_CLUSTERS: Final = 4 << 40
+
+#: What the names of the buffers of a disk end with, the upper one first.
+BUFFERS: Final = ("-active", "-hidden")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +105,9 @@ async def open_disk(graph: Graph, config: StandbyConfig, spec: DiskSpec) -> Stan
     name = spec.name
     below = f"{name}-secondary"
     await spec.open(graph, below)
-    for part in ("hidden", "active"):
-        await _open_buffer(graph, config, f"{name}-{part}", below)
-        below = f"{name}-{part}"
+    for end in reversed(BUFFERS):
+        await _open_buffer(graph, config, f"{name}{end}", below)
+        below = f"{name}{end}"
     top = await graph.open({
         "driver": "quorum", "node-name": name, "vote-threshold": 1, "read-pattern": "fifo",
         "children": [{"driver": "replication", "node-name": f"{name}-filter", "mode": "secondary",
@@ -111,6 +115,18 @@ async def open_disk(graph: Graph, config: StandbyConfig, spec: DiskSpec) -> Stan
     filter = graph.find(f"{name}-filter")
     assert isinstance(filter, Replication)
     return StandbyDisk(spec, filter, graph.attach_backend(top, f"view of {name}", READ | WRITE))
+
+
+async def close_buffers(graph: Graph, spec: DiskSpec) -> None:
+    """Close the buffers of a disk that are not used any more: what they hold takes room, and is nobody's.
+
+    So it is no error either if it cannot be put in order, where there is no room for that.
+    """
+    for end in BUFFERS:
+        node = graph.nodes.get(f"{spec.name}{end}")
+        if node and not node.parents:
+            with contextlib.suppress(OSError):
+                await graph.close(node)
 
 
 def _empty_file(directory: Path, prefix: str) -> str:
