@@ -118,9 +118,9 @@ class Standby(Service):
         for name in reversed(list(self.graph.nodes)):
             node = self.graph.nodes.get(name)
             if node and node.owned and not node.parents:
-                error = await tried(node, self.graph.close(node))
+                ended = await tried(node, self.graph.close(node))
                 if not name.endswith(BUFFERS):  # what they hold is nobody's by now, or a disk is torn
-                    lost.append(error)
+                    lost.append(ended)
         await self.stop_qmp()
         for error in (*torn, *filter(None, lost)):
             raise error
