@@ -378,8 +378,7 @@ class BlockCopy:
             await self._write(offset, data)
 
     async def _write(self, offset: int, data: Buffer) -> None:
-        if self.written is not None:
-            self.written.set(offset, len(data))
+        self._may_hold(offset, len(data))
         try:
             await self.target.pwrite(offset, data)
         except OSError as error:
@@ -394,14 +393,15 @@ class BlockCopy:
         try:
             runs = await self.target.node.copy_in(of, offset, length, self.piece if self.detect_zeroes else 0)
         except OSError:
+            self._may_hold(offset, length)
             return False
         if runs is None:
             return False
         for count, zero in runs:
             if zero:
                 await self._zero(offset, count)
-            elif self.written is not None:
-                self.written.set(offset, count)
+            else:
+                self._may_hold(offset, count)
             offset += count
         return True
 
@@ -416,14 +416,18 @@ class BlockCopy:
         of = holder.raw_range(offset, length) if holder is not None else None
         if to is None or of is None:
             return False
+        self._may_hold(offset, length)
         try:
             await in_thread(_copy_file_range, of, to, length)
         except OSError as error:
             self._offload = error.errno not in _CANNOT
             return False
+        return True
+
+    def _may_hold(self, offset: int, length: int) -> None:
+        """Something is written there, or was before it failed: the target need not be zero there any more."""
         if self.written is not None:
             self.written.set(offset, length)
-        return True
 
 
 class _NoHole(Exception):

@@ -266,6 +266,35 @@ def test_the_kernel_copies_between_files(tmp_path: Path, monkeypatch: pytest.Mon
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("by", ["os.copy_file_range", "blockstep.aio.copying.write_whole"])
+def test_what_a_copy_wrote_before_it_failed_is_not_taken_for_zero(
+        by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        graph = Graph()
+        nodes = []
+        for name, content in (("source", PATTERN), ("target", bytes(len(PATTERN)))):
+            (tmp_path / name).write_bytes(content)
+            nodes.append(await graph.open({"driver": "file", "filename": str(tmp_path / name)}))
+        source, target = nodes
+
+        def fails_half_way(*args: object) -> None:
+            (tmp_path / "target").write_bytes(PATTERN)
+            (tmp_path / "source").write_bytes(bytes(len(PATTERN)))  # the guest writes zeroes meanwhile
+            raise OSError(errno.ENOSPC, "no room")
+
+        monkeypatch.setattr(by, fails_half_way)
+        copy = engine(graph, source, target, written=Bitmap(source.length, 65536), workers=1,
+                      offload=by == "os.copy_file_range", in_threads=by != "os.copy_file_range")
+        await copy.copy(Pass(whole(source)))
+        assert not any(await read(target))
+        for node in nodes:
+            for edge in list(node.parents):
+                await graph.detach_backend(edge.parent)  # type: ignore[arg-type]
+            await graph.close(node)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("side", ["read", "write"])
 def test_a_failure_names_its_side_gives_the_range_back_and_leaves_nothing_in_flight(side: Side) -> None:
     class Watch(Control):
