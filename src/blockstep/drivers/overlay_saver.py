@@ -5,9 +5,9 @@
                             └──► reclaim, in the background
 
 `blockstep.drivers.overlay_image` says why this order survives a crash. Reclaiming punches holes where the image
-has storage and the map has no data. It starts when a new state is on the disk, goes on piece by piece while writes
-to a piece wait, and stops when yet another state is due, whose saving starts it again: before the map on the disk
-says so, a crash must find the old data.
+has storage and the map has no data. It belongs to a state: it starts when that is on the disk, goes on piece by piece
+while writes to a piece wait, and stops when another state has begun in memory, until that is on the disk as well: till
+then a crash must find the old data.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class OverlaySaver:
         #: Pages of the map with bits, and of them those that are not yet on the disk.
         self._pages = self._pages_with_bits()
         self._unsaved: set[int] = set()
-        self._new_state = False
+        #: States are numbered from the one that was loaded on: the one in memory, and the one on the disk.
+        self._state = self._state_on_disk = 0
         self._saving = asyncio.Lock()
         self._closing = False
         self._reclaiming: Completion[None] | None = None
@@ -54,16 +55,19 @@ class OverlaySaver:
 
     def emptied(self) -> None:
         """Nothing is held any more: the next save makes a new state. Constant time."""
-        self._pages, self._unsaved, self._new_state = set(), set(), True
+        self._pages, self._unsaved = set(), set()
+        self._state += 1
 
     def resized(self) -> None:
         """The map has another length: the next save makes a new state."""
-        self._pages, self._new_state = self._pages_with_bits(), True
+        self._pages = self._pages_with_bits()
+        self._state += 1
 
     async def save(self) -> None:
         """Make all data durable, and the map. Raises OSError; the same again after a sync that failed."""
         async with self._saving:
-            new_state, self._new_state = self._new_state, False
+            state = self._state
+            new_state = state != self._state_on_disk
             unsaved, self._unsaved = self._unsaved, set()
             # Copied now: what gets its bit after this has its data after this, too.
             pages = {number: self._page(number) for number in (self._pages if new_state else unsaved)}
@@ -73,9 +77,9 @@ class OverlaySaver:
                 else:
                     await in_thread(self._image.sync, pages, self._durable)
             except BaseException:
-                self._new_state |= new_state
                 self._unsaved |= unsaved
                 raise
+            self._state_on_disk = state
         if new_state and not self._reclaiming and not self._closing:
             self._reclaiming = Completion()
             start(self._reclaim(), self._reclaimed)
@@ -106,9 +110,16 @@ class OverlaySaver:
     # --- reclaim ---
 
     async def _reclaim(self) -> None:
-        """Give back what lies in the image and is not held, as long as its map on the disk says so, too."""
-        image, position = self._image, 0
-        while position < (length := self._held()[0].length) and not self._new_state and not self._closing:
+        """Reclaim in each state that gets to the disk while this goes on."""
+        done = -1
+        while done != self._state_on_disk:
+            done = self._state_on_disk
+            await self._reclaim_in(done)
+
+    async def _reclaim_in(self, state: int) -> None:
+        """Give back what lies in the image and is not held, as long as both maps are of ``state``, which is saved."""
+        image, position, length = self._image, 0, self._held()[0].length
+        while position < length and self._state == state and not self._closing:
             run, is_data = await in_thread(_next_run, image.fd, image.data_offset + position,
                                            image.data_offset + length)
             if not is_data:
@@ -118,7 +129,7 @@ class OverlaySaver:
             position = min(begin + _RECLAIM, length)
             token = self._lock.try_take(begin, position) or await self._lock.take(begin, position)
             try:
-                if not self._new_state and begin < self._held()[0].length:
+                if self._state == state:
                     holes = [(image.data_offset + at, run) for at, run in self._without_data(begin, position)]
                     if not await in_thread(lambda holes: all(punch_hole(image.fd, *hole) for hole in holes), holes):
                         return
@@ -127,7 +138,7 @@ class OverlaySaver:
 
     def _without_data(self, begin: int, end: int) -> list[tuple[int, int]]:
         data, result = self._held()[0], []
-        for run, is_data in data.extents(begin, min(end, data.length) - begin):
+        for run, is_data in data.extents(begin, end - begin):
             if not is_data:
                 result.append((begin, run))
             begin += run

@@ -11,16 +11,18 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 import blockstep.drivers  # noqa: F401
-from blockstep.aio.posix import punch_hole
+from blockstep.aio.posix import data_runs, punch_hole
 from blockstep.block.driver import Buffer
 from blockstep.block.graph import Graph
-from blockstep.drivers import overlay, overlay_image
+from blockstep.drivers import overlay, overlay_image, overlay_saver
+from blockstep.drivers.overlay_image import OverlayImage
 
 SIZE, CLUSTER, SECTOR = 20_000, 512, 16  # a harsher device than any: real sectors are written whole
 BELOW = 255
@@ -219,3 +221,73 @@ def test_a_crash_while_it_becomes_empty_leaves_all_of_it_or_nothing(
         assert content in (full, nothing), (stop, log[stop - 1].verb)
         seen.add(content)
     assert seen == {full, nothing}
+
+
+class Held:
+    """A call in a thread that waits at its begin until the test lets it go."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, place: object, name: str) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        call = getattr(place, name)
+
+        def held(*args: Any) -> Any:
+            self.begun.set()
+            assert self.go.wait(10)
+            return call(*args)
+
+        patch.setattr(place, name, held)
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self.begun.wait, 10)
+
+
+async def emptied_and_written_anew(path: Path, patch: pytest.MonkeyPatch) -> tuple[Graph, overlay.Overlay, Held]:
+    """An image whose reclaim after its first emptying is held, while what was written after it is flushed."""
+    graph, node = await opened(path, create=True)
+    await node.pwrite(0, b"a" * SIZE)
+    await node.flush()
+    await node.make_empty()
+    reclaim = Held(patch, overlay_saver, "_next_run")
+    await node.flush()
+    await reclaim.reached()
+    await node.pwrite(0, b"b" * SIZE)
+    await node.flush()
+    return graph, node, reclaim
+
+
+def test_a_crash_while_it_becomes_empty_again_finds_what_was_flushed_although_a_reclaim_is_under_way(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "image"
+
+    async def scenario() -> None:
+        graph, node, reclaim = await emptied_and_written_anew(path, monkeypatch)
+        await node.make_empty()
+        save = Held(monkeypatch, OverlayImage, "sync_new_state")
+        flush = asyncio.create_task(node.flush())
+        await save.reached()
+        reclaim.go.set()
+        assert node._saver
+        await node._saver.stop()  # waits for what the reclaim has begun
+        assert await content_of(path) == b"b" * SIZE
+        save.go.set()
+        await flush
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_a_reclaim_that_is_overtaken_by_another_emptying_gives_back_what_that_left(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        graph, node, reclaim = await emptied_and_written_anew(tmp_path / "image", monkeypatch)
+        await node.make_empty()
+        await node.flush()
+        assert node._image and node._saver
+        assert node._saver._reclaiming
+        reclaim.go.set()
+        await node._saver._reclaiming
+        begin, whole_blocks = node._image.data_offset, SIZE // 4096 * 4096
+        assert not any(data for _, data in data_runs(node._image.fd, begin, begin + whole_blocks))
+        await graph.close(node)
+
+    asyncio.run(scenario())
