@@ -95,6 +95,12 @@ class MirrorJob(SyncJob):
             undo.callback(self.bitmap.claim(f"job '{self.id}'"))
             self.bitmap.fit()
 
+    async def setup(self) -> None:
+        await super().setup()
+        if self.bitmap is not None:
+            # Here and not in `fill`: a job that ends before it begins to run knows too what is not in sync.
+            self.dirty.merge(self.bitmap)
+
     def make_engine(self, source: Backend, target: Backend) -> BlockCopy:
         written = Bitmap(self.source.length, self.granularity) if self.target_is_zero else None
         return BlockCopy(source.edge, target.edge, (source, target), self._control, granularity=self.granularity,
@@ -110,8 +116,6 @@ class MirrorJob(SyncJob):
             self.dirty.set(0, self.source.length)
         elif self.sync == "top":
             await self.fill_allocated(self._base)
-        elif self.bitmap is not None:
-            self.dirty.merge(self.bitmap)
 
     def synced(self) -> None:
         if self.bitmap is not None and self.bitmap_mode != "never":

@@ -124,6 +124,23 @@ def test_a_failed_resync_goes_on_where_it_ended_if_asked(mode: Any, kept: int) -
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("begin", [MirrorJob.create, MirrorJob.launch])
+def test_a_resync_that_is_cancelled_before_it_begins_leaves_its_bitmap_as_it_was(begin: Any) -> None:
+    async def main() -> None:
+        p = await Pair().open()
+        bitmap = DirtyBitmap(p.source, "changes", p.source.length)
+        bitmap.set(65536, 2 * 65536)
+        job = p.job(sync="bitmap", bitmap=bitmap, bitmap_mode="always")
+        await begin(job)
+        await p.guest.pwrite(5 * 65536, b"meanwhile")
+        job.cancel()
+        assert isinstance(await job.wait(), OSError)
+        assert wrote(p.copy) == []
+        assert list(bitmap.bits.search(1)) == [1, 2, 5]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_write_of_a_part_of_a_cluster_never_makes_the_rest_of_it_clean(mode: Any) -> None:
     async def main() -> None:
