@@ -381,14 +381,16 @@ class Overlay(Driver):
     async def _zero_clusters(self, start: int, stop: int, fast: bool = False) -> None:
         token = self._lock.try_take(start, stop) or await self._lock.take(start, stop)
         try:
-            first, end = start >> self._shift, -(-stop // (1 << self._shift))
+            cluster = 1 << self._shift
+            first, end = start >> self._shift, -(-stop // cluster)
             if self._image is not None:
                 # What is held and a hole on the disk is zero, also after a crash: the map has one bit a cluster.
                 if not await in_thread(punch_hole, self._fd, start + self._base, stop - start):
                     if fast:
                         raise not_supported("fast zeroes, by this filesystem")
-                    for at in range(start, stop, len(ZEROES)):
-                        await self._put(at, _zeroes(min(len(ZEROES), stop - at)))
+                    piece = max(len(ZEROES), cluster)
+                    for at in range(start, stop, piece):
+                        await self._put(at, _zeroes(min(piece, stop - at)))
                     return
             elif self._bits.find(1, first, end) >= 0:
                 if stop - start > _LONG_HOLE:
@@ -400,7 +402,7 @@ class Overlay(Driver):
                 self._spilled_bytes -= self._spilled.bits.count(1, first, end) << self._shift
                 self._spilled.bits[first:end] = False
             if self._zero is None:
-                self._zero = Bitmap(self.length, 1 << self._shift)
+                self._zero = Bitmap(self.length, cluster)
             self._zero.bits[first:end] = True
             self._bits[first:end] = False
             if self._saver is not None:

@@ -20,7 +20,7 @@ from blockstep.block.driver import FAST, FUA, Buffer
 from blockstep.block.graph import Graph
 from blockstep.block.node import NodeOptions
 from blockstep.block.registry import register
-from blockstep.drivers import overlay, overlay_image
+from blockstep.drivers import overlay, overlay_image, overlay_saver
 from blockstep.drivers.memory import Memory
 from blockstep.drivers.overlay import Overlay
 from blockstep.errors import OptionError
@@ -458,6 +458,35 @@ def test_fast_zeroes_of_an_image_are_refused_where_they_would_be_written(
         assert bytes(await node.pread(0, SIZE)) == b"x" * SIZE
         await node.write_zeroes(0, SIZE)
         assert not any(await node.pread(0, SIZE))
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_zeroes_that_fail_in_a_long_cluster_show_nothing_of_before_the_last_emptying(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        for place in (overlay, overlay_saver):  # what was there before stays there
+            monkeypatch.setattr(place, "punch_hole", lambda *_: False)
+        node = await opened(graph, None, filename=str(tmp_path / "image"), create=True, size=2 << 20,
+                            **{"cluster-size": 2 << 20})
+        await node.pwrite(0, b"x" * (2 << 20))
+        await node.make_empty()
+
+        write_runs, room = Overlay._write_runs, 1 << 20
+
+        async def write_what_fits(self: Overlay, offset: int, data: Buffer) -> None:
+            nonlocal room
+            await write_runs(self, offset, memoryview(data)[:room])
+            room -= len(data)
+            if room < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Overlay, "_write_runs", write_what_fits)
+        with pytest.raises(OSError, match="No space"):
+            await node.write_zeroes(0, 2 << 20)
+        assert not any(await node.pread(0, 2 << 20))
         await graph.close(node)
 
     asyncio.run(scenario())
