@@ -21,6 +21,7 @@ import pytest
 from blockstep.testing.pair import Pair, environment
 from blockstep.testing.processes import blockstep as blockstep_command
 from blockstep.testing.processes import started
+from blockstep.testing.proxy import Proxy
 from blockstep.units import MiB
 from tests.scenarios import scenario
 
@@ -150,10 +151,84 @@ async def test_stop_ends_replication_and_stop_quit_the_program(tmp_path: Path) -
         assert (code, status["state"]) == (2, "stopped")
         codes = await asyncio.gather(*(blockstep("stop", "--quit", "--qmp", tmp_path / f"{role}.qmp")
                                        for role in ("primary", "standby")))
-        assert [code for code, _, _ in codes] == [0, 0]
+        (code, _, said), (code2, said2, _) = codes
+        assert (code, said.strip()) == (1, "blockstep: it has ended, but the standby lacks what was written last: no "
+                                           "checkpoint can be taken: the pair is stopped (stopped by command)")
+        assert (code2, said2) == (0, "stopping\nit has ended; its disks are at checkpoint 1\n")
         assert await pair.primary.ended() == 0
         assert await pair.standby.ended() == 0
         assert "Traceback" not in pair.primary.printed + pair.standby.printed
+
+
+@scenario
+async def test_when_stop_quit_of_a_primary_has_ended_its_standby_has_everything(tmp_path: Path) -> None:
+    """A planned change of sides: whoever fails over next, on the other host, loses nothing, however slow the link."""
+    async with Pair(tmp_path, disks=2) as pair:
+        await pair.start_standby()
+        host, _, port = pair.link.rpartition(":")
+        async with Proxy(host, int(port)) as proxy:
+            await pair.start_primary("--max-stall", "20s", to=proxy.address)
+            await pair.primary.until(health="healthy")
+            proxy.delay = 0.2
+            await pair.write(200)
+            code, said, _ = await blockstep("stop", "--quit", "--qmp", tmp_path / "primary.qmp")
+            await pair.standby.execute("replication-failover")
+        assert (code, said) == (0, "stopping\nit has ended; the standby has everything, at checkpoint 2\n")
+        assert await pair.proven(pair.standby) == 200
+        assert await pair.primary.ended() == 0
+
+
+@scenario
+async def test_stop_quit_of_a_primary_says_that_its_standby_does_not_have_everything(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        pair.standby.kill()
+        await pair.primary.until(state="offline")
+        code, said, why = await blockstep("stop", "--quit", "--qmp", tmp_path / "primary.qmp")
+        assert (code, said) == (1, "stopping\n")
+        assert "the standby lacks what was written last: no checkpoint can be taken: the pair is offline (" in why
+        assert await pair.primary.ended() == 0
+        assert "blockstep: the standby lacks what was written last" in pair.primary.printed
+
+
+@scenario
+async def test_stop_quit_of_a_promoted_standby_waits_for_its_merge(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start()
+        await pair.primary.until(health="healthy")
+        await pair.write(100)
+        pair.primary.kill()
+        await pair.standby.execute("replication-failover")
+        code, said, _ = await blockstep("stop", "--quit", "--qmp", tmp_path / "standby.qmp")
+        assert (code, said) == (0, "stopping\nit has ended; its disks are whole\n")
+        assert await pair.file("standby") == await pair.file("original")
+
+
+@scenario
+async def test_stop_quit_of_a_standby_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start_standby()
+        code, _, why = await blockstep("stop", "--quit", "--qmp", tmp_path / "standby.qmp")
+        assert (code, why) == (1, "blockstep: it has ended, but there is no checkpoint that its disks could be at\n")
+        assert await pair.standby.ended() == 0
+
+
+@scenario
+async def test_stop_quit_of_a_program_that_dies_meanwhile_is_an_error(tmp_path: Path) -> None:
+    async with Pair(tmp_path) as pair:
+        await pair.start("--max-stall", "20s")
+        await pair.primary.until(health="healthy")
+        pair.standby.send(signal.SIGSTOP)  # the primary's last checkpoint waits for it
+        command = blockstep_command("stop", "--quit", "--qmp", tmp_path / "primary.qmp")
+        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                                       env=environment())
+        assert process.stdout
+        assert await process.stdout.readline() == b"stopping\n"
+        pair.primary.kill()
+        _, why = await process.communicate()
+        assert (process.returncode, why) == (
+            3, b"blockstep: the program has ended, and not in order; its own output says why\n")
 
 
 @scenario

@@ -15,7 +15,6 @@ deadline, and the standby is asked all the time whether it is there. After that 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import time
 from collections.abc import Callable, Coroutine
@@ -43,6 +42,7 @@ from blockstep.qmp.errors import CommandRefused
 from blockstep.replication import coordinator as c
 from blockstep.replication.link import LOOKS
 from blockstep.replication.resize import check_growth, resize_together
+from blockstep.streams import complain
 
 __all__ = ["Primary", "PrimaryConfig", "main"]
 
@@ -106,16 +106,19 @@ class Primary(Service):
         """End everything, in good order: the standby's last checkpoint is the disks as they are in the end.
 
         Exports are drained, a last checkpoint is taken if there is a standby, then it is let go, and the disks are
-        flushed and closed. Raises OSError, when all is closed, if one could not be flushed or closed in order.
+        flushed and closed. REPLICATION_ENDED, and a line on standard error, say it if the standby does not have
+        everything. Raises OSError, when all is closed, if a disk could not be flushed or closed in order.
         """
         self.checkpoints.close()
         if self._looker:
             self._looker.cancel()
         if self._server:
             await self._server.stop()
-        if self.coordinator.state in (c.State.REPLICATING, c.State.CHECKPOINTING):
-            with contextlib.suppress(BlockstepError):  # the standby has gone: there is nobody to tell any more
-                await self.checkpoint()
+        missing = ""
+        try:
+            await self.checkpoint()
+        except BlockstepError as refusal:
+            missing = f"the standby lacks what was written last: {refusal}"
         self._act(self.coordinator.apply(c.Stop()))
         for task in list(self._tasks):
             task.cancel()
@@ -129,6 +132,11 @@ class Primary(Service):
             storage = self.graph.find(f"{name}-disk")
             lost += [await tried(storage, self.graph.detach_backend(disk.backend)),
                      await tried(storage, self.graph.close(disk.link)), await tried(storage, self.graph.close(storage))]
+        if self.qmp:
+            if missing:
+                complain(f"blockstep: {missing}")
+            self.emit(qmp.ReplicationEnded(pair=self.config.pair, role="primary", epoch=self.coordinator.epoch,
+                                           reason="; ".join(map(str, filter(None, [missing, *lost])))))
         await self.stop_qmp()
         for error in filter(None, lost):
             raise error

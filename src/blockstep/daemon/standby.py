@@ -121,8 +121,14 @@ class Standby(Service):
                 ended = await tried(node, self.graph.close(node))
                 if not name.endswith(BUFFERS):  # what they hold is nobody's by now, or a disk is torn
                     lost.append(ended)
+        errors = [*torn, *filter(None, lost)]
+        reasons = [str(error) for error in errors]
+        if not self.situation.epoch:
+            reasons.append("there is no checkpoint that its disks could be at")
+        self.emit(qmp.ReplicationEnded(pair=self.config.pair, role=self.situation.role, epoch=self.situation.epoch,
+                                       reason="; ".join(reasons)))
         await self.stop_qmp()
-        for error in (*torn, *filter(None, lost)):
+        for error in errors:
             raise error
 
     # --- the operator's commands ---

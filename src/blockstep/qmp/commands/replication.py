@@ -174,6 +174,21 @@ class ReplicationFailover(Event):
     reason: str
 
 
+@commands.event("REPLICATION_ENDED")
+class ReplicationEnded(Event):
+    """The program is about to end: its exports have ended and its disks are closed.
+
+    With an empty ``reason`` all is in order. On a primary: the standby has everything, at checkpoint ``epoch``. On a
+    standby: its disks are at that checkpoint, or what a promotion, or a stop, made them. Else ``reason`` says what is
+    missing.
+    """
+
+    pair: str
+    role: str
+    epoch: int
+    reason: str
+
+
 @commands.event("REPLICATION_IO_ERROR", rate_limit=1.0, per=("pair", "disk"))
 class ReplicationIoError(Event):
     """A request failed of which no guest is told."""
