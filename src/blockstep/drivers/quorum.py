@@ -14,11 +14,12 @@ that overlap take turns (`RangeLock`), and so does a voting read with the writes
 nothing of this is needed, and nothing of it is done.
 
 **A read never returns what a child has missed.** When a write succeeds without some child, the range is noted
-(`Missed`), and fifo reads of it go to the others until a later write makes it good. If no other child can serve it,
-the read fails with EIO: better an error than the data of yesterday. (QEMU does read the stale child.)
+(`Missed`), and until a later write makes it good reads of it go to the others: the child has no vote there either. If
+no other child can serve it, the read fails with EIO: better an error than the data of yesterday. (QEMU does read the
+stale child, and lets it vote.)
 
-Not forwarded: discards, when reads vote, since two children may answer a discarded range differently and both be
-right. Truncate is all or nothing as far as growing goes; shrinking cannot be taken back.
+A discard is advice: a child that fails it is reported, and has missed nothing. When reads vote, discards are not
+forwarded at all, since two children may answer a discarded range differently and both be right. Truncate is all or nothing as far as growing goes; shrinking cannot be taken back.
 
 Events (`Node.report`), with QEMU's names and fields: ``QUORUM_REPORT_BAD`` for each child that failed or was
 outvoted, ``QUORUM_FAILURE`` when fewer than ``vote-threshold`` were good and the request failed.
@@ -173,7 +174,7 @@ class Quorum(Driver):
                 first = error
             return await self._read_first(offset, length, [other for other in self._edges if other is not edge],
                                           [first])
-        if len(self._edges) == 1:
+        if len(self._edges) == 1 and not self._missed:
             return await self._read_only_child(offset, length)
         end = offset + length
         token = self._lock.try_take(offset, end, True) or await self._lock.take(offset, end, True)
@@ -193,7 +194,7 @@ class Quorum(Driver):
         """What the first of ``edges`` has that can; ``errors`` are those of the children asked before."""
         for edge in edges:
             if self._missed and self._is_stale(edge, offset, length):
-                errors.append(_io_error(f"'{edge.node.name}' has missed a write there"))
+                errors.append(_has_missed(edge))
                 continue
             try:
                 return await edge.pread(offset, length)
@@ -207,30 +208,40 @@ class Quorum(Driver):
         return missed is not None and missed.touches(offset, offset + length)
 
     async def _read_and_vote(self, offset: int, length: int) -> Buffer:
-        edges = self._edges
+        edges, stale = self._edges, list[Child]()
+        if self._missed:
+            stale = [edge for edge in edges if self._is_stale(edge, offset, length)]
+            edges = [edge for edge in edges if edge not in stale]
         results = await together([edge.pread(offset, length) for edge in edges])
         read = [(edge, data) for edge, data in zip(edges, results, strict=True) if not isinstance(data, Exception)]
         if len(read) < len(edges):
             self._report_failed("read", offset, length, edges, results)
-            if len(read) < self._threshold:
-                raise self._failed(offset, length, [data for data in results if isinstance(data, Exception)])
-        first: Buffer = read[0][1]
+        if len(read) < self._threshold:
+            errors = [data for data in results if isinstance(data, Exception)]
+            raise self._failed(offset, length, [*errors, *map(_has_missed, stale)])
+        good, outvoted = self._count_votes(offset, length, read)
+        if self.options.rewrite_corrupted and not self.read_only and (behind := [*outvoted, *stale]):
+            results = await together([edge.pwrite(offset, good) for edge in behind])
+            self._report_failed("write", offset, length, behind, results)
+            self._note(offset, length, behind, results)
+        return good
+
+    def _count_votes(self, offset: int, length: int,
+                     read: Sequence[tuple[Child, Buffer]]) -> tuple[Buffer, list[Child]]:
+        """The content that wins, and who has another one, which is reported."""
+        first = read[0][1]
         if all(data == first for _, data in read[1:]):
-            return first
+            return first, []
         if self.options.blkverify:
             raise self._differ(offset, length, read)
         digests = [sha256(data).digest() for _, data in read]
         winner, votes = Counter(digests).most_common(1)[0]
         if votes < self._threshold:
-            raise self._failed(offset, length, [_io_error(f"only {votes} of {len(edges)} children agree")])
+            raise self._failed(offset, length, [_io_error(f"only {votes} of {len(self._edges)} children agree")])
         outvoted = [edge for (edge, _), digest in zip(read, digests, strict=True) if digest != winner]
         for edge in outvoted:
             self._bad("read", edge, offset, length, None)
-        good: Buffer = read[digests.index(winner)][1]
-        if self.options.rewrite_corrupted and not self.read_only:
-            results = await together([edge.pwrite(offset, good) for edge in outvoted])
-            self._report_failed("write", offset, length, outvoted, results)
-        return good
+        return read[digests.index(winner)][1], outvoted
 
     def _differ(self, offset: int, length: int, read: Sequence[tuple[Child, Buffer]]) -> OSError:
         (_, one), (_, other) = read
@@ -288,7 +299,7 @@ class Quorum(Driver):
             except OSError as error:
                 raise self._failure("write", offset, len(data), [error]) from None
             if self._missed:
-                self._settle("write", offset, len(data), edges, [None])
+                self._note(offset, len(data), edges, [None])
             return
         end = offset + len(data)
         token = self._lock.try_take(offset, end) or await self._lock.take(offset, end)
@@ -298,6 +309,7 @@ class Quorum(Driver):
                 await running.wait()
             if any(results) or self._missed:
                 self._settle("write", offset, end - offset, edges, results)
+                self._note(offset, end - offset, edges, results)
         finally:
             self._lock.give_back(token)
 
@@ -316,6 +328,7 @@ class Quorum(Driver):
                     results[index] = result
             if any(results) or self._missed:
                 self._settle("write", offset, length, edges, results)
+                self._note(offset, length, edges, results)
         finally:
             self._lock.give_back(token)
 
@@ -359,13 +372,14 @@ class Quorum(Driver):
             raise first
 
     def _settle(self, operation: str, offset: int, length: int, edges: list[Child], results: list[Any]) -> None:
-        """After a change: report those that failed, raise if they are too many, note what they have missed."""
+        """After a change: report those that failed, and raise if they are too many."""
         self._report_failed(operation, offset, length, edges, results)
         errors = [error for error in results if error is not None]
         if len(edges) - len(errors) < self._threshold:
             raise self._failed(offset, length, errors)
-        if operation != "write" or self._votes:
-            return
+
+    def _note(self, offset: int, length: int, edges: list[Child], results: list[Any]) -> None:
+        """After a write that has succeeded: who has missed it, and for whom it makes the range good."""
         for edge, error in zip(edges, results, strict=True):
             if error is not None:
                 self._missed.setdefault(edge.name, Missed()).add(offset, offset + length)
@@ -410,6 +424,10 @@ def _most_common(errors: Sequence[BaseException]) -> OSError:
 
 def _is_not_supported(error: object) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def _has_missed(edge: Child) -> OSError:
+    return _io_error(f"'{edge.node.name}' has missed a write there")
 
 
 def _io_error(reason: str) -> OSError:

@@ -133,6 +133,22 @@ def test_a_fifo_read_never_returns_what_a_child_has_missed() -> None:
     asyncio.run(main())
 
 
+def test_a_child_that_fails_a_discard_has_missed_nothing_and_one_that_does_it_is_not_made_good() -> None:
+    async def main() -> None:
+        rig = await Rig.make(b"a" * SIZE, b"b" * SIZE)
+        rig.doors[0].fail("discard", once=True)
+        await rig.user.discard(0, 4096)
+        assert rig.bad() == [("write", "c0", "Input/output error")]
+        assert await rig.user.pread(0, 3) == b"aaa"
+        rig.doors[0].fail("write", once=True)
+        await rig.user.pwrite(0, b"new")
+        rig.doors[1].fail("discard", once=True)
+        await rig.user.discard(0, 4096)
+        assert await rig.user.pread(0, 3) == b"new"
+
+    asyncio.run(main())
+
+
 def test_a_single_child_serves_everything_and_is_reported_when_it_fails() -> None:
     async def main() -> None:
         for options in ({}, votes(1)):
@@ -205,6 +221,38 @@ def test_a_child_that_cannot_be_read_has_no_vote() -> None:
         rig.doors[0].fail("read", errno.ENXIO)
         rig.doors[1].fail("read", errno.ENXIO)
         await fails(rig.user.pread(0, 10), errno.ENXIO)
+
+    asyncio.run(main())
+
+
+def test_a_child_has_no_vote_on_what_it_has_missed() -> None:
+    async def main() -> None:
+        rig = await Rig.make(SIZE, SIZE, SIZE, **votes(1))
+        for door in rig.doors[:2]:
+            door.fail("write", once=True)
+        await rig.user.pwrite(1000, b"new" * 100)
+        assert await rig.user.pread(1000, 300) == b"new" * 100  # the two that have it not would agree
+        assert not any(disk.requests for disk in rig.disks[:2])
+        assert await rig.user.pread(1300, 10) == bytes(10)
+        assert all(disk.requests for disk in rig.disks[:2])
+        await rig.node.remove_child(rig.graph, "children.1")
+        await rig.node.remove_child(rig.graph, "children.2")
+        await fails(rig.user.pread(1299, 1), errno.EIO)
+        await rig.user.pwrite(1299, b"w")  # makes it good
+        assert await rig.user.pread(1299, 1) == b"w"
+
+    asyncio.run(main())
+
+
+def test_what_a_child_has_missed_is_rewritten_if_asked() -> None:
+    async def main() -> None:
+        rig = await Rig.make(SIZE, SIZE, **votes(1, **{"rewrite-corrupted": True}))
+        rig.doors[0].fail("write", once=True)
+        await rig.user.pwrite(512, b"n" * 512)
+        assert await rig.user.pread(0, 1024) == bytes(512) + b"n" * 512
+        assert rig.disks[0].content == rig.disks[1].content
+        rig.doors[1].fail("read")
+        assert await rig.user.pread(512, 512) == b"n" * 512
 
     asyncio.run(main())
 
