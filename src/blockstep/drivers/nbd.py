@@ -71,6 +71,7 @@ class NbdOptions(NodeOptions, tag="nbd"):
     ``tls-hostname``: whom the server's certificate must name, if not the host. ``open-timeout``: how long to try
     at the start; 0: once. ``reconnect-delay``: how long requests wait for a lost connection; then they fail, and
     dialling goes on. ``timeout``: how long a request may stay unanswered before the connection is cut; 0: for ever.
+    Writes that were outstanding then fail, and are not sent again.
     ``connections``: how many, if the server offers multi-conn. ``x-dirty-bitmap``: a metadata context that takes
     the place of ``base:allocation`` in block status.
     """

@@ -12,12 +12,18 @@ requests while there is no connection at all:
         ▲                                    │                                │
         └──────────── reconnected ───────────┴────────────────────────────────┘
 
-    waiting    requests wait, also those that were outstanding: they are sent again, for all of them may be
-               repeated without harm
+    waiting    requests wait, also those that were outstanding: they are sent again
     failing    requests fail at once with ConnectionLost; dialling goes on
 
 A request that is sent again and lost again, and again, fails when ``reconnect_delay`` has passed since the first
 loss. With ``reconnect_delay`` 0 there is no waiting and no repetition: the caller decides.
+
+The server may still be at work on what was outstanding: it has no way to take a write back that its storage has. Such
+a write can take effect after the one that was sent again has been answered, and so undo a later write to the same
+place. Where the connection was cut because no answer came in time (ETIMEDOUT), slow storage is what is to be expected:
+writes, zeroes and discards that were outstanding on it fail, and their callers know that the ranges are uncertain.
+After any other loss they are sent again, for such a server has ended, or ends its requests sooner than it is dialled.
+Who cannot rely on that sets ``reconnect_delay`` to 0.
 
 Durability: a flush covers the writes that this process knows to have ended, on all connections, as multi-conn
 demands of the server. A server that lost its cache while it was away (its machine crashed, not only the
@@ -137,7 +143,7 @@ class Session:
         if not self._reconnect_delay and len(self._clients) == 1:
             await self._clients[0].pwrite(offset, data, flags)
         else:
-            await self._repeat(lambda client: client.pwrite(offset, data, flags))
+            await self._repeat(lambda client: client.pwrite(offset, data, flags), changes=True)
 
     def submit_write(self, offset: int, data: Buffer, flags: int, done: Acknowledged) -> None:
         """`Client.submit_write`: never waits for a connection, and nothing is sent again."""
@@ -153,11 +159,11 @@ class Session:
 
     async def discard(self, offset: int, length: int) -> None:
         """`Client.discard`."""
-        await self._repeat(lambda client: client.discard(offset, length))
+        await self._repeat(lambda client: client.discard(offset, length), changes=True)
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         """`Client.write_zeroes`."""
-        await self._repeat(lambda client: client.write_zeroes(offset, length, flags))
+        await self._repeat(lambda client: client.write_zeroes(offset, length, flags), changes=True)
 
     async def cache(self, offset: int, length: int) -> None:
         """`Client.cache`."""
@@ -168,7 +174,7 @@ class Session:
         """`Client.block_status`."""
         return await self._repeat(lambda client: client.block_status(offset, length, context))
 
-    async def _repeat(self, request: Callable[[Client], Awaitable[T]]) -> T:
+    async def _repeat(self, request: Callable[[Client], Awaitable[T]], changes: bool = False) -> T:
         give_up: float | None = None
         while True:
             client = self._pick()
@@ -177,7 +183,9 @@ class Session:
                 continue
             try:
                 return await request(client)
-            except ConnectionLost:
+            except ConnectionLost as error:
+                if changes and error.errno == errno.ETIMEDOUT:  # it may yet take effect: see the module
+                    raise
                 now = self._clock.time()
                 if give_up is None:
                     give_up = now + self._reconnect_delay

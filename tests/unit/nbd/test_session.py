@@ -22,6 +22,7 @@ class World:
         self.clock = FakeClock()
         self.flags = flags
         self.size = 1 << 20
+        self.of_clients: dict[str, Any] = {}
         self.down: Exception | None = None
         self.dials: list[float] = []
         self.peers: list[Peer] = []
@@ -36,7 +37,7 @@ class World:
         self.dials.append(self.clock.now)
         if self.down is not None:
             raise self.down
-        client, peer = pair(self.flags, self.size)
+        client, peer = pair(self.flags, self.size, **self.of_clients)
         self.clients.append(client)
         self.peers.append(peer)
         return client
@@ -77,6 +78,27 @@ def test_outstanding_and_new_requests_wait_for_the_reconnection() -> None:
         assert world.ended == [None, None, b"y"]
         assert world.states == [("connected", None), ("lost", errno.ECONNRESET), ("connected", None)]
         assert world.session.losses == 1
+        world.session.yank()
+    run(test)
+
+
+def test_what_changes_the_disk_and_got_no_answer_in_time_is_not_sent_again() -> None:
+    """The server may still be at it: sent again it could take effect twice, the second time over a later write."""
+    async def test() -> None:
+        world = World(reconnect_delay=10.0)
+        world.of_clients = {"timeout": 4.0, "clock": world.clock}
+        await world.session.open()
+        session = world.session
+        world.watch(session.pwrite(0, b"x"), session.write_zeroes(0, 512), session.discard(0, 512), session.flush(),
+                    session.pread(0, 1))
+        await world.until(lambda: world.clients[0].outstanding == 5)
+        await world.pass_time(4.5)
+        assert [error.errno for error in world.ended] == [errno.ETIMEDOUT] * 3
+        await world.pass_time(1.0)
+        again = [await world.peers[1].request() for _ in range(2)]
+        assert [request[0] for request in again] == [c.CMD_FLUSH, c.CMD_READ]
+        world.watch(session.pwrite(0, b"y"))
+        assert (await world.peers[1].request())[0] == c.CMD_WRITE
         world.session.yank()
     run(test)
 
