@@ -117,7 +117,7 @@ def test_two_attaches_at_a_time_leave_the_later_one(tmp_path: Path) -> None:
 
 
 def test_a_new_connection_does_not_write_into_a_checkpoint_of_the_one_before(tmp_path: Path) -> None:
-    """checkpoint waits for a read of the view ► the primary gives up, comes back, writes ► the read ends."""
+    """checkpoint waits for a read of the view ► the primary gives up, comes back ► the read ends ► it writes."""
 
     async def test(standby: Standby) -> None:
         first: Any = Caller()
@@ -128,11 +128,13 @@ def test_a_new_connection_does_not_write_into_a_checkpoint_of_the_one_before(tmp
         committing = asyncio.create_task(standby.link.commit(2, first))
         await turns()
         again: Any = Caller()
-        assert (await standby.link.attach(hello(), again)).accepted
-        writing = asyncio.create_task(link_of(standby).pwrite(4096, b"2" * 4096))
+        attaching = asyncio.create_task(standby.link.attach(hello(), again))
         await turns()
+        assert link_of(standby) is None
         leave(view)
-        await asyncio.gather(committing, writing)
+        await committing
+        assert (await attaching).accepted
+        await link_of(standby).pwrite(4096, b"2" * 4096)
         assert await view.pread(0, 8192) == b"1" * 4096 + bytes(4096)
 
     with_standby(tmp_path, test)
@@ -151,11 +153,11 @@ def test_a_write_that_was_held_back_when_its_connection_was_cut_never_comes(tmp_
         late = asyncio.create_task(link_of(standby).pwrite(0, b"old!"))
         await turns()
         again: Any = Caller()
-        assert (await standby.link.attach(hello(), again)).accepted
-        resync = asyncio.create_task(link_of(standby).pwrite(0, b"new!"))
+        attaching = asyncio.create_task(standby.link.attach(hello(), again))
         await turns()
         leave(view)
-        await asyncio.gather(committing, late, resync, return_exceptions=True)
+        await asyncio.gather(committing, late, attaching, return_exceptions=True)
+        await link_of(standby).pwrite(0, b"new!")
         assert isinstance(late.exception(), OSError)
         assert await standby.graph.find("d-secondary").pread(0, 4) == b"new!"
 
@@ -198,15 +200,87 @@ def test_a_checkpoint_that_ends_after_another_primary_came_does_not_make_that_on
         first.gone.set()
         await turns()
         other: Any = Caller()
-        assert (await standby.link.attach(hello("P2"), other)).accepted
+        attaching = asyncio.create_task(standby.link.attach(hello("P2"), other))
+        await turns()
         leave(view)
         await committing
+        assert (await attaching).accepted
         other.gone.set()
         await turns()
         other = Caller()
         assert (await standby.link.attach(hello("P2"), other)).instance != "P2"
 
     with_standby(tmp_path, test)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "resize"])
+def test_a_command_whose_turn_comes_when_its_connection_has_been_replaced_is_refused(tmp_path: Path, what: str) -> None:
+    """A resize waits for a read of the view ► a command waits for the resize ► the primary comes back ► they go on.
+
+    The disks are being resynced then: a checkpoint would be of half of that, and a length that of another time.
+    """
+
+    async def test(standby: Standby) -> None:
+        first: Any = Caller()
+        await replicating(standby, first)
+        disk = standby.disks["d"]
+        await enter(disk.view)
+        growing = asyncio.create_task(standby.registry.resize(disk.filter, SIZE + 4096))
+        await turns()
+        late = asyncio.create_task(
+            standby.link.commit(2, first) if what == "checkpoint" else
+            standby.link.resize_for_primary(qmp.PairResizeArguments(disk="d", size=2 * SIZE, now=SIZE), first))
+        await turns()
+        again: Any = Caller()
+        attaching = asyncio.create_task(standby.link.attach(hello(), again))
+        await turns()
+        leave(disk.view)
+        await growing
+        with pytest.raises(ReplicationError, match=f"{what}.*only the attached primary"):
+            await late
+        assert (await attaching).accepted
+        status = standby.status()
+        assert (status.state, status.disks[0].size) == ("resyncing", SIZE)
+        assert status.checkpoint
+        assert status.checkpoint.epoch == 1
+        assert "only the attached primary" not in status.reason
+
+    with_standby(tmp_path, test)
+
+
+def test_a_primary_that_comes_back_is_let_in_when_its_first_checkpoint_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first disk is ready, the second takes long ► the primary comes back ► what it writes is not in the view."""
+
+    async def test(standby: Standby) -> None:
+        opening = asyncio.Event()
+        set_up = HiddenDiskBuffer._set_up
+
+        async def slowly(self: HiddenDiskBuffer) -> None:
+            if self.secondary.name == "e-secondary":
+                await opening.wait()
+            await set_up(self)
+
+        monkeypatch.setattr(HiddenDiskBuffer, "_set_up", slowly)
+        first: Any = Caller()
+        assert (await standby.link.attach(hello("P1", "de"), first)).accepted
+        starting = asyncio.create_task(standby.link.commit(1, first))
+        await turns()
+        again: Any = Caller()
+        attaching = asyncio.create_task(standby.link.attach(hello("P1", "de"), again))
+        await turns()
+        assert not any(disk.link for disk in standby.disks.values())
+        opening.set()
+        await starting
+        assert (await attaching).accepted
+        for disk in standby.disks.values():
+            assert disk.link
+            await disk.link.pwrite(0, b"new")
+        assert [await disk.view.pread(0, 3) for disk in standby.disks.values()] == [bytes(3), bytes(3)]
+        assert standby.status().state == "resyncing"
+
+    with_standby(tmp_path, test, "de")
 
 
 def failing_for_e(method: str) -> Any:

@@ -6,6 +6,7 @@ their read-only flags back, whichever end it is.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,33 @@ def test_start_all_is_all_or_nothing(names: str, bad: int) -> None:
         assert picture(rig) == before
         assert all(disk.filter.stage is Stage.NONE for disk in rig.disks)
         await rig.registry.start_all("secondary")
+        await rig.close()
+
+    run(scenario)
+
+
+def test_a_start_is_one_moment_for_all_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first disk is ready, the second takes long ► the primary writes to the first, then to the second."""
+
+    async def scenario() -> None:
+        rig = await Rig.open("ab")
+        opening = asyncio.Event()
+        set_up = HiddenDiskBuffer._set_up
+
+        async def slowly(self: HiddenDiskBuffer) -> None:
+            if self.secondary.name == "b-secondary":
+                await opening.wait()
+            await set_up(self)
+
+        monkeypatch.setattr(HiddenDiskBuffer, "_set_up", slowly)
+        starting = asyncio.create_task(rig.registry.start_all("secondary"))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        for disk in rig.disks:
+            await disk.primary.pwrite(0, b"new")
+        opening.set()
+        await starting
+        assert [(await disk.read_view())[:3] for disk in rig.disks] == [b"new", b"new"]
         await rig.close()
 
     run(scenario)

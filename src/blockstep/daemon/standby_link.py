@@ -5,9 +5,10 @@ then on the views are checkpoints, moved forward by `commit`, all together. Noth
 says, until the standby is promoted or stopped (`revoke`).
 
 One primary at a time, over one control connection at a time; a new connection of the same primary takes the place of
-the old one, whose requests are waited for, or fail, before the new one's are taken. With each attach the exports get
-new names: a stale primary that dials them anew, and has not noticed yet that it is stale, finds nothing. While the
-standby waits, anything may happen: so each command asks anew, after waiting, whether its connection is still the one.
+the old one, whose requests and commands are waited for, or fail, before the new one's are taken: a checkpoint that came
+late must not be one of half of a resync. With each attach the exports get new names: a stale primary that dials them
+anew, and has not noticed yet that it is stale, finds nothing. While the standby waits, anything may happen: so each
+command asks anew, when its turn has come, whether its connection is still the one.
 
 A buffer without room fails the primary's writes, and the primary lets go and comes back with a resync. The checkpoint
 stays as long as it can: only when the buffer becomes full in a resync as well, it is given up with the next `attach`.
@@ -36,7 +37,7 @@ from blockstep.qmp.commands import core
 from blockstep.qmp.commands import replication as qmp
 from blockstep.qmp.schema import Monitor, Registry
 from blockstep.qmp.server import Server as QmpServer
-from blockstep.replication.registry import ReplicationRegistry
+from blockstep.replication.registry import Check, ReplicationRegistry
 from blockstep.replication.resize import check_growth, disks_of
 
 
@@ -113,13 +114,15 @@ class PrimarysSide:
         if self.server is None:
             raise BlockstepError("the standby is not ready")
         await self._cut_links()
-        await self._fit({disk.name: disk.size for disk in args.disks})
+        await self._registry.quiet()  # what the old connection asked for is done, or will be refused
+        still = partial(self._must_be_primary, monitor, "attach")
+        await self._fit({disk.name: disk.size for disk in args.disks}, still)
         if self._no_room:
-            await self._give_up()
+            await self._give_up(still)
         # While it waited the standby may have been promoted, or the primary may have come again: no way in then.
         if now.declines():
             return self._decline()
-        self._must_be_primary(monitor, "attach")
+        still()
         now.mixed = True
         self._prefix = secrets.token_hex(8) + "/"
         for name, disk in now.disks.items():
@@ -162,27 +165,29 @@ class PrimarysSide:
             # From here on it may write to the disks: whoever committed before cannot tell what differs any more.
             self._instance = ""
 
-    async def _give_up(self) -> None:
+    async def _give_up(self, still: Check) -> None:
         """The buffer has no room for what a resync changes: without the checkpoint none is needed."""
-        self._no_room = False
         if self._now.running:
-            await self._registry.give_up_all()
+            await self._registry.give_up_all(still)
             self._now.epoch = 0
             self._now.last_error = "the checkpoint was given up: the buffer has no room for it and for a resync"
+        self._no_room = False
 
     async def commit(self, epoch: int, monitor: Monitor) -> None:
         """Move the views of all disks forward, or of none. The first one is the start."""
         now = self._now
-        self._must_be_primary(monitor, "checkpoint")
+        still = partial(self._must_be_primary, monitor, "checkpoint")
+        still()
         try:
             self._must_not_be_torn()
             if now.running:
-                await self._registry.checkpoint_all()
+                await self._registry.checkpoint_all(still)
             else:
-                await self._registry.start_all("secondary")
+                await self._registry.start_all("secondary", still)
         except BlockstepError as error:
-            now.last_error = str(error)
-            self._tell()
+            if self._is_primary(monitor):
+                now.last_error = str(error)
+                self._tell()
             raise
         if monitor is now.primary:  # else another has come meanwhile, whose disks these are not
             self._instance = self._wanted_instance
@@ -197,29 +202,30 @@ class PrimarysSide:
 
     async def resize_for_primary(self, args: qmp.PairResizeArguments, monitor: Monitor) -> None:
         """A disk, its buffers and its view grow, or get back the length before they did; all or none."""
-        self._must_be_primary(monitor, "resize")
+        still = partial(self._must_be_primary, monitor, "resize")
+        still()
         if args.disk not in self._now.disks:
             raise OptionError("disk", args.disk, f"one of {', '.join(self._now.disks)}")
         check_growth(args.now, args.size)
         self._now.disks[args.disk].primary_length = args.now
-        await self._resize(args.disk, args.size)
+        await self._resize(args.disk, args.size, still)
 
-    async def _fit(self, sizes: dict[str, int]) -> None:
+    async def _fit(self, sizes: dict[str, int], still: Check) -> None:
         """Follow what became of the primary's disks while it was away."""
         for name, size in sizes.items():
             try:
-                await self._resize(name, size)
+                await self._resize(name, size, still)
             except OSError as error:
                 length = self._now.disks[name].view.length
                 raise OptionError(f"size of disk '{name}'", size, f"{length} bytes, as the "
                                   f"standby's is, which cannot grow: {error.strerror or error}") from error
             self._now.disks[name].primary_length = size
 
-    async def _resize(self, name: str, size: int) -> None:
+    async def _resize(self, name: str, size: int, still: Check) -> None:
         filter = self._now.disks[name].filter
         if any(disk.length != size for disk in disks_of(filter)):
             try:
-                await self._registry.resize(filter, size)
+                await self._registry.resize(filter, size, still)
             finally:
                 self._tell()
 
@@ -229,8 +235,11 @@ class PrimarysSide:
             raise BlockstepError(f"disk '{name}' of the standby: {fault}; start the standby again, and everything is "
                                  "copied")
 
+    def _is_primary(self, monitor: Monitor) -> bool:
+        return monitor is self._now.primary and not self._now.declines()
+
     def _must_be_primary(self, monitor: Monitor, step: str) -> None:
-        if self._now.declines() or monitor is not self._now.primary:
+        if not self._is_primary(monitor):
             raise ReplicationError(self._config.pair, step, f"only the attached primary may ask for it "
                                    f"(the standby is {self._now.state})")
 

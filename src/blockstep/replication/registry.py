@@ -2,7 +2,8 @@
 
 Several disks of one guest share a point in time only because these operations are all-or-nothing: if one filter
 fails, the others are put back (`start_all`) or stay where they were (`checkpoint_all`), and the error names the filter.
-Operations that are called at the same time take turns.
+Operations that are called at the same time take turns. What made one of them right may have changed while it waited:
+a ``check`` is called when its turn has come, and what it raises ends the operation before it has begun.
 
 The registry is the graph itself: every open node whose driver is ``replication`` takes part.
 
@@ -20,14 +21,21 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Callable, Mapping
 
 from blockstep.block.driver import Prepared
 from blockstep.block.graph import Graph
-from blockstep.drivers.replication import Mode, Replication, Stage
+from blockstep.drivers.replication import DiskBuffer, Mode, Replication, Stage
 from blockstep.errors import BlockstepError, ReplicationError, noting
 from blockstep.jobs.registry import JobRegistry
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
 from blockstep.replication.resize import disks_of, resize_together
+
+Check = Callable[[], None]
+
+
+def _always() -> None:
+    """The check of an operation that is right at any time."""
 
 
 class ReplicationRegistry:
@@ -45,65 +53,90 @@ class ReplicationRegistry:
         """All replication filters, in the order in which they were opened."""
         return [node for node in self._graph.nodes.values() if isinstance(node, Replication)]
 
-    async def start_all(self, mode: Mode) -> None:
-        """Start every filter; promoted ones are left alone. Raises ReplicationError; then none has started."""
+    async def quiet(self) -> None:
+        """Wait until what was asked for before has ended."""
         async with self._turn:
+            pass
+
+    async def start_all(self, mode: Mode, check: Check = _always) -> None:
+        """Start every filter; promoted ones are left alone. A secondary's start is its first checkpoint.
+
+        Raises ReplicationError; then none has started.
+        """
+        async with self._turn:
+            check()
             await self._start_all(mode)
 
     async def _start_all(self, mode: Mode) -> None:
-        started: list[Replication] = []
+        filters = [filter for filter in self.filters if filter.stage not in (Stage.DONE, Stage.FAILOVER)]
+        buffers: dict[Replication, HiddenDiskBuffer] = {}
         try:
-            for filter in self.filters:
-                if filter.stage in (Stage.DONE, Stage.FAILOVER):
-                    continue
-                await self._start(filter, mode)
-                started.append(filter)
-        except BaseException:
-            for filter in reversed(started):
-                await self._put_back(filter)
+            for filter in filters:
+                if filter.stage is not Stage.NONE:
+                    raise ReplicationError(filter.name, "start",
+                                           f"it has been started already (stage {filter.stage.value})")
+                if mode != filter.mode:
+                    raise ReplicationError(filter.name, "start", f"its mode is {filter.mode}, not {mode}")
+                if mode == "secondary":
+                    buffers[filter] = await HiddenDiskBuffer.open(self._graph, self._jobs, filter)
+            await self._move(buffers)
+        except BaseException as error:
+            for buffer in reversed(buffers.values()):
+                with noting(error):
+                    await buffer.undo()
             raise
+        for filter in filters:
+            filter.buffer, filter.error = buffers.get(filter), None
+            filter.enter(Stage.RUNNING)
 
-    async def give_up_all(self) -> None:
+    async def give_up_all(self, check: Check = _always) -> None:
         """Give the checkpoint up, and what the standby itself wrote: all running secondaries are as before their start.
 
         The views refuse all requests until they are started again; what they have in flight is waited for. Nobody but
         them uses the disks now.
         """
         async with self._turn:  # a start in the middle would have its buffers emptied under it
+            check()
             await self._give_up_all()
 
     async def _give_up_all(self) -> None:
         for filter in self.filters:
             if filter.stage is Stage.RUNNING and isinstance(filter.buffer, HiddenDiskBuffer):
-                buffer = filter.buffer
-                await self._put_back(filter)
+                buffer, filter.buffer = filter.buffer, None
+                filter.enter(Stage.NONE)
+                await buffer.undo()
                 async with self._graph.drained(filter):  # requests of the view that came before are at the files yet
                     await buffer.active.make_empty()
                     await buffer.hidden.make_empty()
 
-    async def checkpoint_all(self) -> None:
+    async def checkpoint_all(self, check: Check = _always) -> None:
         """Move the view of all secondaries to what the primary wrote, together.
 
         Waits until what is in flight has ended and holds back what comes meanwhile. Raises ReplicationError;
         then every view is still at the old checkpoint. Nothing is durable until the secondary disks are flushed.
         """
         async with self._turn:
+            check()
             await self._checkpoint_all()
 
     async def _checkpoint_all(self) -> None:
-        running: list[Replication] = []
+        buffers: dict[Replication, DiskBuffer] = {}
         for filter in self.filters:
             if filter.mode == "secondary" and filter.stage in (Stage.NONE, Stage.FAILOVER_FAILED):
                 raise ReplicationError(filter.name, "checkpoint", f"it is not running (stage {filter.stage.value})")
             if filter.stage is Stage.RUNNING and filter.buffer is not None:
-                running.append(filter)
-        disks = [node for filter in running if filter.buffer for node in (filter, filter.buffer.secondary)]
+                buffers[filter] = filter.buffer
+        await self._move(buffers)
+
+    async def _move(self, buffers: Mapping[Replication, DiskBuffer]) -> None:
+        """All or none, and all at the same moment: nothing is in flight then above any of them."""
+        disks = [node for filter, buffer in buffers.items() for node in (filter, buffer.secondary)]
         async with self._graph.drained(*disks):
             prepared: list[Prepared] = []
             try:
-                for filter in running:
-                    assert filter.buffer is not None
-                    prepared.append(await filter.buffer.prepare_checkpoint())
+                for buffer in buffers.values():
+                    ready = await buffer.prepare_checkpoint()
+                    prepared.append(ready)
             except BaseException:
                 for one in prepared:
                     one.abort()
@@ -160,7 +193,7 @@ class ReplicationRegistry:
         if failed:
             raise failed[0]
 
-    async def resize(self, filter: Replication, length: int) -> None:
+    async def resize(self, filter: Replication, length: int, check: Check = _always) -> None:
         """Give active, hidden and secondary disk of a filter another length, all or none; so its view has it at once.
 
         What is new reads as zeroes. Goes past the blockers on the top node, which are there so that nobody else
@@ -168,6 +201,7 @@ class ReplicationRegistry:
         disk that cannot get the length; then nothing changed, except where the error says so (`unevenness`).
         """
         async with self._turn:
+            check()
             if filter.mode != "secondary" or filter.stage not in (Stage.NONE, Stage.RUNNING):
                 raise ReplicationError(filter.name, "resize", f"not in mode {filter.mode}, stage {filter.stage.value}")
             disks = disks_of(filter)
@@ -175,31 +209,6 @@ class ReplicationRegistry:
                 await resize_together(disks if length > min(disk.length for disk in disks) else disks[::-1], length)
 
     # --- one filter ---
-
-    async def _start(self, filter: Replication, mode: Mode) -> None:
-        if filter.stage is not Stage.NONE:
-            raise ReplicationError(filter.name, "start", f"it has been started already (stage {filter.stage.value})")
-        if mode != filter.mode:
-            raise ReplicationError(filter.name, "start", f"its mode is {filter.mode}, not {mode}")
-        if mode == "secondary":
-            buffer = await HiddenDiskBuffer.open(self._graph, self._jobs, filter)
-            filter.buffer = buffer
-            try:
-                async with self._graph.drained(filter, buffer.secondary):
-                    (await buffer.prepare_checkpoint()).commit()
-            except BaseException as error:
-                filter.buffer = None
-                with noting(error):
-                    await buffer.undo()
-                raise
-        filter.error = None
-        filter.enter(Stage.RUNNING)
-
-    async def _put_back(self, filter: Replication) -> None:
-        buffer, filter.buffer = filter.buffer, None
-        filter.enter(Stage.NONE)
-        if isinstance(buffer, HiddenDiskBuffer):
-            await buffer.undo()
 
     async def _stop(self, filter: Replication, failover: bool) -> None:
         buffer = filter.buffer
