@@ -19,7 +19,8 @@ no other child can serve it, the read fails with EIO: better an error than the d
 stale child, and lets it vote.)
 
 A discard is advice: a child that fails it is reported, and has missed nothing. When reads vote, discards are not
-forwarded at all, since two children may answer a discarded range differently and both be right. Truncate is all or nothing as far as growing goes; shrinking cannot be taken back.
+forwarded at all, since two children may answer a discarded range differently and both be right. Truncate is all or
+nothing as far as growing goes; shrinking cannot be taken back.
 
 Events (`Node.report`), with QEMU's names and fields: ``QUORUM_REPORT_BAD`` for each child that failed or was
 outvoted, ``QUORUM_FAILURE`` when fewer than ``vote-threshold`` were good and the request failed.
