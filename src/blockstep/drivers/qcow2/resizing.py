@@ -1,9 +1,10 @@
 """Resizing: the disk becomes longer or shorter, durably, whatever its clusters hold.
 
-What is added reads as zeroes: what the last cluster still has of an earlier, longer disk is cleared, and what the
-backing node has there is hidden, also what it comes to have there when it grows later. That lasts until the image is
-closed or emptied: no field of the format could say so. An L1 table that is too short is replaced, which is one write of
-the header.
+What is added reads as zeroes, and does before the header has the new length: what the last cluster still has of an
+earlier, longer disk is cleared, and what a resize that was cut short left behind the end is forgotten. What the backing
+node has there is hidden, also what it comes to have there when it grows later. That lasts until the image is closed or
+emptied: no field of the format could say so. An L1 table that is too short is replaced, which is one write of the
+header.
 An external data file is never shorter than the disk: it grows before, and shrinks afterwards.
 """
 
@@ -26,7 +27,7 @@ from blockstep.drivers.qcow2.format import (
     encode_table,
     entries_for,
 )
-from blockstep.drivers.qcow2.reading import EVERYTHING
+from blockstep.drivers.qcow2.reading import EVERYTHING, zeroes
 from blockstep.drivers.qcow2.tables import ALLOCATED
 from blockstep.drivers.qcow2.writing import Writer
 from blockstep.errors import noting
@@ -42,53 +43,56 @@ class Resizer(Writer):
         """See `Driver`. Durable at return."""
         if self.header.snapshot_count and self.header.version < 3:
             raise not_supported("resize of an image of version 2 with internal snapshots")
-        before, below_end = self.length, self._below_end
-        file_length = self.data_file.node.length if self.data_file else 0
-        try:
-            await self._set_length(length)
-        except BaseException as error:
-            if length > before:
-                with noting(error):
-                    if self.length != before or self._size_in_doubt:
-                        await self._set_length(before)
-                        self._below_end = below_end
-                    if self.data_file is not None and self.data_file.node.length != file_length:
-                        await self._shorten_data(self.data_file, file_length)
-            raise
-
-    async def _set_length(self, length: int) -> None:
         token = self._lock.try_take(0, EVERYTHING) or await self._lock.take(0, EVERYTHING)
         try:
-            before = self.length
-            if length > before:
-                if self.data_file is not None:
-                    await self._lengthen_data(self.data_file, before, length)
-                if not self._raw_data:
-                    await self._drop(before, length)
-                await self._lengthen_l1(length)
-            await self._settle()
-            await self._write_size(length)
+            if length > self.length:
+                await self._lengthen(length)
+            else:
+                await self._shorten(length)
         finally:
             self._lock.give_back(token)
-        if length < before:
-            token = self._lock.try_take(length, before) or await self._lock.take(length, before)
-            try:
-                await self._drop(length, before)
-            finally:
-                self._lock.give_back(token)
-            if self.data_file is not None:
-                await self._shorten_data(self.data_file, length)
-        else:
-            edge = min(-(-before >> self._bits) << self._bits, length)
-            if edge > before and not await self._reads_as_zeroes(before, edge):  # left over in the last cluster
-                await self.write_zeroes(before, edge - before)
-            below = min(self._below(), length)
-            if below > edge:
-                await self.write_zeroes(edge, below - edge, MAY_UNMAP)
-            if self.backing is not None and below < length:
-                self._below_end = below
+
+    async def _lengthen(self, length: int) -> None:
+        before, data = self.length, self.data_file
+        file_length = data.node.length if data else 0
+        try:
+            if data is not None:
+                await self._lengthen_data(data, before, length)
+            await self._lengthen_l1(length)
             if self._raw_data:
-                await self._allocate_all(edge, length)
+                await self._allocate_all(before, length)
+            else:
+                await self._clear(before, length)
+            await self._settle()
+            await self._write_size(length)
+        except BaseException as error:
+            with noting(error):
+                if self._size_in_doubt:
+                    await self._save()
+                if data is not None and data.node.length != file_length:
+                    await self._shorten_data(data, file_length)
+            raise
+        if self.backing is not None and self._below() < length:
+            self._below_end = self._below()
+
+    async def _clear(self, before: int, length: int) -> None:
+        """Let what is behind the disk's end, up to ``length``, read as zeroes."""
+        start = -(-before >> self._bits) << self._bits
+        edge = min(start, length)
+        if edge > before and not await self._reads_as_zeroes(before, edge):  # left over in the last cluster
+            await self._write_locked(before, zeroes(edge - before))
+        await self._drop(start, length)
+        below = -(-min(self._below(), length) >> self._bits) << self._bits
+        if below > start:
+            await self._zero_locked(start, below, 0)
+
+    async def _shorten(self, length: int) -> None:
+        before = self.length
+        await self._settle()
+        await self._write_size(length)
+        await self._drop(length, before)
+        if self.data_file is not None:
+            await self._shorten_data(self.data_file, length)
         await self.flush()
 
     async def _write_size(self, length: int) -> None:

@@ -74,7 +74,7 @@ class Writer(SubclusterWriter):
         if entry >= self._least and not entry & self._odd:
             return await self._write_in_place(table, offset, data, end)
         if self._raw_data:
-            await self._allocate_all(index << self._l2_shift, (index + 1) << self._l2_shift)
+            await self._allocate_all(index << self._l2_shift, min((index + 1) << self._l2_shift, self.length))
             await self._save()  # so that after a crash the disk reads as the data file does
             return await self._write_some(offset, data)
         # Clusters that need a place; the first and last may need the rest of their content.
@@ -109,7 +109,7 @@ class Writer(SubclusterWriter):
     async def _allocate_all(self, start: int, end: int) -> None:
         """Let the entries of all clusters of a range say that their data is in the external data file."""
         tables = self._tables
-        start, end = -(-start >> self._bits) << self._bits, min(end, self.length)
+        start = -(-start >> self._bits) << self._bits
         while start < end:
             index = start >> self._l2_shift
             stop = min(end, (index + 1) << self._l2_shift)
@@ -189,27 +189,30 @@ class Writer(SubclusterWriter):
         first, last = start & ~self._within, -(-stop >> self._bits) << self._bits
         token = self._lock.try_take(first, last) or await self._lock.take(first, last)
         try:
-            while start < stop:
-                index = start >> self._l2_shift
-                end = min(stop, (index + 1) << self._l2_shift)
-                if self.header.version < 3 and self._hides(start):
-                    if not advice:
-                        if flags & FAST:
-                            raise not_supported("fast zeroes in an image of version 2 with a backing file")
-                        for at in range(start, end, len(ZEROES)):
-                            await self._write_locked(at, zeroes(min(len(ZEROES), end - at)))
-                    start = end
-                    continue
-                if self.data_file is not None and flags & MAY_UNMAP and self.options.discard == "unmap":
-                    await self._data.discard(start, end - start)
-                if self._tables.extended:
-                    for at, to in await self._zero_subclusters(index, start, end, bool(flags & MAY_UNMAP)):
-                        await self._write_locked(at, zeroes(to - at))
-                else:
-                    await self._zero_entries(index, start, end, bool(flags & MAY_UNMAP))
-                start = end
+            await self._zero_locked(start, stop, flags, advice)
         finally:
             self._lock.give_back(token)
+
+    async def _zero_locked(self, start: int, stop: int, flags: int, advice: bool = False) -> None:
+        while start < stop:
+            index = start >> self._l2_shift
+            end = min(stop, (index + 1) << self._l2_shift)
+            if self.header.version < 3 and self._hides(start):
+                if not advice:
+                    if flags & FAST:
+                        raise not_supported("fast zeroes in an image of version 2 with a backing file")
+                    for at in range(start, end, len(ZEROES)):
+                        await self._write_locked(at, zeroes(min(len(ZEROES), end - at)))
+                start = end
+                continue
+            if self.data_file is not None and flags & MAY_UNMAP and self.options.discard == "unmap":
+                await self._data.discard(start, end - start)
+            if self._tables.extended:
+                for at, to in await self._zero_subclusters(index, start, end, bool(flags & MAY_UNMAP)):
+                    await self._write_locked(at, zeroes(to - at))
+            else:
+                await self._zero_entries(index, start, end, bool(flags & MAY_UNMAP))
+            start = end
 
     async def _write_locked(self, offset: int, data: Buffer) -> None:
         view, done = memoryview(data), 0

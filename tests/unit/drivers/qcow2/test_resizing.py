@@ -33,18 +33,19 @@ class FailingOptions(NodeOptions, tag="test-failing"):
 
 @register
 class Failing(Filter):
-    """A file of which one request fails, without effect: the one after ``good`` more."""
+    """A file of which one request fails, without effect: the one after ``good`` more; ``dead``: and all after it."""
 
     driver: ClassVar[str] = "test-failing"
     Options = FailingOptions
     child_roles: ClassVar[dict[str, Role]] = {"file": Role.FILTERED}
     good: int | None = None
+    dead = False
 
     def _comes_by(self) -> None:
         if self.good is not None:
             self.good -= 1
             if self.good < 0:
-                self.good = None
+                self.good = -1 if self.dead else None
                 raise OSError(errno.ENOSPC, "injected")
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
@@ -114,6 +115,41 @@ async def test_a_growth_that_fails_at_any_moment_leaves_the_image_as_it_was(tmp_
         assert_whole(path.read_bytes())
         good += 1
     assert good > 10
+
+
+@pytest.mark.parametrize("options", [
+    {"cluster_size": 512}, {"version": "v2"}, {"extended_l2": True, "cluster_size": 16 * KiB}], ids=str)
+@scenario
+async def test_a_disk_whose_growth_is_cut_off_anywhere_has_zeroes_where_it_is_longer(
+        tmp_path: Path, options: dict[str, Any]) -> None:
+    path, after, good, failed = tmp_path / "disk.qcow2", 2 * BEFORE, 0, True
+    lengths = set()
+    while failed:
+        CreateQcow2(filename=str(path), size=BEFORE, **options).create()
+        graph = Graph()
+        await ram(graph, "below", b"\x07" * 2 * BEFORE)
+        await graph.open({"driver": "file", "node-name": "plain", "filename": str(path)})
+        file = await graph.open({"driver": "test-failing", "node-name": "file", "file": "plain"})
+        assert isinstance(file, Failing)
+        node = await graph.open({"driver": "qcow2", "file": "file", "backing": "below"})
+        user = graph.attach_backend(node, "user", READ | WRITE | RESIZE)
+        await user.pwrite(BEFORE - 500, b"\x08" * 500)
+        await user.truncate(BEFORE - 100)  # and what was there is left in the cluster
+        file.good, file.dead = good, True
+        failed = await refusal(user.truncate(after)) is not None
+        good += 1
+        await graph.open({"driver": "qcow2", "node-name": "again", "backing": "below", "read-only": True,
+                          "file": {"driver": "file", "filename": str(path)}})
+        again = graph.find("again")
+        lengths.add(again.length)
+        expected = b"\x07" * (BEFORE - 500) + b"\x08" * 400
+        assert bytes(await again.pread(0, again.length)) == expected.ljust(again.length, b"\0")
+        assert_whole(path.read_bytes())
+        file.good = None
+        await graph.detach_backend(user)
+        for name in ("again", node.name, "file", "plain"):
+            await graph.close(graph.find(name))
+    assert lengths == {BEFORE - 100, after}
 
 
 @scenario
