@@ -227,8 +227,9 @@ class Driver(Node):
     async def prepare_reopen(self, options: Mapping[str, Any]) -> Prepared:
         """Get ready to change options of the open node. ``options`` always has ``read-only``.
 
-        Raises OptionError for an option that cannot be changed while the node is open. `Graph.reopen` checks the
-        permissions and sets `read_only`; a driver does what its storage needs (open the file anew).
+        Raises OptionError for an option that cannot be changed while the node is open. `Graph.reopen` flushes a node
+        that becomes read-only, checks the permissions and sets `read_only`; a driver does what its storage needs
+        (open the file anew).
         """
         for option in options:
             if option != "read-only":

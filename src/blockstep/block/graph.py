@@ -311,9 +311,10 @@ class Graph:
                      rewire: Callable[[Change], None] = lambda change: None) -> None:
         """Change options (``read-only``, ``cache.direct``, ...) of open nodes, and edges, all of them or none.
 
-        Each driver prepares what can fail; then ``rewire`` changes edges and the permissions are checked; then all
-        takes effect. The nodes are drained meanwhile, so that no request meets its storage half changed; a caller
-        may hold them drained already. `blockstep.block.reopen` takes whole sets of options.
+        A node that becomes read-only is flushed first: at the end nobody would. Each driver prepares what can fail;
+        then ``rewire`` changes edges and the permissions are checked; then all takes effect. The nodes are drained
+        meanwhile, so that no request meets its storage half changed; a caller may hold them drained already.
+        `blockstep.block.reopen` takes whole sets of options.
         """
         wanted = list(changes)
         access = [(node, bool(options.get("read-only", node.read_only))) for node, options in wanted]
@@ -321,6 +322,8 @@ class Graph:
         async with self.drained(*(node for node, _ in wanted)):
             try:
                 for (node, options), (_, read_only) in zip(wanted, access, strict=True):
+                    if read_only and not node.read_only:
+                        await node.flush()
                     prepared.append(await node.prepare_reopen({**options, "read-only": read_only}))
                 with self.change() as change:
                     for node, read_only in access:

@@ -12,6 +12,7 @@ from typing import Any
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.block.node import Node
+from blockstep.block.permissions import Role
 from blockstep.drivers.nbd import Nbd
 from blockstep.inventory.colo import Colo
 from blockstep.inventory.exports import CLOSE_DEADLINE, ExportTable
@@ -52,7 +53,7 @@ class Inventory:
             await self.exports.close()
             await self.jobs.cancel_all()
             await self.colo.close()
-            ends = [await tried(node, node.flush()) for node in self._tops()]
+            ends = [await tried(node, node.flush()) for node in self._to_flush()]
             for node in self.graph.nodes.values():
                 node.owned = False
             ends += [await tried(node, self.graph.close_unused(node)) for node in list(self.graph.nodes.values())]
@@ -66,10 +67,11 @@ class Inventory:
             if isinstance(node, Nbd):
                 node.yank()
 
-    def _tops(self) -> list[Driver]:
-        """The nodes that no other node uses and that can be written to."""
-        return [node for node in self.graph.nodes.values()
-                if not node.read_only and not any(isinstance(edge.parent, Node) for edge in node.parents)]
+    def _to_flush(self) -> list[Driver]:
+        """The nodes that can be written to, without those to which a flush of another comes down."""
+        return [node for node in self.graph.nodes.values() if not node.read_only and not any(
+            isinstance(edge.parent, Node) and not edge.parent.read_only and edge.role is not Role.BACKING
+            for edge in node.parents)]
 
 
 async def tried(node: Node, work: Awaitable[None]) -> OSError | None:

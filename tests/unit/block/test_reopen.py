@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,28 @@ async def test_a_node_becomes_read_only_and_writable_again(tmp_path: Path) -> No
     await reopen(graph, [file(tmp_path / "disk")])
     assert not node.read_only
     await node.pwrite(0, b"x")
+    await close_all(graph)
+
+
+@scenario
+async def test_what_was_written_is_durable_when_a_node_has_become_read_only(tmp_path: Path) -> None:
+    graph = Graph()
+    node = await open_file(graph, tmp_path / "disk")
+    await node.pwrite(0, b"x")
+    flushes = []
+
+    async def flush() -> None:
+        flushes.append(node.read_only)
+        if len(flushes) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    node.flush = flush
+    with pytest.raises(OSError, match="Input/output error"):
+        await reopen(graph, [file(tmp_path / "disk", **{"read-only": True})])
+    assert not node.read_only
+    await reopen(graph, [file(tmp_path / "disk", **{"read-only": True})])
+    await reopen(graph, [file(tmp_path / "disk")])
+    assert flushes == [False, False]
     await close_all(graph)
 
 

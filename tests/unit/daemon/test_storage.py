@@ -59,6 +59,21 @@ async def test_a_stop_flushes_what_was_written_and_closes_every_node(tmp_path: P
 
 
 @scenario
+async def test_a_stop_flushes_what_was_written_to_a_node_below_an_overlay(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    synced = []
+    async with daemon(tmp_path) as d:
+        disk = await d.inventory.graph.open(
+            {"driver": "file", "node-name": "secondary", "filename": str(tmp_path / "disk")})
+        await d.inventory.graph.open({"driver": "overlay", "node-name": "hidden", "backing": "secondary"})
+        await disk.pwrite(0, b"x")
+        fdatasync = os.fdatasync
+        monkeypatch.setattr(os, "fdatasync", lambda fd: (fdatasync(fd), synced.append(os.fstat(fd).st_ino)))
+    assert synced == [(tmp_path / "disk").stat().st_ino]
+
+
+@scenario
 async def test_a_stop_tells_of_a_disk_that_could_not_be_flushed(tmp_path: Path) -> None:
     async with daemon(tmp_path) as d:
         node = await d.inventory.graph.open({"driver": "null", "node-name": "disk"})
