@@ -12,7 +12,7 @@ import pytest
 
 from blockstep.block.io import enter, leave
 from blockstep.daemon.standby import Standby, StandbyConfig
-from blockstep.errors import PeerRefused, ReplicationError
+from blockstep.errors import BlockstepError, PeerRefused, ReplicationError
 from blockstep.jobs.commit import CommitJob
 from blockstep.nbd.client import Client
 from blockstep.nbd.uri import Address, InetAddress, UnixAddress, parse_uri
@@ -88,7 +88,9 @@ def test_a_promotion_in_the_middle_of_an_attach_leaves_no_way_in_for_the_primary
         await turns()
         leave(old)
         await promoting
-        assert not (await attaching).accepted
+        with pytest.raises(ReplicationError, match="only the attached primary"):
+            await attaching
+        assert not (await standby.link.attach(hello(), again)).accepted
         assert link_of(standby) is None
         assert standby.link.server is not None
         assert len(standby.link.server.exports) == 0
@@ -281,6 +283,102 @@ def test_a_primary_that_comes_back_is_let_in_when_its_first_checkpoint_has_ended
         assert standby.status().state == "resyncing"
 
     with_standby(tmp_path, test, "de")
+
+
+def test_a_failover_that_fails_before_it_has_begun_with_a_disk_costs_nobody_the_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The note takes its time, and fails. A primary that heard of a promotion meanwhile would be fenced for good."""
+
+    async def test(standby: Standby) -> None:
+        primary: Any = Caller()
+        await replicating(standby, primary)
+        written = asyncio.Event()
+
+        async def fails(*_: Any) -> None:
+            await written.wait()
+            raise OSError(errno.EIO, "the disk of the note is bad")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(standby.ends, "_write_down", fails)
+            promoting = asyncio.create_task(standby.fail_over("checkpoint"))
+            await turns()
+            status = standby.status()
+            assert (status.role, status.state) == ("standby", "failover")
+            with pytest.raises(ReplicationError, match="only the attached primary"):
+                await standby.link.commit(2, primary)
+            with pytest.raises(BlockstepError, match="just being promoted"):
+                await standby.link.attach(hello(), primary)
+            written.set()
+            with pytest.raises(OSError, match="of the note is bad"):
+                await promoting
+        status = standby.status()
+        assert (status.role, status.state, status.health) == ("standby", "replicating", "healthy")
+        await link_of(standby).pwrite(0, b"goes on")
+        await standby.link.commit(2, primary)
+        assert await standby.disks["d"].view.pread(0, 7) == b"goes on"
+        await standby.fail_over("checkpoint")
+        assert standby.status().role == "promoted"
+
+    with_standby(tmp_path, test)
+
+
+def test_a_stop_that_fails_before_it_has_begun_with_a_disk_costs_nobody_the_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The primary's exports are cut, after a write that takes its time ► then the disk cannot be stopped."""
+
+    async def fails(self: HiddenDiskBuffer) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    async def test(standby: Standby) -> None:
+        primary: Any = Caller()
+        await replicating(standby, primary)
+        writing = link_of(standby)
+        await enter(writing)
+        with monkeypatch.context() as patch:
+            patch.setattr(HiddenDiskBuffer, "drop", fails)
+            stopping = asyncio.create_task(standby.stop_replication())
+            await turns()
+            assert standby.status().state == "stopping"
+            with pytest.raises(BlockstepError, match="just being stopped"):
+                await standby.link.attach(hello(), primary)
+            leave(writing)
+            with pytest.raises(ReplicationError, match="injected"):
+                await stopping
+        assert (await standby.link.attach(hello(), primary)).accepted
+        await standby.link.commit(2, primary)
+        assert standby.status().health == "healthy"
+
+    with_standby(tmp_path, test)
+
+
+def test_a_standby_that_is_told_to_end_in_the_middle_of_a_failover_ends_with_what_was_chosen(tmp_path: Path) -> None:
+    promoting: list[asyncio.Task[qmp.Promoted]] = []
+
+    async def test(standby: Standby) -> None:
+        primary: Any = Caller()
+        await replicating(standby, primary)
+        await link_of(standby).pwrite(0, b"latest")
+        written, write_down = asyncio.Event(), standby.ends._write_down
+
+        async def slowly(to: str, unmerged: list[str]) -> None:
+            await written.wait()
+            await write_down(to, unmerged)
+
+        async def goes_on() -> None:
+            await turns()
+            written.set()
+
+        standby.ends._write_down = slowly  # type: ignore[method-assign]
+        promoting.append(asyncio.create_task(standby.fail_over("latest")))
+        await turns()
+        promoting.append(asyncio.create_task(goes_on()))  # type: ignore[arg-type]
+
+    with_standby(tmp_path, test)
+    assert promoting[0].result().epoch == 1
+    assert content_of(tmp_path / "d.img")[:6] == b"latest"
+    assert (tmp_path / "promoted").exists()
 
 
 def failing_for_e(method: str) -> Any:

@@ -184,7 +184,7 @@ class Standby(Service):
 
     def _refused(self, disk: StandbyDisk, error: OSError) -> None:
         heard_of, self._heard_of = self._heard_of, None
-        if error is not heard_of and error.errno not in _ASKED_WRONGLY and not self.situation.declines():
+        if error is not heard_of and error.errno not in _ASKED_WRONGLY and not self.situation.shut:
             self._note(disk, f"{disk.spec.path}: {error.strerror or error}")
 
     def _note(self, disk: StandbyDisk, reason: str) -> None:

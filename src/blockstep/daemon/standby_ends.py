@@ -1,9 +1,10 @@
 """How a standby's life with its primary ends: by a promotion, or by a stop.
 
 Both revoke the primary's way in first, are all of one piece as long as nothing has been done to a disk, and are never
-taken back from then on: a disk that is promoted may be in use, and no primary may write to it again. What a failure
-leaves undone, the same command does when it is repeated: it goes on with the disks that are not promoted, or not
-merged, and leaves the others alone.
+taken back from then on: a disk that is promoted may be in use, and no primary may write to it again. Until then all may
+be as before, so a primary that asks meanwhile is put off and not sent away: one that is told of a promotion never comes
+back. What a failure leaves undone, the same command does when it is repeated: it goes on with the disks that are not
+promoted, or not merged, and leaves the others alone.
 
 A promotion is written down, durably, before anything of it happens: see `blockstep.daemon.promotion`.
 """
@@ -21,7 +22,7 @@ from blockstep.daemon import promotion
 from blockstep.daemon.standby_setup import close_buffers
 from blockstep.daemon.standby_status import Situation
 from blockstep.drivers.replication import Stage
-from blockstep.errors import BlockstepError, ReplicationError
+from blockstep.errors import BlockstepError, ReplicationError, noting
 from blockstep.qmp.commands import replication as qmp
 from blockstep.qmp.schema import Event
 from blockstep.replication.registry import ReplicationRegistry
@@ -56,29 +57,31 @@ class Ends:
                 self._must_run("failover")
                 if to == "latest":
                     self._must_be_whole("failover")
-            now.promoting = True
+            now.ending = "failover"
             try:
                 await (self._go_on() if now.promoted_to else self._promote(to))
             finally:
-                now.promoting = False
+                now.ending = ""
                 self._tell()
 
     async def _promote(self, to: Literal["checkpoint", "latest"]) -> None:
         now = self._now
-        now.promoted_to = to
         try:
-            await self._write_down([] if to == "latest" else list(now.disks))
+            await self._write_down(to, [] if to == "latest" else list(now.disks))
             await self._revoke()
             with self._saying_which():
-                await self._registry.stop_all(failover=to == "checkpoint")
-        except BaseException:
-            if now.untouched:  # else a part of it is promoted, and no primary may write to that
-                now.promoted_to = ""
-                promotion.take_back(self._note)
-            else:
-                self._begun()
+                try:
+                    await self._registry.stop_all(failover=to == "checkpoint")
+                finally:  # where a part of it is promoted no primary may write to that
+                    now.promoted_to = "" if now.untouched else to
+        except BaseException as error:
+            if not now.promoted_to:
+                with noting(error):
+                    promotion.take_back(self._note)
             raise
-        self._begun()
+        finally:
+            if now.promoted_to:
+                self._begun()
 
     async def _go_on(self) -> None:
         try:
@@ -110,13 +113,14 @@ class Ends:
         self._announce("failed" if left else "done", left)
         self._tell()
 
-    async def _write_down(self, unmerged: list[str]) -> None:
-        await in_thread(promotion.write, self._note, self._pair, self._now.epoch, self._now.promoted_to, unmerged)
+    async def _write_down(self, to: str, unmerged: list[str]) -> None:
+        await in_thread(promotion.write, self._note, self._pair, self._now.epoch, to, unmerged)
 
     async def _write_down_what_is_left(self) -> None:
         now = self._now
         with contextlib.suppress(OSError):  # then the note stays as it is, and says of too many that they are torn
-            await self._write_down([] if now.keeps_latest else [disk.spec.name for disk in now.unfinished])
+            await self._write_down(now.promoted_to,
+                                   [] if now.keeps_latest else [disk.spec.name for disk in now.unfinished])
 
     def _announce(self, stage: Literal["begun", "done", "failed"], reason: str = "") -> None:
         self._emit(qmp.ReplicationFailover(pair=self._pair, stage=stage, to=self._now.promoted_to,
@@ -135,13 +139,12 @@ class Ends:
                     return
                 self._must_run("stop")
                 self._must_be_whole("stop")
-                now.stopped = True
+                now.ending = "stop"
                 try:
                     await self._revoke()
                     await self._registry.stop_all(failover=False)
-                except BaseException:
-                    now.stopped = not now.untouched
-                    raise
+                finally:
+                    now.ending, now.stopped = "", not now.untouched
                 await self._close_buffers()
             finally:
                 self._tell()
@@ -153,6 +156,10 @@ class Ends:
 
         Returns what could not be put right, an error for each disk.
         """
+        async with self._turn:  # what is being done is decided when it has ended
+            return await self._close()
+
+    async def _close(self) -> list[ReplicationError]:
         now = self._now
         buffers = [buffer for disk in now.disks.values() if (buffer := disk.buffer)]
         with contextlib.suppress(BlockstepError):  # each disk is asked below

@@ -96,9 +96,7 @@ class PrimarysSide:
         for server in (self._control, self.server):
             if server:
                 await server.stop()
-        for disk in self._now.disks.values():
-            if disk.link:
-                await self._graph.detach_backend(disk.link)
+        await self._cut_links()
 
     # --- the primary's commands ---
 
@@ -107,6 +105,9 @@ class PrimarysSide:
         now = self._now
         if now.declines():
             return self._decline()
+        if now.ending:  # and may be taken back: the primary is to ask again
+            raise BlockstepError(f"standby '{self._config.pair}' is just being "
+                                 f"{'promoted' if now.ending == 'failover' else 'stopped'}")
         self._must_not_be_torn()
         self._check_primary(args, monitor)
         now.primary, now.primarys_faults = monitor, {}
@@ -236,7 +237,7 @@ class PrimarysSide:
                                  "copied")
 
     def _is_primary(self, monitor: Monitor) -> bool:
-        return monitor is self._now.primary and not self._now.declines()
+        return monitor is self._now.primary and not self._now.shut
 
     def _must_be_primary(self, monitor: Monitor, step: str) -> None:
         if not self._is_primary(monitor):

@@ -2,7 +2,8 @@
 
 State, in a word: *waiting* for a primary, *syncing*, *replicating*, *resyncing* (it has a checkpoint, and a primary
 that copies what came since, or everything), *lost* (it has a checkpoint, and the primary is gone), *failover* (it is
-being promoted, or the merge runs), *promoted*, *failover-failed* (with some disks it has not ended), *stopped*.
+being promoted, or the merge runs), *promoted*, *failover-failed* (with some disks it has not ended), *stopping*,
+*stopped*.
 
 Nothing here waits or changes anything: the words are true at the moment in which they are asked for.
 """
@@ -38,10 +39,11 @@ class Situation:
         self.committed_at = 0.0
         #: A (re)sync has begun and has not ended: what the primary wrote last is no state that its disks ever were in.
         self.mixed = False
-        #: The promotion's choice, from the moment in which it begins.
+        #: What is being done just now. It may fail yet, and all is as before.
+        self.ending: Literal["", "failover", "stop"] = ""
+        #: The promotion's choice, once there is a disk with which it has begun.
         self.promoted_to: Literal["", "checkpoint", "latest"] = ""
-        #: It is being promoted just now.
-        self.promoting = False
+        #: Likewise, that it was stopped.
         self.stopped = False
         #: Why the last operation of the primary failed.
         self.last_error = ""
@@ -58,14 +60,21 @@ class Situation:
         return bool(self.promoted_to) or self.stopped
 
     @property
+    def shut(self) -> bool:
+        """Whether no primary gets in: for good, or for the moment."""
+        return self.declines() or bool(self.ending)
+
+    @property
     def keeps_latest(self) -> bool:
         """Whether a promotion, or a stop, leaves the disks as the primary wrote them last."""
         return self.stopped or self.promoted_to == "latest"
 
     @property
     def untouched(self) -> bool:
-        """Whether all disks keep their checkpoint: no step of a promotion, or a stop, has been done with any."""
-        return self.running and all(disk.buffer and not disk.filter.failed_over for disk in self.disks.values())
+        """Whether no step of a promotion, or a stop, has been done with any disk: those with a checkpoint keep it."""
+        return all(disk.filter.stage is Stage.NONE or (
+            disk.filter.stage is Stage.RUNNING and disk.buffer and not disk.filter.failed_over)
+            for disk in self.disks.values())
 
     @property
     def unfinished(self) -> list[StandbyDisk]:
@@ -81,7 +90,9 @@ class Situation:
     @property
     def state(self) -> str:
         """One word; see the module."""
-        if self.promoting or any(disk.filter.stage is Stage.FAILOVER for disk in self.disks.values()):
+        if self.ending == "stop":
+            return "stopping"
+        if self.ending or any(disk.filter.stage is Stage.FAILOVER for disk in self.disks.values()):
             return "failover"
         if self.promoted_to:
             return "failover-failed" if self.unfinished else "promoted"
@@ -103,7 +114,7 @@ class Situation:
         state = self.state
         if state == "failover-failed" or (state == "stopped" and self.unfinished):
             return "at-risk", self.what_is_left()
-        if state in ("promoted", "failover", "stopped"):
+        if state in ("promoted", "failover", "stopping", "stopped"):
             return "degraded", "it has no standby of its own"
         reasons = [f"disk '{name}': {wrong}" for name, disk in self.disks.items() for wrong in self._wrong(disk)]
         if state in ("waiting", "syncing"):
@@ -158,7 +169,7 @@ class Situation:
             work=work_status("failover", jobs) if jobs else None, exports=exports)
 
     def _disk_status(self, name: str, disk: StandbyDisk) -> qmp.DiskStatus:
-        ended = self.declines() and not self.promoting
+        ended = self.declines() and not self.ending
         fault = self.files.faults.get(name, "")
         reasons = [fault, *([self.lacks(disk)] if ended else self._wrong(disk))]
         return qmp.DiskStatus(
@@ -168,7 +179,7 @@ class Situation:
 
     def _disk_state(self, disk: StandbyDisk) -> str:
         if disk.filter.stage is Stage.DONE:
-            return "promoted" if self.promoted_to else "stopped"
+            return "stopped" if self.stopped or self.ending == "stop" else "promoted"
         return str(disk.filter.stage.value)
 
     def event(self) -> qmp.ReplicationState:
