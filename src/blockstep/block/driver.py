@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
 
 from blockstep.aio.inline import submit
@@ -102,6 +102,32 @@ class Driver(Node):
             if operation in cls.__dict__ and quick not in cls.__dict__:
                 setattr(cls, quick, getattr(Driver, quick))
 
+    # --- what lies below ---
+
+    def chain(self) -> Iterator[Driver]:
+        """The node, and what shows through it: what a filter filters, the backing node of others, and so on down."""
+        node: Driver | None = self
+        while node is not None:
+            yield node
+            edge = node.children.get("file" if node.is_filter else "backing")
+            node = None if edge is None else edge.node
+
+    def unfiltered(self) -> Driver:
+        """The first node down from this one that is no filter: filters are no layers."""
+        node = self
+        while node.is_filter and "file" in node.children:
+            node = node.children["file"].node
+        return node
+
+    def stored_in(self) -> Iterator[Driver]:
+        """The node and those that it stands on: without backing nodes, and targets of filters. Parents come first."""
+        yield self
+        for child in self.children.values():
+            if child.role not in (Role.BACKING, Role.TARGET):
+                yield from child.node.stored_in()
+
+    # --- life ---
+
     async def implied_children(self) -> Sequence[tuple[str, Role, NodeRef]]:
         """Children that an image itself names, to be opened like those of the options: (child name, role, options).
 
@@ -118,6 +144,8 @@ class Driver(Node):
 
     async def close(self) -> None:
         """Release everything. Nothing is in flight. Flushes nothing: who needs durability has flushed before."""
+
+    # --- requests ---
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """Exactly ``length`` bytes from ``offset`` on."""

@@ -222,10 +222,10 @@ class Graph:
 
     def _disk_of(self, user: Backend) -> Driver:
         """The node that stands for the disk of a user: filters that jobs and limits have put before it do not."""
-        node = user.node
-        while node.is_filter and "file" in node.children and (
-                node in self.entrances.values() or (not node.owned and node.options.node_name is None)):
-            node = node.children["file"].node
+        for node in user.node.chain():
+            anonymous = not node.owned and node.options.node_name is None
+            if not node.is_filter or not (anonymous or node in self.entrances.values()):
+                break
         return node
 
     def _io_error(self, user: Backend, operation: str, error: OSError) -> None:

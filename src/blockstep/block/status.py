@@ -15,7 +15,7 @@ async def status_through(node: Driver, offset: int, length: int, base: Driver | 
     (`Driver.read_lock`) is kept still meanwhile: what moves from one layer to another is found in one of them.
     """
     result: list[Extent] = []
-    await _resolve(node, offset, offset + length, 1, base and _unfiltered(base), result)
+    await _resolve(node, offset, offset + length, 1, base and base.unfiltered(), result)
     return result
 
 
@@ -45,7 +45,7 @@ async def _resolve_still(
                 _append(result, extent._replace(depth=depth))
             else:
                 backing = backing_of(node)
-                if backing is None or _unfiltered(backing) is base:
+                if backing is None or backing.unfiltered() is base:
                     zero = backing is None and base is None
                     _append(result, Extent(extent.length, False, zero, False, 0))
                 else:
@@ -55,21 +55,15 @@ async def _resolve_still(
 
 def _lock_of(node: Driver) -> RangeLock | None:
     """That of the node, or of the first filter below it that has one."""
-    while node.read_lock is None and node.is_filter and "file" in node.children:
-        node = node.children["file"].node
-    return node.read_lock
-
-
-def _unfiltered(node: Driver) -> Driver:
-    """The first node down from this one that is no filter: filters are no layers."""
-    while node.is_filter and "file" in node.children:
-        node = node.children["file"].node
-    return node
+    for each in node.chain():
+        if each.read_lock is not None or not each.is_filter:
+            return each.read_lock
+    return None
 
 
 def backing_of(node: Driver) -> Driver | None:
     """The backing node of the first node down from this one that is no filter; None if that has none."""
-    backing = _unfiltered(node).children.get("backing")
+    backing = node.unfiltered().children.get("backing")
     return backing.node if backing is not None else None
 
 

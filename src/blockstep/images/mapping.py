@@ -83,7 +83,7 @@ async def _entries(layers: list[Layer], start: int, extent: Extent) -> list[MapE
         return [MapEntry(start, extent.length, depth, False, extent.zero, extent.data)]
     node, name = layers[extent.depth - 1]
     entries = []
-    for length, place in await _places(_unfiltered(node), start, extent.length):
+    for length, place in await _places(node.unfiltered(), start, extent.length):
         entries.append(MapEntry(start, length, extent.depth - 1, True, extent.zero, extent.data, place, name))
         start += length
     return entries
@@ -95,12 +95,6 @@ async def _places(node: Driver, start: int, length: int) -> list[tuple[int, int 
         return await node.places(start, length)
     place = node.raw_range(start, length)
     return [(length, None if place is None else place[1])]
-
-
-def _unfiltered(node: Driver) -> Driver:
-    while node.is_filter and "file" in node.children:
-        node = node.children["file"].node
-    return node
 
 
 def _continues(one: MapEntry, two: MapEntry) -> bool:

@@ -436,7 +436,7 @@ def _find_bitmaps(graph: Graph, node: Driver, options: ExportOptions) -> dict[st
     found: dict[str, DirtyBitmap] = {}
     for wanted in options.bitmaps:
         if isinstance(wanted, str):
-            bitmap = next((one.bitmaps[wanted] for one in _chain(node) if wanted in one.bitmaps), None)
+            bitmap = next((one.bitmaps[wanted] for one in node.chain() if wanted in one.bitmaps), None)
             if bitmap is not None and bitmap.enabled and not options.writable and not node.read_only:
                 raise OptionError("bitmaps", wanted, "disabled, in a read-only export of a node that others can write")
         else:
@@ -453,15 +453,6 @@ def _find_bitmaps(graph: Graph, node: Driver, options: ExportOptions) -> dict[st
             raise OptionError("bitmaps", wanted, "given once")
         found[wanted] = bitmap
     return found
-
-
-def _chain(node: Driver) -> Iterator[Driver]:
-    """The node, and what shows through it: the filtered or the backing node, and so on."""
-    below: Driver | None = node
-    while below is not None:
-        yield below
-        through = below.children.get("file") if below.is_filter else below.children.get("backing")
-        below = through.node if through is not None else None
 
 
 def _cut_off(export: BlockExport, reason: str) -> None:

@@ -47,12 +47,6 @@ def actual_size(node: Driver) -> int | None:
     return None
 
 
-def backing_of(node: Driver) -> Driver | None:
-    """The node that shows through, if it has one."""
-    edge = node.children.get("backing")
-    return None if edge is None else edge.node
-
-
 def _options(node: Driver) -> dict[str, Any]:
     found: dict[str, Any] = {"driver": node.driver}
     for field in msgspec.structs.fields(node.options):

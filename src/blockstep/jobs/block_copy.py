@@ -25,6 +25,7 @@ import os
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import Final, Literal, Protocol
 
 from blockstep.aio.copying import PIECE, zero_runs
@@ -34,7 +35,7 @@ from blockstep.block.bitmap import Bitmap
 from blockstep.block.driver import FAST, MAY_UNMAP, Buffer, Driver, Extent
 from blockstep.block.io import Backend, enter, leave
 from blockstep.block.node import Child
-from blockstep.block.status import status_through
+from blockstep.block.status import backing_of, status_through
 from blockstep.units import GiB, MiB
 
 #: The most that one request for zeroes covers, of a target that may have to write them, and where they are fast. For
@@ -170,10 +171,7 @@ class BlockCopy:
 
     @property
     def _is_flat(self) -> bool:
-        node = self.source.node
-        while node.is_filter and "file" in node.children:
-            node = node.children["file"].node
-        return "backing" not in node.children
+        return backing_of(self.source.node) is None
 
     # --- what a subclass may change ---
 
@@ -444,14 +442,8 @@ class Failure(Exception):
 
 def _holder(node: Driver, depth: int) -> Driver | None:
     """The node ``depth`` layers down (1: the first below the filters at the top), or None."""
-    while True:
-        while node.is_filter and "file" in node.children:
-            node = node.children["file"].node
-        if depth <= 1:
-            return node if depth == 1 else None
-        if "backing" not in node.children:
-            return None
-        node, depth = node.children["backing"].node, depth - 1
+    layers = (each for each in node.chain() if not each.is_filter)
+    return next(islice(layers, depth - 1, None), None) if depth > 0 else None
 
 
 def _copy_file_range(of: tuple[int, int], to: tuple[int, int], length: int) -> None:

@@ -84,7 +84,7 @@ class CommitJob(SyncJob):
         return [*self._chain, self.base]
 
     async def take_more(self, undo: AsyncExitStack) -> None:
-        locked = [node for node in stored_in(self.base) if node.read_only]
+        locked = [node for node in self.base.stored_in() if node.read_only]
         if locked:
             await self.graph.reopen([(node, {"read-only": False}) for node in locked])
             undo.push_async_callback(self._lock_again, locked)
@@ -115,22 +115,12 @@ class CommitJob(SyncJob):
 def chain(top: Driver, base: Driver) -> list[Driver]:
     """The nodes from ``top`` down to, but not including, ``base``. Raises OptionError if base is not a backing node."""
     nodes: list[Driver] = []
-    node = top
-    while node is not base:
+    for node in top.chain():
+        if node is base:
+            break
         nodes.append(node)
-        below = node.children.get("file" if node.is_filter else "backing")
-        if below is None:
-            raise OptionError("base", base.name, f"a backing node of '{top.name}'")
-        node = below.node
+    else:
+        raise OptionError("base", base.name, f"a backing node of '{top.name}'")
     if all(node.is_filter for node in nodes):
         raise OptionError("base", base.name, f"another node than the top '{top.name}'")
-    return nodes
-
-
-def stored_in(node: Driver) -> list[Driver]:
-    """The node and those below it that hold its data, those below first."""
-    nodes = [node]
-    for child in node.children.values():
-        if child.role in (Role.FILTERED, Role.STORAGE, Role.DATA):
-            nodes = [*stored_in(child.node), *nodes]
     return nodes

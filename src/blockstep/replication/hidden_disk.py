@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from blockstep.aio.rangelock import RangeLock
@@ -31,7 +31,7 @@ from blockstep.block.driver import Driver, Prepared
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.node import Node
-from blockstep.block.permissions import WRITE, Role
+from blockstep.block.permissions import WRITE
 from blockstep.block.status import allocated_above
 from blockstep.drivers.copy_before_write import CopyBeforeWrite
 from blockstep.drivers.overlay import Overlay
@@ -107,7 +107,7 @@ class HiddenDiskBuffer:
         self.active, self.hidden, self.secondary, self.top = active, hidden, secondary, top
 
     async def _set_up(self) -> None:
-        frozen = [node for disk in (self.hidden, self.secondary) for node in _storage_of(disk) if node.read_only]
+        frozen = [node for disk in (self.hidden, self.secondary) for node in disk.stored_in() if node.read_only]
         await self._graph.reopen([(node, {"read-only": False}) for node in frozen])
         if frozen:
             self._undo.append(lambda: self._freeze(frozen))
@@ -130,7 +130,7 @@ class HiddenDiskBuffer:
     async def _freeze(self, nodes: list[Driver]) -> None:
         """Make read-only again what is still open, except a secondary disk that the view now writes to."""
         written = self._filter.stage is Stage.FAILOVER_FAILED or bool(self.secondary.cumulative()[0] & WRITE)
-        in_use = set(_storage_of(self.secondary)) if written else set()
+        in_use = set(self.secondary.stored_in()) if written else set()
         await self._graph.reopen([(node, {"read-only": True}) for node in nodes
                                   if self._graph.nodes.get(node.name) is node and node not in in_use])
 
@@ -281,11 +281,3 @@ class HiddenDiskBuffer:
 
     def _error(self, reason: str) -> ReplicationError:
         return ReplicationError(self._filter.name, "start", reason)
-
-
-def _storage_of(disk: Driver) -> Iterator[Driver]:
-    """The node and what it stands on, without its backing nodes."""
-    yield disk
-    for child in disk.children.values():
-        if child.role is not Role.BACKING:
-            yield from _storage_of(child.node)

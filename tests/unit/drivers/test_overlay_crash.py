@@ -282,7 +282,8 @@ def test_a_reclaim_that_is_overtaken_by_another_emptying_gives_back_what_that_le
         graph, node, reclaim = await emptied_and_written_anew(tmp_path / "image", monkeypatch)
         await node.make_empty()
         await node.flush()
-        assert node._image and node._saver
+        assert node._image
+        assert node._saver
         assert node._saver._reclaiming
         reclaim.go.set()
         await node._saver._reclaiming

@@ -250,7 +250,7 @@ def _layer(context: Holder, device: Driver, which: str, name: str | None, filena
     """The layer of ``device`` that the user means, if any."""
     if name is not None and filename is not None:
         raise CommandError(f"'{which}-node' and '{which}' exclude each other")
-    layers: list[Driver] = [device, *_below(device)]
+    layers = list(device.chain())
     if filename is not None:
         for layer in layers:
             if _filename(layer) == filename:
@@ -262,15 +262,6 @@ def _layer(context: Holder, device: Driver, which: str, name: str | None, filena
     if node not in layers:
         raise OptionError(f"{which}-node", name, f"a layer of '{device.name}'")
     return node
-
-
-def _below(node: Driver) -> list[Driver]:
-    """The layers under a node, and the filters between them, from the top down."""
-    nodes: list[Driver] = []
-    while (edge := node.children.get("file" if node.is_filter else "backing")) is not None:
-        node = edge.node
-        nodes.append(node)
-    return nodes
 
 
 def _lowest(device: Driver) -> Driver:

@@ -26,7 +26,7 @@ from blockstep.block.node import Child, Parent
 from blockstep.block.permissions import Permission
 from blockstep.block.write_threshold import write_threshold
 from blockstep.drivers.throttle import Limits
-from blockstep.inventory.filenames import actual_size, backing_of, filename_of
+from blockstep.inventory.filenames import actual_size, filename_of
 from blockstep.inventory.inventory import Inventory
 from blockstep.inventory.limits import limits_of
 from blockstep.qmp.commands.holder import Holder
@@ -164,13 +164,13 @@ def _above(graph: Graph, node: Driver) -> Iterator[Driver]:
 
 def node_info(inventory: Inventory, node: Driver, flat: bool = False) -> NodeInfo:
     """One node."""
-    backing = backing_of(node)
+    backing = _own_backing(node)
     group = limits_of(inventory.graph, node)
     cache = node.options.cache
     info = NodeInfo(
         file=filename_of(node), node_name=node.name, ro=node.read_only, drv=node.driver,
         backing_file=UNSET if backing is None else filename_of(backing),
-        backing_file_depth=0 if flat else _depth(node),  # so QEMU counts
+        backing_file_depth=0 if flat else len(list(node.chain())) - 1,  # QEMU counts filters, too
         encrypted=False, detect_zeroes="off", bps=0, bps_rd=0, bps_wr=0, iops=0, iops_rd=0, iops_wr=0,
         image=image_info(node, flat),
         group=UNSET if group is None else group.name,
@@ -202,7 +202,7 @@ def _show_limits(info: NodeInfo, limits: Limits) -> None:
 
 def image_info(node: Driver, flat: bool = False) -> ImageInfo:
     """What a node stands for, and unless ``flat`` all that it stands on."""
-    backing, occupied = backing_of(node), actual_size(node)
+    backing, occupied = _own_backing(node), actual_size(node)
     info = ImageInfo(filename=filename_of(node), image_format=node.driver, virtual_size=node.length,
                      actual_size=UNSET if occupied is None else occupied)
     if node.can_be_emptied:
@@ -217,10 +217,10 @@ def image_info(node: Driver, flat: bool = False) -> ImageInfo:
     return info
 
 
-def _depth(node: Driver) -> int:
-    """How many layers lie below; filters count, as with QEMU."""
-    below = node.children["file"].node if node.is_filter and "file" in node.children else backing_of(node)
-    return 0 if below is None else 1 + _depth(below)
+def _own_backing(node: Driver) -> Driver | None:
+    """The backing node; a filter has none here, whatever it filters."""
+    edge = node.children.get("backing")
+    return None if edge is None else edge.node
 
 
 # --- counters ---
@@ -310,7 +310,7 @@ def _statistics(graph: Graph, node: Driver, chain: bool = True) -> Statistics:
     storage = node.children.get("file") or node.children.get("children.0")
     if storage is not None:
         found.parent = _statistics(graph, storage.node, chain)
-    backing = backing_of(node)
+    backing = _own_backing(node)
     if backing is not None and chain:
         found.backing = _statistics(graph, backing, chain)
     return found
