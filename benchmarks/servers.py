@@ -274,7 +274,8 @@ def blockstep_primary(directory: Path, disk: Path, standby: Endpoint, acknowledg
     host, port = standby.address
     path, qmp = directory / "primary.sock", directory / "primary.qmp"
     command = blockstep("primary", "--disk", f"disk={disk}", "--standby", f"{host}:{port}", "--socket", path,
-                        "--qmp", qmp, "--ack", acknowledge, "--checkpoint-every", "0", "--checkpoint-bytes", "0")
+                        "--qmp", qmp, "--state", directory / "primary.ended", "--ack", acknowledge,
+                        "--checkpoint-every", "0", "--checkpoint-bytes", "0")
     with started(command, path, qmp) as process:
         control = Control(qmp)
         try:

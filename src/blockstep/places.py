@@ -10,6 +10,8 @@ from typing import Final
 QMP_SUFFIX: Final = ".qmp"
 #: Of the notes of promotions, in the state directory.
 STATE_SUFFIX: Final = ".promoted"
+#: Of the notes of ends in good order, there as well.
+ENDED_SUFFIX: Final = ".ended"
 
 
 def runtime_directory() -> Path:

@@ -52,7 +52,7 @@ def with_pair(tmp_path: Path, test: Callable[[Primary, Standby], Awaitable[None]
         primary = Primary(PrimaryConfig(
             pair="p", disks=tuple(a_disk(name, tmp_path / f"{name}.primary") for name in "ab"),
             standby=InetAddress("127.0.0.1", standby.link.port), export=UnixAddress(str(tmp_path / "export")),
-            qmp=tmp_path / "p.qmp", checkpoint_every=0.0, checkpoint_bytes=0))
+            qmp=tmp_path / "p.qmp", state=tmp_path / "primary.ended", checkpoint_every=0.0, checkpoint_bytes=0))
         try:
             await test(primary, standby)
         finally:

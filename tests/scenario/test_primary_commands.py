@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from blockstep.block.driver import Driver
+from blockstep.daemon import good_end
 from blockstep.daemon.primary import Primary, PrimaryConfig
 from blockstep.daemon.standby import Standby
 from blockstep.errors import BlockstepError
@@ -29,7 +31,7 @@ def config(directory: Path) -> PrimaryConfig:
     """One of a primary whose standby is not there."""
     return PrimaryConfig(pair="p", disks=(a_disk("d", directory / "d.img"),),
                          standby=InetAddress("127.0.0.1", 1), export=UnixAddress(str(directory / "nbd")),
-                         qmp=directory / "qmp")
+                         qmp=directory / "qmp", state=directory / "ended")
 
 
 @pytest.mark.parametrize("turns", range(3))
@@ -46,6 +48,58 @@ def test_a_primary_that_is_told_to_end_at_once_ends_quietly(tmp_path: Path, turn
         asyncio.run(main())
         gc.collect()
     assert [str(one.message) for one in told if issubclass(one.category, RuntimeWarning)] == []
+
+
+@pytest.mark.parametrize(("behind", "full"), [(0, False), (-1, False), (1, True), (-2, True)])
+def test_a_standby_at_another_checkpoint_than_the_last_one_gets_everything(
+        tmp_path: Path, behind: int, full: bool) -> None:
+    """It says that this primary has committed, and it was another one: one of the hosts was put back to a snapshot.
+
+    One more than the last is a checkpoint whose answer was lost.
+    """
+    syncs: list[bool] = []
+
+    async def test(primary: Primary, standby: Standby) -> None:
+        begin = primary.sync.begin
+
+        async def noted(full: bool) -> None:
+            syncs.append(full)
+            await begin(full)
+
+        primary.sync.begin = noted  # type: ignore[method-assign]
+        await primary.open()
+        await until(lambda: primary.coordinator.protected)
+        for _ in range(3):
+            await primary.checkpoint()
+        primary.coordinator.epoch += behind
+        primary.disks["a"].link.fail(OSError(errno.EIO, "cut"))
+        await until(lambda: primary.coordinator.protected)
+
+    with_pair(tmp_path, test)
+    assert syncs == [True, full]
+
+
+def test_a_primary_that_could_not_start_leaves_the_note_of_its_last_end(tmp_path: Path) -> None:
+    async def test(primary: Primary, standby: Standby) -> None:
+        await primary.open()
+        await until(lambda: primary.coordinator.protected)
+
+    with_pair(tmp_path, test)
+    note = tmp_path / "primary.ended"
+    before = json.loads(note.read_bytes())
+
+    async def main() -> None:
+        right = replace(config(tmp_path), disks=tuple(a_disk(name, tmp_path / f"{name}.primary") for name in "ab"),
+                        state=note)
+        for wrong in (replace(right, export=UnixAddress("x" * 200)), replace(right, export_tls=tmp_path / "none")):
+            primary = Primary(wrong)
+            with pytest.raises((OSError, BlockstepError)):
+                await primary.open()
+
+    asyncio.run(main())
+    end = good_end.read(note, "p", [a_disk(name, tmp_path / f"{name}.primary") for name in "ab"])
+    assert end is not None
+    assert (end.instance, end.epoch) == (before["instance"], before["epoch"])
 
 
 def test_many_requests_at_a_time_are_few_checkpoints(tmp_path: Path) -> None:

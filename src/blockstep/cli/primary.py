@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from blockstep.cli.options import (
@@ -20,7 +21,7 @@ from blockstep.cli.options import (
 )
 from blockstep.cli.words import Option
 from blockstep.errors import OptionError
-from blockstep.places import runtime_directory
+from blockstep.places import ENDED_SUFFIX, runtime_directory, state_directory
 from blockstep.units import parse_duration, parse_size
 
 #: Seconds: requests are looked at several times in that time.
@@ -43,6 +44,8 @@ def primary(
     max_stall: Annotated[str, Option(metavar="TIME", help="The longest that a sick standby can hold up the "
                          "guest; then the pair lets go of it.")] = "2s",
     qmp: Qmp = None,
+    state: Annotated[Path | None, Option("--state", metavar="FILE", help="Where an end in good order is written "
+                     "down, so that after a restart only the difference is copied.")] = None,
     tls: Tls = None,
     export_tls: ExportTls = None,
 ) -> None:
@@ -61,7 +64,8 @@ def primary(
     config = PrimaryConfig(
         pair=parse_pair(pair), disks=parse_disks(disk), standby=parse_inet(standby, "--standby"),
         export=parse_served(socket, listen, f"{pair}.primary.nbd"),
-        qmp=(qmp or runtime_directory() / f"{pair}.primary.qmp").absolute(), ack=ack,
+        qmp=(qmp or runtime_directory() / f"{pair}.primary.qmp").absolute(),
+        state=(state or state_directory() / f"{pair}{ENDED_SUFFIX}").absolute(), ack=ack,
         queue=parse_positive(queue, "--queue", parse_size),
         max_stall=stall,
         checkpoint_every=parse_duration(checkpoint_every, "--checkpoint-every"),

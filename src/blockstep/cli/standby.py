@@ -40,7 +40,8 @@ def standby(
                              "directory from the first byte on, none of it in memory.")] = "overlay",
     qmp: Qmp = None,
     state: Annotated[Path | None, Option("--state", metavar="FILE", help="Where a promotion is written down, so "
-                     "that a promoted standby never becomes one again by a restart.")] = None,
+                     "that a promoted standby never becomes one again by a restart. Beside it an end in good order is "
+                     "written down (PAIR.ended), after which the checkpoint is there again.")] = None,
     tls: Tls = None,
     export_tls: ExportTls = None,
 ) -> None:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Literal
 
+from blockstep.aio.pool import in_thread
+from blockstep.daemon import good_end
 from blockstep.daemon.disks import missing_last, serve, uris
 from blockstep.daemon.files import Files
 from blockstep.daemon.primary_checkpoints import Checkpoints, ended
@@ -40,7 +42,7 @@ from blockstep.qmp.commands import looking
 from blockstep.qmp.commands import replication as qmp
 from blockstep.qmp.errors import CommandRefused
 from blockstep.replication import coordinator as c
-from blockstep.replication.link import LOOKS
+from blockstep.replication.link import GRANULARITY, LOOKS
 from blockstep.replication.resize import check_growth, resize_together
 from blockstep.streams import complain
 
@@ -72,11 +74,14 @@ class Primary(Service):
         self._cleanup: asyncio.Task[None] | None = None
         self._resizing = asyncio.Lock()
         self._looker: asyncio.TimerHandle | None = None
+        #: The links know what the standby lacks, as far as anybody does.
+        self._informed = False
 
     # --- start and stop ---
 
     async def open(self) -> None:
         """Open the disks and serve them; the standby is looked for meanwhile. Raises OptionError or OSError."""
+        end = await in_thread(good_end.read, self.config.state, self.config.pair, self.config.disks)
         try:
             self.standby.tls()  # certificates that are not there are the user's error now, not one of every attempt
             for spec in missing_last(self.config.disks):
@@ -87,8 +92,12 @@ class Primary(Service):
                 self._files.watch(spec.name, self.graph.find(f"{spec.name}-disk"))
             for spec in self.config.disks:  # in the user's order
                 self.disks[spec.name] = self.disks.pop(spec.name)
+            if end:
+                self._go_on(end)
+            self._informed = True
             folder = self.config.export_tls
             tls = server_context(folder, verify_peer=True, option="--export-tls") if folder else None
+            await in_thread(good_end.forget, self.config.state)
             self._server = NbdServer(tls="required" if tls else "off", tls_context=tls)
             for name, disk in self.disks.items():
                 self._server.add(Export(name, disk.backend, description=f"pair {self.config.pair}, primary"))
@@ -102,12 +111,24 @@ class Primary(Service):
         self.checkpoints.schedule()
         self._look()
 
+    def _go_on(self, end: good_end.GoodEnd) -> None:
+        """What the standby lacked then is all that it lacks now; if it is the same standby, see `good_end`."""
+        for name, disk in self.disks.items():
+            if packed := end.disks[name].lacks:
+                lacks = good_end.unpacked(packed, disk.link.length, GRANULARITY)
+                if lacks is None:
+                    return
+                disk.link.since.merge(lacks)
+        self.standby.go_on(end.instance)
+        self.coordinator.epoch = end.epoch
+
     async def close(self) -> None:
         """End everything, in good order: the standby's last checkpoint is the disks as they are in the end.
 
         Exports are drained, a last checkpoint is taken if there is a standby, then it is let go, and the disks are
-        flushed and closed. REPLICATION_ENDED, and a line on standard error, say it if the standby does not have
-        everything. Raises OSError, when all is closed, if a disk could not be flushed or closed in order.
+        flushed and closed. If all that went well, what the standby lacks is written down for the next start.
+        REPLICATION_ENDED, and a line on standard error, say it if the standby does not have everything. Raises
+        OSError, when all is closed, if a disk could not be flushed or closed in order, or the note not be written.
         """
         self.checkpoints.close()
         if self._looker:
@@ -119,6 +140,8 @@ class Primary(Service):
             await self.checkpoint()
         except BlockstepError as refusal:
             missing = f"the standby lacks what was written last: {refusal}"
+        await self.checkpoints.settled()
+        in_pair = self._informed and self.coordinator.state not in (c.State.FENCED, c.State.STOPPED)
         self._act(self.coordinator.apply(c.Stop()))
         for task in list(self._tasks):
             task.cancel()
@@ -128,18 +151,30 @@ class Primary(Service):
                 for name, disk in self.disks.items()]
         await self.finish_qmp()
         await self._files.close()
+        end = self._end() if in_pair and not self._files.faults else None
         for name, disk in self.disks.items():
             storage = self.graph.find(f"{name}-disk")
             lost += [await tried(storage, self.graph.detach_backend(disk.backend)),
                      await tried(storage, self.graph.close(disk.link)), await tried(storage, self.graph.close(storage))]
+        errors = list(filter(None, lost))
+        if end and not errors:
+            errors += await good_end.noted(self.config.state, end)
         if self.qmp:
             if missing:
                 complain(f"blockstep: {missing}")
             self.emit(qmp.ReplicationEnded(pair=self.config.pair, role="primary", epoch=self.coordinator.epoch,
-                                           reason="; ".join(map(str, filter(None, [missing, *lost])))))
+                                           reason="; ".join(map(str, filter(None, [missing, *errors])))))
         await self.stop_qmp()
-        for error in filter(None, lost):
+        for error in errors:
             raise error
+
+    def _end(self) -> good_end.GoodEnd | None:
+        """What the standby lacks of the disks; None if that cannot be said."""
+        disks = {name: good_end.disk_end(disk.spec, self.graph.find(f"{name}-disk"), *disk.link.lacking())
+                 for name, disk in self.disks.items()}
+        ends = {name: end for name, end in disks.items() if end}
+        return good_end.GoodEnd(self.config.pair, self.standby.known_as, self.coordinator.epoch,
+                                self.checkpoints.age, ends) if len(ends) == len(disks) else None
 
     # --- events in, actions out ---
 
@@ -193,9 +228,12 @@ class Primary(Service):
         answer = await self.standby.attach()
         if not answer["accepted"]:
             return c.Refused(answer["reason"])
-        self.coordinator.epoch = max(self.coordinator.epoch, answer["epoch"])
-        # Also when the standby has given its checkpoint up: what its disks hold is known all the same.
-        return c.Attached(attempt, full=answer["instance"] != self.standby.instance)
+        before = self.coordinator.epoch
+        self.coordinator.epoch = max(before, answer["epoch"])
+        # Any other checkpoint than the last one, or one whose answer was lost: a host was put back to an old snapshot.
+        # None: the standby has given it up, and what its disks hold is known all the same.
+        known = answer["instance"] == self.standby.instance and answer["epoch"] in (before, before + 1, 0)
+        return c.Attached(attempt, full=not known)
 
     async def _sync(self, attempt: int, full: bool) -> c.Event:
         async with self._resizing:  # a disk that grew behind the back of its sync would lack its end on the standby

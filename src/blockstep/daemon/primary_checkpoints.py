@@ -36,6 +36,11 @@ class Checkpoints:
         self.committed_at: float | None = None
         self.pause = 0.0
 
+    @property
+    def age(self) -> float:
+        """How old the last one is, in seconds; 0: there is none."""
+        return self._clock() - self.committed_at if self.committed_at is not None else 0.0
+
     # --- when one is due ---
 
     def schedule(self) -> None:

@@ -32,6 +32,8 @@ class PrimaryConfig:
     standby: InetAddress
     export: Address
     qmp: Path
+    #: Where an end in good order is written down; see `blockstep.daemon.good_end`.
+    state: Path
     ack: Literal["local", "both"] = "local"
     #: Bytes of writes that may wait for the standby, for each disk.
     queue: int = 64 << 20

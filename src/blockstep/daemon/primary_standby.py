@@ -9,13 +9,13 @@ has become of this side's, so that each end can tell of both.
 from __future__ import annotations
 
 import ssl
-import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import Role
 from blockstep.daemon.files import Files
+from blockstep.daemon.good_end import successor
 from blockstep.daemon.primary_setup import PrimaryConfig, PrimaryDisk
 from blockstep.drivers.nbd import Nbd
 from blockstep.errors import BlockstepError, ConnectionLost, PeerRefused, noting
@@ -36,8 +36,8 @@ class StandbySide:
                  changed: Callable[[], None]) -> None:
         self._config, self._graph, self._disks, self._files = config, graph, disks, files
         self._post, self._spawn, self._changed = post, spawn, changed
-        #: Names this run of the program: its bitmaps last as long as it does.
-        self.instance = str(uuid.uuid4())
+        #: The name of this run of the program, and by which the standby may know it.
+        self.instance = self.known_as = successor("")
         self.control: Connection | None = None
         #: Bytes that a disk's buffer on the standby may take before a checkpoint is due; 0: there is no limit.
         self.room = 0
@@ -50,6 +50,10 @@ class StandbySide:
 
     # --- coming ---
 
+    def go_on(self, instance: str) -> None:
+        """This run goes on where another one has ended."""
+        self.instance, self.known_as = successor(instance), instance
+
     async def attach(self) -> dict[str, Any]:
         """Connect, and put the standby's disks under the links, which stay off. Returns the standby's answer.
 
@@ -59,6 +63,7 @@ class StandbySide:
         config = self._config
         host, port = config.standby.host, config.standby.port
         control = await open_connection((host, port + 1), timeout=max(config.max_stall, 1.0), ssl=self.tls())
+        self.known_as = self.instance
         try:
             answer: dict[str, Any] = await control.execute("pair-attach", {
                 "pair": config.pair, "instance": self.instance, "silence": 3 * config.max_stall,

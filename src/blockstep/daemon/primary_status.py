@@ -37,14 +37,10 @@ class PrimaryStatus:
         wrong = [f"disk '{name}': {disk.wrong}" for name, disk in self._disks.items() if disk.wrong]
         if coordinator.reason or wrong:
             return "degraded", "; ".join(filter(None, [coordinator.reason, *wrong]))
-        age, every = self._age(), self._config.checkpoint_every
+        age, every = self._checkpoints.age, self._config.checkpoint_every
         if every and age > 3 * every + self._config.max_stall:
             return "degraded", f"the last checkpoint is {age:.1f} s old"
         return "healthy", ""
-
-    def _age(self) -> float:
-        committed_at = self._checkpoints.committed_at
-        return self._clock() - committed_at if committed_at is not None else 0.0
 
     def status(self, exports: list[str]) -> qmp.PairStatus:
         """The whole. ``exports``: where a guest finds the disks."""
@@ -52,7 +48,8 @@ class PrimaryStatus:
         health, reason = self.health()
         checkpoint = None
         if self._checkpoints.committed_at is not None:
-            checkpoint = qmp.CheckpointStatus(epoch=coordinator.epoch, age=self._age(), pause=self._checkpoints.pause)
+            checkpoint = qmp.CheckpointStatus(epoch=coordinator.epoch, age=self._checkpoints.age,
+                                              pause=self._checkpoints.pause)
         return qmp.PairStatus(
             pair=config.pair, role="primary", state=coordinator.state.value, health=health, reason=reason,
             link="", peer=str(config.standby), ack=config.ack, checkpoint_every=config.checkpoint_every,

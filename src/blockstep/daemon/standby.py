@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Final, Literal
 
 from blockstep.aio.pool import in_thread
-from blockstep.daemon import promotion
+from blockstep.daemon import good_end, promotion
 from blockstep.daemon.disks import missing_last, serve, uris
 from blockstep.daemon.files import Files
 from blockstep.daemon.service import Service
@@ -33,6 +33,7 @@ from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
 from blockstep.nbd.tls import server_context
 from blockstep.nbd.uri import Address
+from blockstep.places import ENDED_SUFFIX
 from blockstep.qmp.commands import looking
 from blockstep.qmp.commands import replication as qmp
 from blockstep.replication.resize import check_growth, resize_together
@@ -60,6 +61,7 @@ class Standby(Service):
         self._clock = clock
         self._view_server: NbdServer | None = None
         self._addresses: list[Address] = []
+        self._good_end = config.state.with_name(f"{config.pair}{ENDED_SUFFIX}")
         self._told: tuple[str, str, str] | None = None
         self._heard_of: OSError | None = None
 
@@ -73,6 +75,7 @@ class Standby(Service):
     async def open(self) -> None:
         """Open the disks, serve the views, wait for a primary. Raises OptionError or OSError; then all is closed."""
         promotion.check(self.config.state, self.config.pair)
+        end = await in_thread(good_end.read, self._good_end, self.config.pair, self.config.disks)
         try:
             for spec in missing_last(self.config.disks):
                 disk = await open_disk(self.graph, self.config, spec)
@@ -81,7 +84,10 @@ class Standby(Service):
                 self._files.watch(spec.name, self.graph.find(f"{spec.name}-secondary"))
             for spec in self.config.disks:  # in the user's order
                 self.disks[spec.name] = self.disks.pop(spec.name)
+            if end:
+                await self._go_on(end)
             tls = server_context(self.config.tls, verify_peer=True, option="--tls") if self.config.tls else None
+            await in_thread(good_end.forget, self._good_end)
             await self.link.listen(self.version, tls)
             await self._serve_views()
             await self.serve_qmp(self.config.qmp, qmp.commands, looking.commands)
@@ -90,6 +96,13 @@ class Standby(Service):
             with noting(error):
                 await self.close()
             raise
+
+    async def _go_on(self, end: good_end.GoodEnd) -> None:
+        """The disks are a checkpoint, unless a standby lacks something of them: go on with that one."""
+        now = self.situation
+        if end.epoch and not any(disk.lacks for disk in end.disks.values()):
+            await self.registry.start_all("secondary")
+            now.epoch, now.instance, now.committed_at = end.epoch, end.instance, now.clock() - end.age_now
 
     async def _serve_views(self) -> None:
         folder = self.config.view_tls
@@ -105,10 +118,12 @@ class Standby(Service):
         Exports are drained; what the primary wrote since the checkpoint is undone by the same merge as after a
         failover, which is waited for; then the disks are flushed and closed. When all is closed, raises
         ReplicationError if the merge failed: a disk is torn; or OSError if one could not be flushed or closed in order.
+        If all went well and the disks are the checkpoint, that is written down for the next start.
         """
         await self.link.close()
         if self._view_server:
             await self._view_server.stop()
+        end = await self._end()
         torn = await self.ends.close()
         lost = [await tried(disk.filter, disk.view.flush()) for disk in self.disks.values()
                 if disk.filter.stage is not Stage.NONE]
@@ -121,7 +136,9 @@ class Standby(Service):
                 ended = await tried(node, self.graph.close(node))
                 if not name.endswith(BUFFERS):  # what they hold is nobody's by now, or a disk is torn
                     lost.append(ended)
-        errors = [*torn, *filter(None, lost)]
+        errors: list[Exception] = [*torn, *filter(None, lost)]
+        if end and not errors and not self.situation.declines() and not self._files.faults:
+            errors += await good_end.noted(self._good_end, end)
         reasons = [str(error) for error in errors]
         if not self.situation.epoch:
             reasons.append("there is no checkpoint that its disks could be at")
@@ -130,6 +147,23 @@ class Standby(Service):
         await self.stop_qmp()
         for error in errors:
             raise error
+
+    async def _end(self) -> good_end.GoodEnd | None:
+        """What the disks will be when their buffers are merged; None if that is no checkpoint, or cannot be said."""
+        now = self.situation
+        if not now.running or now.declines():
+            return None
+        disks: dict[str, good_end.DiskEnd] = {}
+        written = False
+        for name, disk in self.disks.items():
+            end = good_end.disk_end(disk.spec, self.graph.find(f"{name}-secondary"))
+            if end is None or disk.buffer is None:
+                return None
+            disks[name] = end
+            written = written or await disk.buffer.view_is_written()
+        # What was written here is merged as well: the disks are a view of the checkpoint, and not what it was then.
+        return good_end.GoodEnd(self.config.pair, "" if written else now.instance, now.epoch,
+                                now.clock() - now.committed_at, disks)
 
     # --- the operator's commands ---
 

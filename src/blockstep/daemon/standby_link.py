@@ -27,6 +27,7 @@ from functools import partial
 
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
+from blockstep.daemon.good_end import follows
 from blockstep.daemon.standby_setup import StandbyDisk
 from blockstep.daemon.standby_status import Situation
 from blockstep.errors import BlockstepError, OptionError, ReplicationError
@@ -62,8 +63,7 @@ class PrimarysSide:
         self._prefix = ""
         #: Whether the buffer has become full in a resync.
         self._no_room = False
-        #: Which run of a primary committed last, and which is attached.
-        self._instance = ""
+        #: Which run of a primary is attached.
         self._wanted_instance = ""
 
     # --- start and stop ---
@@ -143,7 +143,7 @@ class PrimarysSide:
         return self._answer(False, f"standby '{self._config.pair}' {what}; it takes no primary any more")
 
     def _answer(self, accepted: bool, reason: str) -> qmp.Attached:
-        return qmp.Attached(accepted=accepted, reason=reason, instance=self._instance, epoch=self._now.epoch,
+        return qmp.Attached(accepted=accepted, reason=reason, instance=self._now.instance, epoch=self._now.epoch,
                             running=self._now.running, port=self.port, prefix=self._prefix,
                             buffer_limit=self._config.buffer_limit)
 
@@ -162,9 +162,9 @@ class PrimarysSide:
                 raise OptionError(f"size of disk '{name}'", size, f"{mine[name]} bytes, as the standby's is; let the "
                                   f"primary's grow to that (blockstep resize {name} {mine[name]})")
         self._wanted_instance = args.instance
-        if args.instance != self._instance:
-            # From here on it may write to the disks: whoever committed before cannot tell what differs any more.
-            self._instance = ""
+        # From here on it may write to the disks: another one that committed before cannot tell any more what differs.
+        same = args.instance == now.instance or follows(args.instance, now.instance)
+        now.instance = args.instance if same else ""
 
     async def _give_up(self, still: Check) -> None:
         """The buffer has no room for what a resync changes: without the checkpoint none is needed."""
@@ -191,7 +191,7 @@ class PrimarysSide:
                 self._tell()
             raise
         if monitor is now.primary:  # else another has come meanwhile, whose disks these are not
-            self._instance = self._wanted_instance
+            now.instance = self._wanted_instance
             now.committed_by, now.mixed = monitor, False
         now.epoch, now.committed_at = epoch, now.clock()
         now.last_error = ""

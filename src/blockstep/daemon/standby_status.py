@@ -37,6 +37,8 @@ class Situation:
         #: The last checkpoint; 0: there is none.
         self.epoch = 0
         self.committed_at = 0.0
+        #: Which run of a primary has committed it; empty when another one may have written to the disks since.
+        self.instance = ""
         #: A (re)sync has begun and has not ended: what the primary wrote last is no state that its disks ever were in.
         self.mixed = False
         #: What is being done just now. It may fail yet, and all is as before.

@@ -271,6 +271,10 @@ class HiddenDiskBuffer:
         """See `DiskBuffer`."""
         return await allocated_above(self.active, self.secondary, offset, length)
 
+    async def view_is_written(self) -> bool:
+        """Whether the standby itself has written into its view since the last checkpoint."""
+        return any(held for _, held in await allocated_above(self.active, self.hidden, 0, self.active.length))
+
     @property
     def used(self) -> int:
         """Bytes saved since the last checkpoint, as far as they take room."""

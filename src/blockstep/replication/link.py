@@ -150,6 +150,10 @@ class Link(Filter):
         """Bytes that the standby may lack: what waits while the link is on, else what a resync has to copy."""
         return self.queued if self.on else self.since.count_or(self.closing)
 
+    def lacking(self) -> list[Bitmap]:
+        """What the standby may lack, if nothing is in flight: what is set in any of these."""
+        return [self.since, self.closing, *([self._torn] if self._torn else [])]
+
     # --- on and off ---
 
     def switch_on(self, rest: Iterable[tuple[int, bytes]] = ()) -> None:

@@ -76,8 +76,7 @@ class Side:
         """
         command = blockstep_command(role, "--socket", directory / f"{role}.nbd", "--qmp", directory / f"{role}.qmp",
                                     *options, before=_END_WITH_PARENT)
-        if role == "standby":
-            command += ["--state", str(directory / "standby.promoted")]
+        command += ["--state", str(directory / ("standby.promoted" if role == "standby" else "primary.ended"))]
         for name, path in disks.items():
             command += ["--disk", f"{name}={path}"]
         log = directory / f"{role}.log"

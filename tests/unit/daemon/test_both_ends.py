@@ -50,7 +50,7 @@ class Primary:
         self.failed: list[object] = []
         self._answers, self._meanwhile = iter(answers), meanwhile
         self._files = Files(lambda: None)
-        config = PrimaryConfig("test", (), HERE, NOWHERE, Path("none"), max_stall=0.0)
+        config = PrimaryConfig("test", (), HERE, NOWHERE, Path("none"), Path("none"), max_stall=0.0)
         self.side = StandbySide(config, Graph(), {}, self._files, self.failed.append, lambda work: work.close(),
                                 lambda: self.heard.append(self.side.faults))
 

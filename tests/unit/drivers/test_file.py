@@ -28,6 +28,7 @@ from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Extent
 from blockstep.block.graph import Graph
 from blockstep.drivers.file import File
 from blockstep.errors import OptionError
+from tests.devices import loop_device, release
 
 SIZE = 300_001  # not a whole number of blocks
 MiB = 1 << 20
@@ -598,22 +599,6 @@ def test_a_block_device_that_shrinks_or_loses_its_name(image: Path, tmp_path: Pa
         asyncio.run(scenario())
     finally:
         release(device)
-
-
-def loop_device(image: Path) -> Path:
-    """A loop device over the image, or a skip where there are none."""
-    image.write_bytes(bytes(MiB))
-    try:
-        made = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no loop devices here: {error}")
-    return Path(made.stdout.strip())
-
-
-def release(device: Path) -> None:
-    """Give a loop device back as it was: it would stay read-only."""
-    subprocess.run(["blockdev", "--setrw", device], check=True)
-    subprocess.run(["losetup", "-d", device], check=True)
 
 
 def test_a_character_device_is_no_disk() -> None:

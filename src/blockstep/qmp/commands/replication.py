@@ -251,8 +251,9 @@ class AttachDisk(Arguments):
 
 
 class AttachArguments(Arguments):
-    """Arguments of pair-attach. ``instance`` names the running primary: its bitmaps last as long as it does.
+    """Arguments of pair-attach. ``instance`` names the run of the primary: its bitmaps last as long as it does.
 
+    A run that goes on where one has ended in good order is called NEW/OLD: see `blockstep.daemon.good_end`.
     ``silence``: after so many seconds without a command the primary is gone, whatever its connection says; 0: never.
     """
 

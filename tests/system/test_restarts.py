@@ -1,0 +1,222 @@
+"""Programs that end in good order and are started again: the checkpoint is there, and only the difference is copied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockstep.testing.pair import Pair, Side
+from blockstep.testing.proxy import Proxy
+from blockstep.units import KiB, MiB
+from tests.scenarios import scenario
+
+of_any_kind = pytest.mark.usefixtures("four_disks")
+
+#: More than a resync of some dozen blocks sends, and half of what a disk holds.
+LITTLE = 4 * MiB
+
+
+@asynccontextmanager
+async def pair_behind_proxy(directory: Path, disks: int = 2) -> AsyncIterator[tuple[Pair, Proxy]]:
+    """A pair that replicates, some writes into it, at a checkpoint."""
+    async with Pair(directory, disks=disks, size=20 * MiB + 512) as pair:
+        await pair.start_standby()
+        host, _, port = pair.link.rpartition(":")
+        async with Proxy(host, int(port)) as proxy:
+            await pair.start_primary(to=proxy.address)
+            await pair.primary.until(health="healthy")
+            await pair.write(30)
+            await pair.checkpoint()
+            yield pair, proxy
+
+
+async def quit(side: Side) -> None:
+    await side.execute("quit")
+    assert await side.ended() == 0
+    assert "Traceback" not in side.printed
+
+
+def checkpoint(status: dict[str, Any]) -> int:
+    return int(status["checkpoint"]["epoch"]) if status["checkpoint"] else 0
+
+
+@of_any_kind
+@scenario
+async def test_a_standby_that_was_stopped_has_its_checkpoint_again_and_gets_the_difference(tmp_path: Path) -> None:
+    async with pair_behind_proxy(tmp_path) as (pair, proxy):
+        at, epoch = pair.writes.acknowledged, checkpoint(await pair.standby.status())
+        await pair.write(10)
+        await quit(pair.standby)
+        await pair.primary.until(state="offline")
+        await pair.write(10)
+        proxy.closed = True
+        await pair.start_standby(link=pair.link)
+        status = await pair.standby.status()
+        assert (status["state"], checkpoint(status)) == ("lost", epoch)
+        assert await pair.proven(pair.standby) == at
+        before, proxy.closed = proxy.up, False
+        await pair.primary.until(health="healthy")
+        await pair.write(10)
+        await pair.checkpoint_shows()
+        assert proxy.up - before < LITTLE
+        assert checkpoint(await pair.standby.status()) > epoch
+
+
+@of_any_kind
+@scenario
+async def test_a_standby_that_was_stopped_can_be_promoted_without_its_primary(tmp_path: Path) -> None:
+    async with pair_behind_proxy(tmp_path) as (pair, _):
+        at, epoch = pair.writes.acknowledged, checkpoint(await pair.standby.status())
+        await pair.write(10)
+        await quit(pair.standby)
+        pair.primary.kill()
+        await pair.start_standby()
+        assert (await pair.standby.execute("replication-failover"))["epoch"] == epoch
+        assert await pair.proven(pair.standby) == at
+        await pair.standby.until(state="promoted")
+        await quit(pair.standby)
+        assert pair.writes.prove([[await pair.file("standby", disk)] for disk in range(2)]) == at
+
+
+@scenario
+async def test_how_old_the_checkpoint_is_outlives_a_restart(tmp_path: Path) -> None:
+    async with pair_behind_proxy(tmp_path) as (pair, _):
+        age = (await pair.standby.status())["checkpoint"]["age"]
+        pair.primary.kill()
+        await quit(pair.standby)
+        await pair.start_standby()
+        assert age < (await pair.standby.status())["checkpoint"]["age"] < age + 60
+
+
+@scenario
+async def test_what_the_standby_itself_wrote_is_there_again_until_the_next_checkpoint(tmp_path: Path) -> None:
+    """The primary does not know where that was: everything is copied."""
+    async with pair_behind_proxy(tmp_path, disks=1) as (pair, proxy):
+        async with pair.standby.clients() as (view,):
+            await view.pwrite(MiB + 1, b"mine")
+        await quit(pair.standby)
+        proxy.closed = True
+        await pair.start_standby(link=pair.link)
+        async with pair.standby.clients() as (view,):
+            assert await view.pread(MiB + 1, 4) == b"mine"
+        before, proxy.closed = proxy.up, False
+        await pair.primary.until(health="healthy")
+        assert proxy.up - before > LITTLE
+        await pair.checkpoint_shows()
+
+
+@of_any_kind
+@scenario
+async def test_a_primary_that_was_stopped_copies_the_difference(tmp_path: Path) -> None:
+    async with pair_behind_proxy(tmp_path) as (pair, proxy):
+        await pair.write(10)
+        await quit(pair.primary)
+        assert await pair.proven(pair.standby) == pair.writes.acknowledged  # the last checkpoint
+        before = proxy.up
+        await pair.start_primary(to=proxy.address)
+        await pair.primary.until(health="healthy")
+        await pair.write(10)
+        await pair.checkpoint_shows()
+        assert proxy.up - before < LITTLE
+
+
+@of_any_kind
+@scenario
+async def test_a_primary_that_was_stopped_without_its_standby_remembers_what_that_lacks(tmp_path: Path) -> None:
+    async with pair_behind_proxy(tmp_path) as (pair, proxy):
+        at = pair.writes.acknowledged
+        proxy.closed = True
+        proxy.cut()
+        await pair.primary.until(state="offline")
+        await pair.write(10)
+        for _ in range(2):  # also when it never finds its standby between two restarts
+            await quit(pair.primary)
+            await pair.start_primary(to=proxy.address)
+            await pair.write(10)
+        assert await pair.proven(pair.standby) == at
+        before, proxy.closed = proxy.up, False
+        await pair.primary.until(health="healthy")
+        await pair.checkpoint_shows()
+        assert proxy.up - before < LITTLE
+
+
+@of_any_kind
+@scenario
+async def test_both_can_be_stopped_and_exchange_their_roles_without_a_copy(tmp_path: Path) -> None:
+    async with pair_behind_proxy(tmp_path) as (pair, _):
+        await quit(pair.primary)
+        await quit(pair.standby)
+        hosts = {"standby": tmp_path / "a", "primary": tmp_path / "b"}
+        for host in hosts.values():
+            host.mkdir()
+        # On a host of its own each program finds the note of the other role in the same place.
+        os.rename(tmp_path / "primary.ended", hosts["standby"] / "test.ended")
+        os.rename(tmp_path / "test.ended", hosts["primary"] / "primary.ended")
+        disks = {"standby": pair.disks("primary"), "primary": pair.disks("standby")}
+        pair.disks = disks.__getitem__  # type: ignore[method-assign]
+        pair.directory = hosts["standby"]
+        await pair.start_standby()
+        assert await pair.proven(pair.standby) == pair.writes.acknowledged
+        host_name, _, port = pair.link.rpartition(":")
+        async with Proxy(host_name, int(port)) as proxy:
+            pair.directory = hosts["primary"]
+            await pair.start_primary(to=proxy.address)
+            await pair.primary.until(health="healthy")
+            await pair.write(20)
+            await pair.checkpoint_shows()
+            assert proxy.up < LITTLE
+
+
+@pytest.mark.parametrize("role", ["primary", "standby"])
+@scenario
+async def test_after_sigkill_everything_is_copied_though_there_was_a_good_end_before(tmp_path: Path, role: str) -> None:
+    async with pair_behind_proxy(tmp_path, disks=1) as (pair, proxy):
+        for end in (quit, killed):
+            await end(pair.primary if role == "primary" else pair.standby)
+            before = proxy.up
+            if role == "primary":
+                await pair.start_primary(to=proxy.address)
+            else:
+                await pair.start_standby(link=pair.link)
+            await pair.primary.until(health="healthy")
+            assert (proxy.up - before < LITTLE) == (end is quit)
+            await pair.checkpoint_shows()
+
+
+async def killed(side: Side) -> None:
+    side.kill()
+
+
+@pytest.mark.parametrize("role", ["primary", "standby"])
+@scenario
+async def test_a_disk_that_somebody_wrote_to_meanwhile_is_copied_as_a_whole(tmp_path: Path, role: str) -> None:
+    async with pair_behind_proxy(tmp_path, disks=1) as (pair, proxy):
+        await quit(pair.primary if role == "primary" else pair.standby)
+        with open(tmp_path / f"disk0.{role}", "r+b") as file:
+            file.seek(64 * KiB)
+            file.write(b"somebody")
+        before = proxy.up
+        if role == "primary":
+            await pair.start_primary(to=proxy.address)
+        else:
+            await pair.start_standby(link=pair.link)
+            assert checkpoint(await pair.standby.status()) == 0
+        await pair.primary.until(health="healthy")
+        assert proxy.up - before > LITTLE
+        await pair.checkpoint()
+        assert await pair.standby.read_disks() == await pair.primary.read_disks()
+
+
+@scenario
+async def test_a_primary_whose_good_end_cannot_be_written_down_says_what_that_means(tmp_path: Path) -> None:
+    (tmp_path / "primary.ended.new").mkdir()
+    async with pair_behind_proxy(tmp_path, disks=1) as (pair, _):
+        await pair.primary.execute("quit")
+        assert await pair.primary.ended() == 3
+        assert "primary.ended: Is a directory: all has ended in good order, but the next start will copy " \
+               "everything" in pair.primary.printed
