@@ -560,6 +560,30 @@ def test_a_standby_that_ends_goes_on_with_a_failover_of_which_a_part_failed(
     assert not any(content_of(tmp_path / "e.img"))
 
 
+def test_a_checkpoint_that_could_not_be_given_up_in_order_is_none_any_more_and_the_next_attach_goes_on(
+    tmp_path: Path
+) -> None:
+    async def test(standby: Standby) -> None:
+        primary: Any = Caller()
+        await replicating(standby, primary)
+        standby.link._no_room = True
+        hidden = standby.graph.find("d-hidden")
+
+        async def fail() -> Any:
+            raise OSError(errno.ENOSPC, "full")
+
+        hidden.prepare_empty = fail  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="full"):
+            await standby.link.attach(hello(), primary)
+        del hidden.prepare_empty  # type: ignore[method-assign]
+        assert standby.status().checkpoint is None
+        assert (await standby.link.attach(hello(), primary)).accepted
+        await standby.link.commit(2, primary)
+        assert (standby.status().state, standby.status().health) == ("replicating", "healthy")
+
+    with_standby(tmp_path, test)
+
+
 def test_a_standby_is_not_healthy_while_its_primary_copies_over_an_old_checkpoint(tmp_path: Path) -> None:
     """Its view is whole, but of a time before the primary was lost."""
 

@@ -540,6 +540,25 @@ def test_a_checkpoint_and_giving_it_up_take_turns() -> None:
 
 
 @over_four_disks
+@pytest.mark.parametrize("failing", ["a-active", "a-hidden", "b-active", "b-hidden"])
+def test_a_checkpoint_that_is_given_up_is_given_up_on_all_disks_also_if_one_cannot_be_emptied(failing: str) -> None:
+    """Else the others run on, and can be neither moved forward nor started anew."""
+
+    async def main() -> None:
+        rig = await Rig.open(("a", "b"))
+        await rig.enter("running")
+        rig.gates.fail(failing, "make_empty")
+        with pytest.raises(OSError, match=f"injected into make_empty of '{failing}'"):
+            await rig.registry.give_up_all()
+        assert {disk.filter.stage for disk in rig.disks} == {Stage.NONE}
+        await rig.registry.start_all("secondary")
+        assert [await disk.read_view() for disk in rig.disks] == [disk.secondary.data for disk in rig.disks]
+        await rig.close()
+
+    asyncio.run(main())
+
+
+@over_four_disks
 def test_a_start_waits_until_the_old_checkpoint_is_given_up() -> None:
     """The first disk's buffer is being emptied ► a new start ► what it saves must not be emptied under it."""
 

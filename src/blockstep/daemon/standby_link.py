@@ -30,6 +30,7 @@ from blockstep.block.permissions import READ, WRITE
 from blockstep.daemon.good_end import follows
 from blockstep.daemon.standby_setup import StandbyDisk
 from blockstep.daemon.standby_status import Situation
+from blockstep.drivers.replication import Stage
 from blockstep.errors import BlockstepError, OptionError, ReplicationError
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
@@ -168,10 +169,14 @@ class PrimarysSide:
 
     async def _give_up(self, still: Check) -> None:
         """The buffer has no room for what a resync changes: without the checkpoint none is needed."""
-        if self._now.running:
-            await self._registry.give_up_all(still)
-            self._now.epoch = 0
-            self._now.last_error = "the checkpoint was given up: the buffer has no room for it and for a resync"
+        now = self._now
+        if now.running:
+            try:
+                await self._registry.give_up_all(still)
+            finally:  # it has not been refused: also with an error there is none any more
+                if any(disk.filter.stage is Stage.NONE for disk in now.disks.values()):
+                    now.epoch = 0
+                    now.last_error = "the checkpoint was given up: the buffer has no room for it and for a resync"
         self._no_room = False
 
     async def commit(self, epoch: int, monitor: Monitor) -> None:

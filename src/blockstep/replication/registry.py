@@ -93,21 +93,28 @@ class ReplicationRegistry:
         """Give the checkpoint up, and what the standby itself wrote: all running secondaries are as before their start.
 
         The views refuse all requests until they are started again; what they have in flight is waited for. Nobody but
-        them uses the disks now.
+        them uses the disks now. Raises what the first buffer failed with that could not be emptied: the next start, at
+        the latest, empties it; none of the secondaries runs then either.
         """
         async with self._turn:  # a start in the middle would have its buffers emptied under it
             check()
             await self._give_up_all()
 
     async def _give_up_all(self) -> None:
+        failed: list[BlockstepError | OSError] = []
         for filter in self.filters:
             if filter.stage is Stage.RUNNING and isinstance(filter.buffer, HiddenDiskBuffer):
                 buffer, filter.buffer = filter.buffer, None
                 filter.enter(Stage.NONE)
-                await buffer.undo()
-                async with self._graph.drained(filter):  # requests of the view that came before are at the files yet
-                    await buffer.active.make_empty()
-                    await buffer.hidden.make_empty()
+                try:
+                    await buffer.undo()
+                    async with self._graph.drained(filter):  # requests of the view are at the files yet
+                        await buffer.active.make_empty()
+                        await buffer.hidden.make_empty()
+                except (BlockstepError, OSError) as error:
+                    failed.append(error)
+        if failed:
+            raise failed[0]
 
     async def checkpoint_all(self, check: Check = _always) -> None:
         """Move the view of all secondaries to what the primary wrote, together.
