@@ -33,7 +33,7 @@ from itertools import islice
 from typing import ClassVar, Final, Protocol
 from weakref import WeakKeyDictionary
 
-Buffer = bytes | bytearray | memoryview
+from blockstep.aio import Buffer
 
 #: How many pieces one sendmsg takes (IOV_MAX of Linux and the BSDs).
 IOV_MAX: Final = 1024
@@ -342,15 +342,6 @@ class Channel:
     def _raise_if_lost(self) -> None:
         if self._lost:
             raise ConnectionAbortedError(errno.ECONNABORTED, "the connection was closed")
-
-    def peer_certificate(self) -> dict[str, object] | None:
-        """The peer's verified certificate, as `ssl.SSLSocket.getpeercert` shows it; None if there is none."""
-        return dict(self._tls.getpeercert() or {}) or None if self._tls is not None else None
-
-    @property
-    def is_tls(self) -> bool:
-        """Whether the bytes are encrypted."""
-        return self._tls is not None
 
     # The end.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Timer(Protocol):
@@ -19,5 +19,5 @@ class Clock(Protocol):
     def time(self) -> float:
         """Now."""
 
-    def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
-        """Call ``callback`` once, ``delay`` seconds from now, from the event loop."""
+    def call_later(self, delay: float, callback: Callable[..., object], /, *args: Any) -> Timer:
+        """Call ``callback(*args)`` once, ``delay`` seconds from now, from the event loop."""

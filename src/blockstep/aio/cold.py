@@ -29,10 +29,11 @@ from functools import partial
 from time import perf_counter
 from typing import Final
 
+from blockstep.aio import Buffer
 from blockstep.aio.inline import Completion, start
 from blockstep.aio.loop import Patience
 from blockstep.aio.pool import in_thread
-from blockstep.aio.posix import Buffer, Reader, read_whole
+from blockstep.aio.posix import Reader, read_whole
 
 #: Reads in a batch, and batches at a time for one file.
 BATCH: Final = 32

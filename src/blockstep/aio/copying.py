@@ -13,7 +13,8 @@ from typing import Final
 
 from bitarray import bitarray
 
-from blockstep.aio.posix import Buffer, EndOfFile, write_whole
+from blockstep.aio import Buffer
+from blockstep.aio.posix import EndOfFile, write_whole
 
 #: Zeroes within data are looked for in pieces of this size.
 PIECE: Final = 64 << 10

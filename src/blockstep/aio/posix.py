@@ -30,9 +30,9 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, Final, Literal, NamedTuple
 
+from blockstep.aio import Buffer
 from blockstep.errors import noting
 
-Buffer = bytes | bytearray | memoryview
 Locking = Literal["on", "off", "auto"]
 
 #: Copies longer than this go to a thread even if they would not wait: so many bytes take some 50 us.

@@ -22,14 +22,13 @@ import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
 
+from blockstep.aio import Buffer as Buffer
 from blockstep.aio.inline import submit
 from blockstep.aio.posix import Fault
 from blockstep.aio.rangelock import RangeLock
 from blockstep.block.node import Child, Node, NodeOptions, NodeRef
 from blockstep.block.permissions import Role
 from blockstep.errors import OptionError
-
-Buffer = bytes | bytearray | memoryview
 
 #: The write is durable when it returns.
 FUA: Final = 1

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from blockstep.block.driver import Driver, Prepared
-from blockstep.block.graph import Change, Graph
+from blockstep.block.graph import Change
 from blockstep.block.permissions import Role
 from blockstep.errors import GraphError, OperationBlocked, OptionError
 
 
-async def prepare_snapshot(graph: Graph, node: Driver, overlay: Driver) -> Prepared:
+async def prepare_snapshot(node: Driver, overlay: Driver) -> Prepared:
     """Put ``overlay`` over ``node``, under all of its users. Call it, and what it returns, with ``node`` drained.
 
     What was written before is durable at return. Raises OptionError for an overlay that is none, GraphError

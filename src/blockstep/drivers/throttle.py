@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Final, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
 
 import msgspec
 
+from blockstep.aio.clock import Clock, Timer
 from blockstep.aio.inline import Completion
 from blockstep.block.driver import Buffer, Filter, Prepared
 from blockstep.block.node import Node, NodeOptions, NodeRef
@@ -103,13 +104,6 @@ class _Bucket:
         return max(0.0, (self.level - self.capacity) / self.rate)
 
 
-class Clock(Protocol):
-    """What a group needs of an event loop; tests pass their own."""
-
-    def time(self) -> float: ...
-    def call_later(self, delay: float, callback: Callable[..., object], /, *arguments: Any) -> Any: ...
-
-
 class _Lane:
     """A queue of requests that wait for the same buckets."""
 
@@ -117,7 +111,7 @@ class _Lane:
 
     def __init__(self) -> None:
         self.waiting: deque[tuple[int, int, Completion[None]]] = deque()  # (direction, length, its turn)
-        self.timer: Any = None
+        self.timer: Timer | None = None
 
 
 class ThrottleGroup:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from blockstep.aio.clock import Clock
 from blockstep.aio.pool import in_thread
 from blockstep.jobs.job import Job
-from blockstep.jobs.pace import Clock
 from blockstep.jobs.states import JobKind
 
 

@@ -27,8 +27,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypedDict
 
+from blockstep.aio.clock import Clock
 from blockstep.errors import JobError, OptionError
-from blockstep.jobs.pace import Clock, Meter, SpeedLimit
+from blockstep.jobs.pace import Meter, SpeedLimit
 from blockstep.jobs.states import TRANSITIONS, VERBS, IoStatus, JobKind, JobStatus, JobVerb, OnError
 from blockstep.jobs.transaction import JobTransaction
 

@@ -3,34 +3,17 @@
 `SpeedLimit` is a leaky bucket without a burst: what was copied keeps the bucket closed for as long as it takes at
 the chosen speed. `Meter` looks back a few seconds over what was copied and says how long the rest will take.
 
-Time comes from a `Clock`, which an asyncio event loop is; a test hands in one of its own and turns it by hand.
+Both are told the time.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Final
 
 #: Seconds that the meter looks back, and the least between two of its marks.
 _WINDOW: Final = 10.0
 _SPACING: Final = 0.25
-
-
-class Timer(Protocol):
-    """What `Clock.call_later` returns."""
-
-    def cancel(self) -> None: ...
-
-
-class Clock(Protocol):
-    """The part of an event loop that knows the time."""
-
-    def time(self) -> float:
-        """Seconds, from any beginning, never going back."""
-
-    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> Timer:
-        """Call ``callback`` in ``delay`` seconds."""
 
 
 class SpeedLimit:

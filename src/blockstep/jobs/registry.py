@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from blockstep.aio.clock import Clock
 from blockstep.errors import JobError, JobNotFound
 from blockstep.jobs.job import Job, OnEvent
-from blockstep.jobs.pace import Clock
 
 J = TypeVar("J", bound=Job)
 

@@ -39,7 +39,8 @@ from collections.abc import Callable, Iterable
 from struct import Struct
 from typing import Final
 
-from blockstep.aio.channel import Buffer, Channel, errno_of
+from blockstep.aio import Buffer
+from blockstep.aio.channel import Channel, errno_of
 from blockstep.aio.clock import Clock, Timer
 from blockstep.aio.inline import Completion, start
 from blockstep.aio.rangelock import RangeLock

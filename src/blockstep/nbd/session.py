@@ -42,7 +42,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from blockstep.aio.channel import Buffer
+from blockstep.aio import Buffer
 from blockstep.aio.clock import Clock, Timer
 from blockstep.aio.inline import Completion
 from blockstep.aio.rangelock import RangeLock

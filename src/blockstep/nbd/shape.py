@@ -21,7 +21,7 @@ import errno
 from collections.abc import Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from blockstep.aio.channel import Buffer
+from blockstep.aio import Buffer
 from blockstep.aio.inline import together
 from blockstep.nbd import constants as c
 

@@ -165,7 +165,7 @@ def test_an_overlay_that_is_closed_during_a_snapshots_flush_is_not_used() -> Non
         overlay = await graph.open({"driver": "overlay", "node-name": "overlay", "size": 1 << 16})
         assert isinstance(disk, SlowFlush)
         async with graph.drained(disk):
-            preparing = asyncio.ensure_future(prepare_snapshot(graph, disk, overlay))
+            preparing = asyncio.ensure_future(prepare_snapshot(disk, overlay))
             await disk.begun.wait()
             await graph.close(overlay)
             before = picture(graph)

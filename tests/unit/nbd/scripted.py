@@ -8,6 +8,7 @@ import itertools
 import socket
 import struct
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from blockstep.aio.channel import Channel
@@ -23,8 +24,8 @@ class FakeClock:
     """Time stands still until `advance`."""
 
     class _Timer:
-        def __init__(self, callback: Callable[[], object]) -> None:
-            self.callback: Callable[[], object] | None = callback
+        def __init__(self, callback: Callable[..., object]) -> None:
+            self.callback: Callable[..., object] | None = callback
 
         def cancel(self) -> None:
             self.callback = None
@@ -37,8 +38,8 @@ class FakeClock:
     def time(self) -> float:
         return self.now
 
-    def call_later(self, delay: float, callback: Callable[[], object]) -> FakeClock._Timer:
-        timer = self._Timer(callback)
+    def call_later(self, delay: float, callback: Callable[..., object], /, *args: Any) -> FakeClock._Timer:
+        timer = self._Timer(partial(callback, *args))
         heapq.heappush(self._timers, (self.now + delay, next(self._count), timer))
         return timer
 

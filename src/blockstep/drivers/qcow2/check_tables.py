@@ -22,6 +22,7 @@ from typing import Final
 
 from bitarray import bitarray
 
+from blockstep.aio import Buffer
 from blockstep.drivers.qcow2.counts import Counts
 from blockstep.drivers.qcow2.format import (
     COMPRESSED,
@@ -41,7 +42,6 @@ from blockstep.drivers.qcow2.format import (
 )
 from blockstep.errors import ImageError
 
-Buffer = bytes | bytearray | memoryview
 #: (offset, length) -> exactly that many bytes; never called for what is not wholly inside of the file.
 Read = Callable[[int, int], Buffer]
 Report = Callable[[str], None]

@@ -29,7 +29,7 @@ class SnapshotArguments(Arguments):
 async def prepare(context: Holder, args: SnapshotArguments) -> Prepared:
     """The first half of the command; ``args.node`` is drained."""
     node, overlay = node_named(context, args.node), node_named(context, args.overlay)
-    return await prepare_snapshot(context.inventory.graph, node, overlay)
+    return await prepare_snapshot(node, overlay)
 
 
 @commands.command("blockdev-snapshot", features=["allow-write-only-overlay"])
