@@ -32,7 +32,8 @@ from blockstep.daemon.primary_status import PrimaryStatus
 from blockstep.daemon.primary_sync import Sync
 from blockstep.daemon.service import Service
 from blockstep.errors import BlockstepError, NodeNotFound, noting
-from blockstep.inventory.inventory import Inventory, tried
+from blockstep.inventory.inventory import Inventory
+from blockstep.inventory.nodes import tried
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
 from blockstep.nbd.tls import server_context

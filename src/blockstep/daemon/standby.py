@@ -28,7 +28,8 @@ from blockstep.daemon.standby_setup import BUFFERS, StandbyConfig, StandbyDisk, 
 from blockstep.daemon.standby_status import Situation
 from blockstep.drivers.replication import Stage
 from blockstep.errors import BlockstepError, NodeNotFound, OperationBlocked, noting
-from blockstep.inventory.inventory import Inventory, tried
+from blockstep.inventory.inventory import Inventory
+from blockstep.inventory.nodes import tried
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
 from blockstep.nbd.tls import server_context

@@ -14,8 +14,10 @@ The life of an export:
                 └── remove (safe: only without clients; hard), or the server is stopped
 
 An export is a user of its node: while it lives the node cannot be deleted. It uses whatever node a change of the graph
-puts there (the end of a mirror, a filter), and its clients notice nothing. When the right to write is taken away from
-it (`Backend.revoke`: a standby was promoted) its clients are cut off, and those that come back find it read-only.
+puts there (the end of a mirror, a filter), and its clients notice nothing. A node that belongs to nobody else (a target
+that a mirror opened) is flushed and closed with it; if that fails, the export is gone all the same. When the right to
+write is taken away from it (`Backend.revoke`: a standby was promoted) its clients are cut off, and those that come back
+find it read-only.
 
 A bitmap that is exported is busy: nobody removes or clears it meanwhile.
 
@@ -45,7 +47,8 @@ from blockstep.block.io import Backend
 from blockstep.block.names import check_name
 from blockstep.block.node import Node
 from blockstep.block.permissions import READ, WRITE
-from blockstep.errors import BlockstepError, OptionError, noting
+from blockstep.errors import BlockstepError, OptionError, noting, told
+from blockstep.inventory.nodes import tried
 from blockstep.nbd.export import Export, ExportInUse
 from blockstep.nbd.server import Server
 from blockstep.nbd.uri import Address, InetAddress, NbdUri, UnixAddress
@@ -140,6 +143,8 @@ class BlockExport:
     bitmaps: list[DirtyBitmap]
     shutting_down: bool = False
     held: bool = False
+    #: When it is gone: why its node could not be flushed or closed.
+    failed: list[OSError] = field(default_factory=list)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -217,8 +222,6 @@ class ExportTable:
             if self._server is not server:
                 raise BlockstepError("the NBD server was stopped while it was being started")
         except BaseException as error:
-            if self._server is server:
-                self._server = None
             with noting(error):
                 await self._end(server, 0.0)
             raise
@@ -239,34 +242,37 @@ class ExportTable:
         """Accept nobody any more, answer what was received, cut off who has not ended after ``deadline`` seconds.
 
         The exports go with the server; those whose requests have not ended in their disks by then go when they
-        have. Raises NotRunning.
+        have. Raises NotRunning; when all has ended, OSError for nodes that could not be flushed or closed.
         """
-        server, self._server = self._server, None
-        if server is None:
+        if self._server is None:
             raise NotRunning
-        self.addresses = []
-        await self._end(server, deadline)
+        _raise(await self._end(self._server, deadline))
 
-    async def _end(self, server: Server, deadline: float) -> None:
+    async def _end(self, server: Server, deadline: float) -> list[OSError]:
+        if self._server is server:
+            self._server, self.addresses = None, []
         mine = [export for export in self._exports.values() if export.server is server and not export.shutting_down]
         for export in mine:
             export.shutting_down = True
         await server.stop(deadline)
         for export in mine:
             await self._let_go(export)
+        return [error for export in mine for error in export.failed]
 
-    async def close(self, deadline: float = CLOSE_DEADLINE) -> None:
+    async def close(self, deadline: float = CLOSE_DEADLINE) -> list[OSError]:
         """The end of the process: stop the server if there is one, and wait until all exports are gone.
 
-        Requests that are held back fail.
+        Requests that are held back fail. Returns the errors of nodes that could not be flushed or closed.
         """
-        for export in self:
+        exports = list(self)
+        for export in exports:
             if export.held:
                 export.backend.forget_held()
         if self._server is not None:
-            await self.stop_server(deadline)
-        for export in self:
+            await self._end(self._server, deadline)
+        for export in exports:
             await export.gone.wait()
+        return [error for export in exports for error in export.failed]
 
     # --- guests ---
 
@@ -352,7 +358,7 @@ class ExportTable:
 
         "safe" raises ExportInUse if it has clients; "hard" cuts them off. It is gone when what they had started
         has ended in the disk: at return if there is nothing, else later. Raises ExportNotFound, or BlockstepError
-        if it is shutting down already.
+        if it is shutting down already; when it is gone, OSError if its node could not be flushed or closed.
         """
         export = self.find(id)
         if export.shutting_down:
@@ -362,6 +368,7 @@ class ExportTable:
         export.shutting_down = True
         await export.server.remove(export.served.name, "hard")
         await self._let_go(export)
+        _raise(export.failed)
 
     async def _let_go(self, export: BlockExport) -> None:
         if not export.served.in_flight and not export.backend.in_flight:
@@ -374,8 +381,12 @@ class ExportTable:
     async def _retire(self, export: BlockExport) -> None:
         export.backend.forget_held()
         await export.served.wait_idle()
+        node, ends = export.node, list[OSError | None]()
         try:
-            await self._graph.detach_backend(export.backend)
+            if node.parents == [export.backend.edge] and not node.owned and not node.read_only:  # it goes, too
+                ends.append(await tried(node, self._graph.flush(node)))
+            ends.append(await tried(node, self._graph.detach_backend(export.backend)))
+            export.failed = [error for error in ends if error is not None]
         finally:
             for bitmap in export.bitmaps:
                 bitmap.busy = None
@@ -430,6 +441,14 @@ async def _listen(server: Server, address: SocketAddress) -> list[Address]:
     if family == socket.AF_UNIX:
         return [UnixAddress(name)] if isinstance(name, str) and name else []
     return [InetAddress(name[0], name[1])]
+
+
+def _raise(errors: list[OSError]) -> None:
+    """Raise the first, if there is one, with the others as its notes."""
+    for error in errors[1:]:
+        errors[0].add_note(f"and then: {told(error)}")
+    for error in errors:
+        raise error
 
 
 def _find_bitmaps(graph: Graph, node: Driver, options: ExportOptions) -> dict[str, DirtyBitmap]:

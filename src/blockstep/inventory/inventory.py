@@ -6,7 +6,7 @@ Nothing here is global: a process can hold two inventories, and a test does.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from blockstep.block.driver import Driver
@@ -16,6 +16,7 @@ from blockstep.block.permissions import Role
 from blockstep.drivers.nbd import Nbd
 from blockstep.inventory.colo import Colo
 from blockstep.inventory.exports import CLOSE_DEADLINE, ExportTable
+from blockstep.inventory.nodes import tried
 from blockstep.inventory.notices import tell
 from blockstep.inventory.objects import Objects
 from blockstep.jobs.registry import JobRegistry
@@ -50,10 +51,10 @@ class Inventory:
         """
         watchdog = asyncio.get_running_loop().call_later(CLOSE_DEADLINE, self._cut_off)
         try:
-            await self.exports.close()
+            ends: list[OSError | None] = [*await self.exports.close()]
             await self.jobs.cancel_all()
             await self.colo.close()
-            ends = [await tried(node, node.flush()) for node in self._to_flush()]
+            ends += [await tried(node, node.flush()) for node in self._to_flush()]
             for node in self.graph.nodes.values():
                 node.owned = False
             ends += [await tried(node, self.graph.close_unused(node)) for node in list(self.graph.nodes.values())]
@@ -72,12 +73,3 @@ class Inventory:
         return [node for node in self.graph.nodes.values() if not node.read_only and not any(
             isinstance(edge.parent, Node) and not edge.parent.read_only and edge.role is not Role.BACKING
             for edge in node.parents)]
-
-
-async def tried(node: Node, work: Awaitable[None]) -> OSError | None:
-    """Do one part of an end. An error comes back with the node's name, so that the other parts are done as well."""
-    try:
-        await work
-    except OSError as error:
-        return OSError(error.errno, f"node '{node.name}': {error.strerror or error}")
-    return None

@@ -1,9 +1,12 @@
-"""Nodes that users have added by name."""
+"""Nodes that users have added by name, and how nodes end together."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
+from blockstep.block.node import Node
 from blockstep.errors import GraphError
 from blockstep.inventory.limits import lift_limits
 
@@ -20,3 +23,12 @@ async def remove_node(graph: Graph, node: Driver) -> None:
         node.check_operation("remove")
         await lift_limits(graph, node)
     await graph.close(node)
+
+
+async def tried(node: Node, work: Awaitable[None]) -> OSError | None:
+    """Do one part of an end. An error comes back with the node's name, so that the other parts are done as well."""
+    try:
+        await work
+    except OSError as error:
+        return OSError(error.errno, f"node '{node.name}': {error.strerror or error}")
+    return None

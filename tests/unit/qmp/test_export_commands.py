@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from blockstep.nbd.tls import client_context
 from blockstep.nbd.uri import InetAddress, UnixAddress
 from tests import certificates
 from tests.daemon import Daemon, daemon, refused
-from tests.disks import faulty, ram
+from tests.disks import Ram, faulty, ram
 from tests.scenarios import scenario
 
 
@@ -378,3 +379,43 @@ async def test_the_end_does_not_wait_for_a_server_that_does_not_answer(
             await write
         await client.close()
         debug.resume("hangs")
+
+
+async def goes_with_its_export(d: Daemon, name: str, error: str = "") -> Ram:
+    """An export with the name of its node, which belongs to nobody else; ``error``: why it cannot be closed."""
+    node = await d.inventory.graph.open({"driver": "test-ram", "node-name": name}, owned=False)
+    assert isinstance(node, Ram)
+
+    async def fail() -> None:
+        raise OSError(errno.EIO, error)
+
+    if error:
+        node.close = fail  # type: ignore[method-assign]
+    await add(d, name, name, writable=True)
+    return node
+
+
+@scenario
+async def test_a_node_that_nobody_else_has_is_flushed_when_it_goes_with_its_export(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        await start(d)
+        node = await goes_with_its_export(d, "target")
+        await d.qmp("block-export-del", id="target")
+        assert (node.requests, node.closed) == ([("flush", 0, 0)], True)
+
+
+@scenario
+async def test_a_node_that_cannot_be_closed_keeps_nothing_else_from_its_end(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        await start(d)
+        await goes_with_its_export(d, "a", "broken")
+        await goes_with_its_export(d, "b")
+        await goes_with_its_export(d, "c", "broken, too")
+        with refused(match="node 'a': broken; and then: node 'c': broken, too"):
+            await d.qmp("nbd-server-stop")
+        assert await exports(d) == []
+        await start(d)
+        await goes_with_its_export(d, "a", "broken")
+        b, rest = await goes_with_its_export(d, "b"), await ram(d.inventory.graph, "rest")
+        assert [error.strerror for error in await d.program.close()] == ["node 'a': broken"]
+        assert (b.closed, rest.requests, rest.closed) == (True, [("flush", 0, 0)], True)
