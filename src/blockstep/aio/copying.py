@@ -22,6 +22,9 @@ PIECE: Final = 64 << 10
 #: Bytes that are read and written at a time: what is read is still in the processor's cache when it is written.
 _STEP: Final = 512 << 10
 
+#: What copy_file_range says when it cannot, rather than when the disk is bad.
+_CANNOT: Final = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
+
 _own: Final = threading.local()
 
 
@@ -54,6 +57,28 @@ def zero_runs(data: Buffer, piece: int = PIECE) -> list[tuple[int, bool]]:
     if done < length:
         runs.append((length - done, False))
     return runs
+
+
+def clone(of: tuple[int, int], to: tuple[int, int], length: int) -> bool:
+    """Have the kernel copy between two places (descriptor, offset): on some file systems they share the bytes then.
+
+    False: it does not, between these files, and nothing was written. Raises OSError; how much was written then is not
+    known.
+    """
+    done = 0
+    while done < length:
+        try:
+            count = os.copy_file_range(of[0], to[0], length - done, of[1] + done, to[1] + done)
+        except OSError as error:
+            if done or error.errno not in _CANNOT:
+                raise
+            return False
+        if not count:
+            if done:
+                raise _ends(of[1] + done)
+            return False
+        done += count
+    return True
 
 
 def copy_pieces(of: tuple[int, int], to: tuple[int, int], length: int, piece: int) -> list[tuple[int, bool]]:
@@ -93,5 +118,9 @@ def _fill(of: tuple[int, int], view: memoryview) -> None:
     while done < len(view):
         count = os.preadv(of[0], (view[done:],), of[1] + done)
         if not count:
-            raise EndOfFile(errno.EIO, f"the file ends at {of[1] + done} bytes, before what is copied")
+            raise _ends(of[1] + done)
         done += count
+
+
+def _ends(at: int) -> EndOfFile:
+    return EndOfFile(errno.EIO, f"the file ends at {at} bytes, before what is copied")

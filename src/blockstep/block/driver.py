@@ -199,7 +199,7 @@ class Driver(Node):
         """A file descriptor and an offset in it where the range lies as it is, for the kernel to copy from.
 
         None if there is no such place, and for filters. Good until the next write to the range, change of the
-        options or make_empty. Copying *to* the place would go past the node: do not.
+        options or make_empty. Copying *to* the place would go past the node: `clone_in` and `copy_in` do that.
         """
         return None
 
@@ -213,6 +213,13 @@ class Driver(Node):
         Raises OSError: EINVAL for other ranges, ENOTSUP where nothing is compressed.
         """
         raise not_supported("compressed writes")
+
+    async def clone_in(self, of: tuple[int, int], offset: int, length: int) -> bool:
+        """Have the kernel write to a range what lies in a file, ``of`` (descriptor, offset), which may be shared then.
+
+        False: not possible here, and nothing was done. Raises OSError; then the range is as after a failed write.
+        """
+        return False
 
     async def copy_in(self, of: tuple[int, int], offset: int, length: int,
                       piece: int) -> list[tuple[int, bool]] | None:

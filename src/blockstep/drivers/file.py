@@ -37,7 +37,7 @@ from types import CoroutineType
 from typing import Any, ClassVar, Final, Literal
 
 from blockstep.aio.cold import ColdReads
-from blockstep.aio.copying import copy_pieces
+from blockstep.aio.copying import clone, copy_pieces
 from blockstep.aio.pool import in_thread, made_in_thread
 from blockstep.aio.posix import (
     INLINE,
@@ -266,6 +266,9 @@ class File(Driver):
 
     def raw_range(self, offset: int, length: int) -> tuple[int, int] | None:
         return self.fd, offset
+
+    async def clone_in(self, of: tuple[int, int], offset: int, length: int) -> bool:
+        return await in_thread(clone, of, (self.fd, offset), length)
 
     async def copy_in(self, of: tuple[int, int], offset: int, length: int,
                       piece: int) -> list[tuple[int, bool]] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import ClassVar, Final
 
+from blockstep.aio.copying import clone
 from blockstep.aio.pool import in_thread
 from blockstep.aio.posix import INLINE, punch_hole, read_whole, set_length, write_whole
 from blockstep.block.driver import MAY_UNMAP, ZEROES, Buffer, Driver, Extent
@@ -78,6 +79,9 @@ class Memory(Driver):
 
     def raw_range(self, offset: int, length: int) -> tuple[int, int] | None:
         return self.fd, offset
+
+    async def clone_in(self, of: tuple[int, int], offset: int, length: int) -> bool:
+        return await in_thread(clone, of, (self.fd, offset), length)
 
     async def truncate(self, length: int) -> None:
         set_length(self.fd, length, self.name)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -29,7 +28,6 @@ from itertools import islice
 from typing import Final, Literal, Protocol
 
 from blockstep.aio.copying import PIECE, zero_runs
-from blockstep.aio.pool import in_thread
 from blockstep.aio.rangelock import RangeLock
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.driver import FAST, MAY_UNMAP, Buffer, Driver, Extent
@@ -48,9 +46,6 @@ _LOOK_AHEAD: Final = GiB
 _FRAGMENTS: Final = 16
 #: The depth in a hint for such a chunk.
 _FRAGMENTED: Final = -1
-
-#: What copy_file_range says when it cannot, rather than when the disk is bad.
-_CANNOT: Final = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
 
 Side = Literal["read", "write"]
 
@@ -384,9 +379,8 @@ class BlockCopy:
 
     async def _thread_copy(self, offset: int, length: int, depth: int) -> bool:
         """Whether a thread has copied the range. Trouble is met as in `_kernel_copy`."""
-        holder = _holder(self.source.node, depth)
-        of = holder.raw_range(offset, length) if holder is not None else None
-        if of is None or self.target.node.watchers:
+        of = self._place(offset, length, depth)
+        if of is None:
             return False
         try:
             runs = await self.target.node.copy_in(of, offset, length, self.piece if self.detect_zeroes else 0)
@@ -405,22 +399,22 @@ class BlockCopy:
 
     async def _kernel_copy(self, offset: int, length: int, depth: int) -> bool:
         """Whether the kernel has copied the range. Any trouble: no, and the ordinary way finds out whose it is."""
-        into = self.target.node
-        if into.driver not in ("file", "memory") or into.watchers:
-            # Only these have nothing of their own to do in a write.
+        of = self._place(offset, length, depth)
+        if of is None:
             return False
-        to = into.raw_range(offset, length)
-        holder = _holder(self.source.node, depth)
-        of = holder.raw_range(offset, length) if holder is not None else None
-        if to is None or of is None:
-            return False
-        self._may_hold(offset, length)
         try:
-            await in_thread(_copy_file_range, of, to, length)
-        except OSError as error:
-            self._offload = error.errno not in _CANNOT
+            self._offload = await self.target.node.clone_in(of, offset, length)
+        except OSError:
+            self._may_hold(offset, length)
             return False
-        return True
+        if self._offload:
+            self._may_hold(offset, length)
+        return self._offload
+
+    def _place(self, offset: int, length: int, depth: int) -> tuple[int, int] | None:
+        """Where the range lies in a file, if it does, and may be copied without those who watch the target's writes."""
+        holder = _holder(self.source.node, depth) if not self.target.node.watchers else None
+        return holder.raw_range(offset, length) if holder is not None else None
 
     def _may_hold(self, offset: int, length: int) -> None:
         """Something is written there, or was before it failed: the target need not be zero there any more."""
@@ -444,12 +438,3 @@ def _holder(node: Driver, depth: int) -> Driver | None:
     """The node ``depth`` layers down (1: the first below the filters at the top), or None."""
     layers = (each for each in node.chain() if not each.is_filter)
     return next(islice(layers, depth - 1, None), None) if depth > 0 else None
-
-
-def _copy_file_range(of: tuple[int, int], to: tuple[int, int], length: int) -> None:
-    done = 0
-    while done < length:
-        count = os.copy_file_range(of[0], to[0], length - done, of[1] + done, to[1] + done)
-        if not count:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        done += count
