@@ -19,6 +19,7 @@ from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, RESIZE, WRITE
 from blockstep.drivers.blklog import FLUSH_FLAG, read_log
+from blockstep.drivers.qcow2.create import new_header, write_image
 from blockstep.drivers.qcow2.format import RAW_EXTERNAL, parse_header
 from blockstep.errors import OptionError
 from blockstep.units import KiB, MiB
@@ -229,6 +230,21 @@ def test_a_chain_is_found_by_the_names_in_the_headers(tmp_path: Path) -> None:
 
     asyncio.run(go())
     check(tmp_path / "top.qcow2")
+
+
+@pytest.mark.parametrize("name", [
+    "json:" + "[" * 1000, "json:" + '{"a":' * 200, 'json:{"driver": {}}', 'json:{"a.b": 1, "a": 2}',
+    'json:{"driver": "raw", "file": {"driver": "file", "filename": "\\u0000"}}'])
+def test_a_backing_name_made_on_purpose_is_an_error_as_any_other(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    with path.open("wb") as image:
+        write_image(image.fileno(), new_header(SIZE, backing_file=name, backing_fmt="raw"), "off")
+
+    async def go() -> None:
+        with pytest.raises((OptionError, OSError)):
+            await Graph().open(image_options(path))
+
+    asyncio.run(go())
 
 
 @pytest.mark.parametrize("options", ["compat=1.1,cluster_size=4k", "extended_l2=on,cluster_size=16k", "extended_l2=on"])

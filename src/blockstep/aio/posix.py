@@ -403,7 +403,10 @@ class OpenFile:
 
 def _open_storage(filename: str, flags: int) -> int:
     """Open a regular file or a block device. An image may name a pipe: nobody waits for its other end."""
-    fd = os.open(filename, flags | os.O_NONBLOCK, 0o666)
+    try:
+        fd = os.open(filename, flags | os.O_NONBLOCK, 0o666)
+    except ValueError:  # a byte of value 0, or what no file system can write: an image may name that as well
+        raise OSError(errno.EINVAL, "no file can have that name", filename) from None
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):

@@ -50,11 +50,13 @@ def options_type() -> Any:
 
 def find_driver(name: object) -> type[Driver]:
     """The driver of that name. Raises OptionError listing those that exist."""
+    if not isinstance(name, str):
+        raise OptionError("driver", name, "the name of one: " + ", ".join(driver_names()))
     if name in _INSTEAD:
-        raise OptionError("driver", name, f"one that is here: {_INSTEAD[str(name)]}")
-    if isinstance(name, str) and name not in _drivers and name in MODULES:
+        raise OptionError("driver", name, f"one that is here: {_INSTEAD[name]}")
+    if name not in _drivers and name in MODULES:
         import_module(MODULES[name])
-    if not isinstance(name, str) or name not in _drivers:
+    if name not in _drivers:
         raise OptionError("driver", name, "one of " + ", ".join(driver_names()))
     return _drivers[name]
 

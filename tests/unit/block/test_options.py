@@ -45,6 +45,12 @@ def test_a_driver_that_only_qemu_has_is_refused_with_what_there_is_instead() -> 
         parse_options({"driver": "copy-on-read", "file": "disk"})
 
 
+@pytest.mark.parametrize("driver", [None, 1, [], {"driver": "file"}])
+def test_a_driver_has_a_name(driver: Any) -> None:
+    with pytest.raises(OptionError, match="the name of one: blkdebug"):
+        parse_options({"driver": driver})
+
+
 def test_an_overlay_finds_its_image_as_qemu_writes_it() -> None:
     options = understood(driver="overlay", file={"driver": "file", "filename": "/image"}, backing="disk")
     assert options.filename == "/image"

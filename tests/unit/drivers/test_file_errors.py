@@ -104,3 +104,10 @@ def test_who_is_cancelled_while_a_file_is_opened_hears_of_that_also_if_it_cannot
         assert caught.value.__notes__ == ["and then: 5 cannot be closed"]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["one\0two", "\ud800"])
+def test_a_name_that_no_file_can_have_is_an_error_as_any_other(name: str) -> None:
+    for options in ({"driver": "file"}, {"driver": "overlay", "backing": {"driver": "null", "size": 512}}):
+        with pytest.raises(OSError, match="no file can have that name"):
+            asyncio.run(Graph().open({**options, "filename": name}))

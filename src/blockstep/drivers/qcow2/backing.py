@@ -59,7 +59,7 @@ def options_of_json(name: str, driver: str | None) -> dict[str, Any]:
     """The options in a ``json:`` name; ``driver``: the one that it may leave out. Raises ImageError or OptionError."""
     try:
         given = json.loads(name.removeprefix("json:"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ImageError("backing file name", name, "json: and an object") from error
     if not isinstance(given, dict):
         raise ImageError("backing file name", name, "json: and an object")
