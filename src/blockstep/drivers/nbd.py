@@ -7,7 +7,8 @@ Where the server is, in one of these ways:
     uri                                                                           with export and TLS in it
 
 The connection comes back by itself when it is lost: see ``reconnect-delay`` and `blockstep.nbd.session`. When it
-comes and goes, the event ``NBD_CONNECTION`` says so. The length is the export's at the latest handshake.
+comes and goes, the event ``NBD_CONNECTION`` says so, and how long the export is now. The node keeps the length that it
+was opened with, on which others above rely, until `Nbd.truncate` takes that of the export over.
 
 A flush makes durable what the server calls durable. What the server cannot do is done with what it can: FUA by a
 flush, zeroes by writing them, discard by nothing.
@@ -129,7 +130,7 @@ class Nbd(Driver):
         except OptionError:
             await self.session.close()
             raise
-        self._read_info()
+        self.length = info.size
 
     async def close(self) -> None:
         await self.session.close()
@@ -143,15 +144,8 @@ class Nbd(Driver):
         self.length = length
 
     def _state(self, state: State, error: Exception | None) -> None:
-        if state == "connected":
-            self._read_info()
-        self.report("NBD_CONNECTION", {"node-name": self.name, "state": state,
-                                       **({"error": str(error)} if error is not None else {})})
-
-    def _read_info(self) -> None:
-        info = self.session.info
-        self.length = info.size
-        self._has_status = self._context in info.contexts
+        more = {"error": str(error)} if error is not None else {"size": self.session.info.size}
+        self.report("NBD_CONNECTION", {"node-name": self.name, "state": state, **more})
 
     # Requests.
 
@@ -188,11 +182,20 @@ class Nbd(Driver):
             await super().write_zeroes(offset, length, flags)
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
-        if not self._has_status:
+        if self._context not in self.session.info.contexts:
             return [Extent(length)]
         extents = await self.session.block_status(offset, length, self._context)
         return [Extent(count, data=not flags & c.STATE_HOLE, zero=bool(flags & c.STATE_ZERO))
                 for count, flags in extents]
+
+    async def truncate(self, length: int) -> None:
+        """See `Driver`. The node can only be given the length that the export had at the latest handshake."""
+        size = self.session.info.size
+        if length != size:
+            raise not_supported(f"resize of the NBD export of {size} bytes to {length} bytes")
+        if length > self.length:
+            await self.write_zeroes(self.length, length - self.length, MAY_UNMAP)
+        self.length = length
 
 
 _ZERO_FLAGS = {flags: (c.CMD_FLAG_FUA if flags & FUA else 0)

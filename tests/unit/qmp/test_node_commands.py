@@ -12,6 +12,7 @@ from blockstep.block.permissions import READ, WRITE
 from blockstep.drivers.quorum import Quorum
 from blockstep.inventory.limits import limits_of
 from tests.daemon import Daemon, daemon, refused
+from tests.disks import ram
 from tests.scenarios import scenario
 
 MiB = 1 << 20
@@ -451,6 +452,41 @@ async def test_an_nbd_node_tells_of_its_connection(tmp_path: Path) -> None:
         await server.qmp("nbd-server-add", {"device": "disk", "writable": True})
         await d.qmp("blockdev-add", {"driver": "nbd", "node-name": "remote", "export": "disk",
                                      "server": {"type": "unix", "path": path}})
-        assert await d.event("NBD_CONNECTION", state="connected") == {"node-name": "remote", "state": "connected"}
+        size = d.inventory.graph.find("remote").length
+        assert await d.event("NBD_CONNECTION") == {"node-name": "remote", "state": "connected", "size": size}
         await server.qmp("nbd-server-stop")
         assert "error" in await d.event("NBD_CONNECTION", state="lost")
+
+
+@scenario
+async def test_an_nbd_node_has_its_length_until_it_is_given_what_the_export_has_got(tmp_path: Path) -> None:
+    async with daemon(tmp_path, "server") as server, daemon(tmp_path, "client") as d:
+        far = await ram(server.inventory.graph, "disk", bytes(1 << 20))
+        path = str(tmp_path / "nbd.sock")
+
+        async def serve() -> None:
+            await server.qmp("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
+            await server.qmp("nbd-server-add", {"device": "disk", "writable": True})
+
+        await serve()
+        await d.qmp("blockdev-add", {"driver": "nbd", "node-name": "remote", "export": "disk", "reconnect-delay": 20.0,
+                                     "server": {"type": "unix", "path": path}})
+        await d.qmp("blockdev-add", {"driver": "memory", "node-name": "saved", "size": 4 << 20})
+        await d.qmp("blockdev-add", {
+            "driver": "copy-before-write", "node-name": "top", "file": "remote", "target": "saved"})
+        graph = d.inventory.graph
+        user = graph.attach_backend(graph.find("top"), "user", READ | WRITE)
+        with refused(match="resize of the NBD export of 1048576 bytes to 2097152 bytes"):
+            await d.qmp("block_resize", {"node-name": "top", "size": 2 << 20})
+        await server.qmp("nbd-server-stop")
+        await far.truncate(2 << 20)
+        await serve()
+        await d.event("NBD_CONNECTION", state="connected", size=2 << 20)
+        assert (user.length, graph.find("remote").length) == (1 << 20, 1 << 20)
+        await user.pwrite((1 << 20) - 4096, bytes(4096))
+        far.content[1 << 20:] = b"x" * (1 << 20)
+        await d.qmp("block_resize", {"node-name": "top", "size": 2 << 20})
+        assert not any(await user.pread(1 << 20, 1 << 20))
+        await user.pwrite((2 << 20) - 4096, b"y" * 4096)
+        assert far.content.endswith(b"y" * 4096)
+        await graph.detach_backend(user)

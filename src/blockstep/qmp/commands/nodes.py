@@ -142,10 +142,14 @@ class BlockStorageFault(Event, kw_only=True):
 
 @commands.event("NBD_CONNECTION")
 class NbdConnection(Event):
-    """The connection of an nbd node to its server has come, or was lost (``error`` says why)."""
+    """The connection of an nbd node to its server has come, or was lost (``error`` says why).
+
+    ``size``: of the export that it has come to, in bytes. If the node has another, block_resize gives it this one.
+    """
 
     node_name: str
     state: Literal["connected", "lost"]
+    size: int | UnsetType = UNSET
     error: str | UnsetType = UNSET
 
 
@@ -327,7 +331,8 @@ class ThresholdArguments(Arguments):
 async def block_resize(context: Holder, args: ResizeArguments) -> None:
     """Change the length of a node, while it is in use if its users put up with that.
 
-    A client of an export that asks for the size sees the new one when it connects again.
+    A block device and an NBD export can only be given the length that they have got by other means. A client of an
+    export that asks for the size sees the new one when it connects again.
     """
     graph = context.inventory.graph
     await resize(graph, find_disk(graph, args.device, args.node_name), args.size)
