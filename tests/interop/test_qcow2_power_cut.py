@@ -88,7 +88,7 @@ class Recorder(Filter):
 
     async def truncate(self, length: int) -> None:
         self.entries.append(Entry(length))
-        await self.file.truncate(length)
+        await self.file.resize(length)
 
     async def flush(self) -> None:
         await self.file.flush()

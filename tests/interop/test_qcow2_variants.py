@@ -340,7 +340,7 @@ class Recorder(Filter):
 
     async def truncate(self, length: int) -> None:
         EVENTS[self.options.log].append((self.options.name, length))
-        await self.file.truncate(length)
+        await self.file.resize(length)
 
     async def flush(self) -> None:
         await self.file.flush()

@@ -303,7 +303,7 @@ class Filter(Driver):
         return await self.file.block_status(offset, length)
 
     async def truncate(self, length: int) -> None:
-        await self.file.truncate(length)
+        await self.file.resize(length)
 
     async def prepare_empty(self) -> Prepared:
         return await self.file.node.prepare_empty()

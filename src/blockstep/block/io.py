@@ -158,7 +158,7 @@ class Backend:
             await self._wait()
         if not self.edge.taken & RESIZE:
             raise self._refused(0)
-        await self._counted(self.edge.truncate(length))
+        await self._counted(self.edge.resize(length))
 
     # --- revocation ---
 

@@ -76,7 +76,7 @@ class Child:
 
     __slots__ = (
         "_taken", "begin_read", "begin_write", "block_status", "discard", "flush", "may_change", "may_write", "name",
-        "node", "parent", "pread", "pwrite", "role", "shared", "submit_write", "truncate", "write_zeroes",
+        "node", "parent", "pread", "pwrite", "resize", "role", "shared", "submit_write", "write_zeroes",
     )
 
     begin_write: Callable[[int, Any], Awaitable[None] | None]
@@ -110,7 +110,7 @@ class Child:
         self.begin_read = node.begin_read
         self.flush = node.flush
         self.block_status = node.block_status
-        self.truncate = node.resize
+        self.resize = node.resize
         if node.watchers:
             self.begin_write = node.watched_pwrite
             self.submit_write = node.watched_submit_write

@@ -17,6 +17,6 @@ async def resize(graph: Graph, node: Driver, length: int) -> None:
     door = graph.attach_backend(node, "block_resize", RESIZE)
     try:
         async with graph.drained(node):
-            await door.edge.truncate(length)
+            await door.edge.resize(length)
     finally:
         await graph.detach_backend(door)

@@ -219,7 +219,7 @@ class Blkdebug(Filter):
 
     async def truncate(self, length: int) -> None:
         await self._event("truncate", length, 0)
-        await self.file.truncate(length)
+        await self.file.resize(length)
 
     async def prepare_empty(self) -> Prepared:
         await self._event("make_empty", 0, 0)

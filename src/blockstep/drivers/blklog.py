@@ -214,7 +214,7 @@ class Blklog(Filter):
         token = await self._grow_lock.take(0, 1)  # one by one, or the smaller step may come last
         try:
             if end > self.log.node.length:
-                await self.log.truncate(-(-end // _STEP) * _STEP)
+                await self.log.resize(-(-end // _STEP) * _STEP)
         finally:
             self._grow_lock.give_back(token)
 

@@ -178,7 +178,7 @@ class CopyBeforeWrite(Filter):
             except OSError as error:
                 self._not_saved(error)
         with self.followed_by([self.done], length):
-            await self.file.truncate(length)
+            await self.file.resize(length)
 
     def _is_saved(self, offset: int, length: int) -> bool:
         shift = self.done.shift

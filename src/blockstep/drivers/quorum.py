@@ -357,11 +357,11 @@ class Quorum(Driver):
         before, edges, wrong = self.length, self._edges, list[str]()
         token = await self._lock.take(0, max(before, length))
         try:
-            results = await together([edge.truncate(length) for edge in edges])
+            results = await together([edge.resize(length) for edge in edges])
             errors = [error for error in results if error is not None]
             if errors and length > before:
                 grown = [edge for edge, error in zip(edges, results, strict=True) if error is None]
-                kept = await together([edge.truncate(before) for edge in grown])
+                kept = await together([edge.resize(before) for edge in grown])
                 wrong = [f"'{edge.node.name}' could not be cut again: {told(error)}"
                          for edge, error in zip(grown, kept, strict=True) if error is not None]
         finally:

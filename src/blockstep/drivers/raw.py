@@ -82,4 +82,4 @@ class Raw(Driver):
     async def truncate(self, length: int) -> None:
         if self.options.size is not None:
             raise not_supported("resize of a window with a fixed size")
-        await self.file.truncate(self._offset + length)
+        await self.file.resize(self._offset + length)

@@ -215,7 +215,7 @@ class Replication(Filter):
     async def truncate(self, length: int) -> None:
         if self._writes is _Answer.REFUSE:
             raise self._refused("resize")
-        await self.file.truncate(length)
+        await self.file.resize(length)
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         if self._reads is _Answer.REFUSE:

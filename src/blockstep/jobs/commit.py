@@ -106,7 +106,7 @@ class CommitJob(SyncJob):
             _, target = self._backends
             await enter(target)
             try:
-                await target.edge.truncate(self.top.length)
+                await target.edge.resize(self.top.length)
             finally:
                 leave(target)
         await self.fill_allocated(self._below)

@@ -265,7 +265,7 @@ class Link(Filter):
         before = self.length
         try:
             with self.followed_by(filter(None, (self.since, self.closing, self._torn)), length):
-                await self.file.truncate(length)
+                await self.file.resize(length)
         finally:
             if self.length == length > before and not self.on:
                 self.since.set(before, length - before)

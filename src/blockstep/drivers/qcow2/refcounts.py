@@ -299,7 +299,7 @@ class Refcounts:
                 return
             length = end + _STEP
             try:
-                await self._file.truncate(length)
+                await self._file.resize(length)
             except OSError as error:
                 if error.errno != errno.ENOTSUP:
                     raise
@@ -464,7 +464,7 @@ class Refcounts:
         """Take back the end of the file that was not needed."""
         length = max(self._first_length, self._high)
         if length < self.file_length:
-            await self._file.truncate(length)
+            await self._file.resize(length)
             self._ends_at(length)
 
     # --- emptying ---

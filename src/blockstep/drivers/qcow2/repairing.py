@@ -41,7 +41,7 @@ async def repair_file(file: Child) -> CheckResult:
 
     async def pwrite(offset: int, data: bytes) -> None:
         if offset + len(data) > file.node.length:
-            await file.truncate(offset + len(data))
+            await file.resize(offset + len(data))
         await file.pwrite(offset, data)
 
     async def flush() -> None:

@@ -115,7 +115,7 @@ class Resizer(Writer):
             await data.write_zeroes(before, there - before, MAY_UNMAP)
         if there < length:
             try:
-                await data.truncate(length)
+                await data.resize(length)
             except OSError as error:
                 if error.errno != errno.ENOTSUP:
                     raise
@@ -123,7 +123,7 @@ class Resizer(Writer):
 
     async def _shorten_data(self, data: Child, length: int) -> None:
         try:
-            await data.truncate(length)
+            await data.resize(length)
         except OSError as error:
             if error.errno != errno.ENOTSUP:  # what cannot be cut off, a device, is longer than the disk then
                 raise

@@ -49,7 +49,7 @@ class Room(Filter):
         await self.file.pwrite(offset, data)
 
     async def truncate(self, length: int) -> None:
-        await self.file.truncate(length)
+        await self.file.resize(length)
         self.taken = {block for block in self.taken if block * 4096 < length}
 
 
