@@ -37,6 +37,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
+import math
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -115,20 +117,19 @@ class Session:
     async def open(self, timeout: float = 0.0) -> None:
         """Connect. For ``timeout`` seconds every failure is followed by another attempt; 0: there is only one.
 
-        Raises what ``connect`` raised last. Further connections that the server allows follow in the background.
+        Raises what ``connect`` raised last, or ConnectionLost at once when it is yanked. Further connections that the
+        server allows follow in the background.
         """
-        latest = self._clock.time() + timeout
-        attempt = 0
-        while True:
-            try:
-                self._add(await self._connect())
-                return
-            except (OSError, BlockstepError):
-                pause = self._backoff.pause(attempt, self._chance())
-                attempt += 1
-                if self._clock.time() + pause > latest:
-                    raise
-            await self._sleep(pause)
+        self._dialler = dialler = asyncio.get_running_loop().create_task(self._dial(self._clock.time() + timeout))
+        try:
+            await dialler
+        except asyncio.CancelledError:
+            if self._ended is None:
+                raise
+            raise self._no_connection() from None
+        finally:
+            if self._dialler is dialler:
+                self._dialler = None
 
     # Requests: those of `Client`.
 
@@ -247,22 +248,25 @@ class Session:
         if self._ended is None and self._dialler is None and len(self._clients) < (self._wanted if several else 1):
             self._dialler = asyncio.get_running_loop().create_task(self._dial())
 
-    async def _dial(self) -> None:
-        """One connection more; pauses first when the last attempt failed or a connection was just lost."""
-        attempt = 0
-        pause = bool(self._why_lost)
+    async def _dial(self, latest: float = math.inf) -> None:
+        """One connection more; pauses first when the last attempt failed or a connection was just lost.
+
+        No attempt begins after ``latest``: raises what the last one raised.
+        """
+        pauses = (self._backoff.pause(attempt, self._chance()) for attempt in itertools.count())
+        if self._why_lost is not None:
+            await self._sleep(next(pauses))
         while True:
-            if pause:
-                await self._sleep(self._backoff.pause(attempt, self._chance()))
-                attempt += 1
-            pause = True
             try:
                 client = await self._connect()
+                break
             except (OSError, BlockstepError):
-                continue
-            self._dialler = None
-            self._add(client)
-            return
+                pause = next(pauses)
+                if self._clock.time() + pause > latest:
+                    raise
+            await self._sleep(pause)
+        self._dialler = None
+        self._add(client)
 
     async def _sleep(self, seconds: float) -> None:
         over: Completion[None] = Completion()

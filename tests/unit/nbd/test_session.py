@@ -24,6 +24,7 @@ class World:
         self.size = 1 << 20
         self.of_clients: dict[str, Any] = {}
         self.down: Exception | None = None
+        self.connecting: asyncio.Event | None = None
         self.dials: list[float] = []
         self.peers: list[Peer] = []
         self.clients: list[Client] = []
@@ -35,6 +36,8 @@ class World:
 
     async def _connect(self) -> Client:
         self.dials.append(self.clock.now)
+        if self.connecting is not None:
+            await self.connecting.wait()
         if self.down is not None:
             raise self.down
         client, peer = pair(self.flags, self.size, **self.of_clients)
@@ -229,6 +232,25 @@ def test_a_yank_ends_it_for_good() -> None:
         assert len(world.dials) == 2
         with pytest.raises(ConnectionLost, match="yanked"):
             await world.session.flush()
+    run(test)
+
+
+@pytest.mark.parametrize("at", ["pause", "connect"])
+def test_a_yank_ends_the_opening(at: str) -> None:
+    async def test() -> None:
+        world = World()
+        world.down = ConnectionRefusedError(errno.ECONNREFUSED, "down")
+        if at == "connect":
+            world.connecting = asyncio.Event()
+        opening = asyncio.ensure_future(world.session.open(timeout=10.0))
+        await world.until(lambda: world.dials)
+        await turns()
+        world.session.yank()
+        with pytest.raises(ConnectionLost, match="yanked"):
+            await asyncio.wait_for(opening, 5)
+        world.down = None
+        await world.pass_time(20.0)
+        assert (len(world.dials), world.session.connected) == (1, 0)
     run(test)
 
 
