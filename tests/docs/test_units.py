@@ -37,3 +37,8 @@ def test_a_unit_starts_its_role_for_what_its_name_says(unit: Path) -> None:
     assert f"ExecStart=/usr/local/bin/blockstep {role} {name} %i $OPTIONS" in text
     assert f"EnvironmentFile=/etc/blockstep/%i.{role}" in text
     assert "Type=notify" in text
+
+
+def test_the_merge_of_a_standby_that_is_stopped_is_never_cut_short() -> None:
+    text = (ROOT / "packaging" / "systemd" / "blockstep-standby@.service").read_text()
+    assert "TimeoutStopSec=infinity" in text
