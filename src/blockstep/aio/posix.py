@@ -315,20 +315,21 @@ class OpenFile:
 
     def shortened(self, length: int) -> OSError:
         """The error (EIO) of a read for which the file, once of ``length`` bytes, is too short now."""
-        return OSError(errno.EIO, self._shortened(length))
+        return OSError(errno.EIO, self._shortened(length, length_of(self.fd)))
 
-    def _shortened(self, length: int) -> str:
-        now = length_of(self.fd)
+    def _shortened(self, length: int, now: int) -> str:
         return f"{self._path or self.filename} was shortened from {length} to {now} bytes: what was there is lost"
 
-    def fault(self, length: int) -> Fault | None:
-        """Whether the file, of ``length`` bytes or more, is still what it was, and still under its name.
+    def fault(self, length: Callable[[], int]) -> Fault | None:
+        """Whether the file, of ``length()`` bytes or more, is still what it was, and still under its name.
 
-        May wait for the filesystem. A name that cannot be looked at says nothing.
+        May wait for the filesystem: for a thread, beside which the owner may resize the file, if its length is never
+        more than the file's: lowered before that is cut, raised when it has grown. A name that cannot be looked at says
+        nothing.
         """
-        path = self._path
+        path, before = self._path, length()
         try:
-            mine = os.fstat(self.fd)
+            mine, size = os.fstat(self.fd), length_of(self.fd)
         except OSError as error:  # ESTALE, of a file that is gone from its server
             return Fault(f"{path or self.filename} cannot be looked at: {error.strerror}", False)
         is_device = stat.S_ISBLK(mine.st_mode)
@@ -340,8 +341,8 @@ class OpenFile:
                 pass
             except OSError:
                 path = None
-        if length_of(self.fd) < length:
-            return Fault(self._shortened(length), lasting=True, torn=True)
+        if size < (least := min(before, length())):
+            return Fault(self._shortened(least, size), lasting=True, torn=True)
         if path is not None and not is_device and not mine.st_nlink:
             also = ", and another file put in its place" if there else ""
             return Fault(f"{path} was deleted{also}: its data end with this program; copy "

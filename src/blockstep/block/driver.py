@@ -204,7 +204,11 @@ class Driver(Node):
         return None
 
     def storage_fault(self) -> Fault | None:
-        """What somebody else has done to the node's own storage since it was opened. May wait: for a thread."""
+        """What somebody else has done to the node's own storage since it was opened.
+
+        May wait, and is called in a thread, beside requests, resizes and `close` (then it may say anything).
+        Raises nothing.
+        """
         return None
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:

@@ -79,12 +79,12 @@ class Files:
     async def _look_at_all(self) -> None:
         watched = [(disk, node) for disk, storage in self._disks.items() for node in (storage, *storage.below())]
         watched += self._nodes.items()
-        suspects = await in_thread(_suspects, [node for _, node in watched])
+        seen = await in_thread(_faults, [node for _, node in watched])
         found: dict[str, list[Fault]] = {}
         lasting: dict[Driver, Fault] = {}
         for disk, node in watched:
-            fault = _judge(node, self._lasting.get(node), node in suspects)
-            if fault:
+            fault = _judge(self._lasting.get(node), seen[node])
+            if fault and not node.gone:
                 found.setdefault(disk, []).append(fault)
                 if fault.lasting:
                     lasting[node] = fault
@@ -95,24 +95,14 @@ class Files:
             self._changed()
 
 
-def _suspects(nodes: Iterable[Driver]) -> set[Driver]:
-    """Those that seem to have a fault, in a thread: they may just be resized, or closed."""
-    return {node for node in nodes if _seems_faulty(node)}
+def _faults(nodes: Iterable[Driver]) -> dict[Driver, Fault | None]:
+    """For a thread."""
+    return {node: node.storage_fault() for node in nodes}
 
 
-def _seems_faulty(node: Driver) -> bool:
-    try:
-        return node.storage_fault() is not None
-    except OSError:
-        return True
-
-
-def _judge(node: Driver, known: Fault | None, suspect: bool) -> Fault | None:
-    """What is the matter with a node of which is ``known`` what lasts: asked here, where no resize is half done."""
-    if node.gone:
-        return None
-    fault = node.storage_fault() if suspect and not (known and known.torn) else None
-    return fault if fault and (not known or fault.torn) else known
+def _judge(known: Fault | None, seen: Fault | None) -> Fault | None:
+    """What is the matter with a node of which is ``known`` what lasts, and which looks as ``seen`` now."""
+    return seen if seen and (not known or seen.torn > known.torn) else known
 
 
 def _in_words(found: Mapping[str, list[Fault]], torn: bool = False) -> dict[str, str]:

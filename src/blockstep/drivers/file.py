@@ -262,7 +262,7 @@ class File(Driver):
             raise self._file.shortened(self.length) from None
 
     def storage_fault(self) -> Fault | None:
-        return self._file.fault(self.length)
+        return self._file.fault(lambda: self.length)
 
     def raw_range(self, offset: int, length: int) -> tuple[int, int] | None:
         return self.fd, offset

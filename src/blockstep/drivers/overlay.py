@@ -451,7 +451,7 @@ class Overlay(Driver):
         return Extent(length, data=False, zero=nothing, allocated=False)
 
     def storage_fault(self) -> Fault | None:
-        return self._image.file.fault(self._base + self.length) if self._image else None
+        return self._image.file.fault(lambda: self._base + self.length) if self._image else None
 
     # --- emptying ---
 

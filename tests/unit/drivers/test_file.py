@@ -241,6 +241,32 @@ def test_its_own_resize_is_no_fault(image: Path, monkeypatch: pytest.MonkeyPatch
     assert faults == [None] * 6
 
 
+@pytest.mark.parametrize("length", [1000, MiB])
+def test_a_resize_beside_a_look_is_no_fault(length: int, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, image)
+        length_of = posix.length_of
+
+        def resized_in_between(fd: int) -> int:
+            if length < SIZE:  # between its looks at the node's length and at the file's
+                node.length = length
+                os.ftruncate(fd, length)
+                return length_of(fd)
+            found = length_of(fd)  # between its look at the file's length and at the node's
+            os.ftruncate(fd, length)
+            node.length = length
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(posix, "length_of", resized_in_between)
+            assert node.storage_fault() is None
+        assert node.storage_fault() is None
+        await graph.close(node)
+
+    asyncio.run(scenario())
+
+
 def test_of_a_passed_descriptor_only_the_length_is_looked_at(image: Path, tmp_path: Path) -> None:
     passed = os.open(image, os.O_RDWR)
     image.unlink()
