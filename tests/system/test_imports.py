@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blockstep.block.known import MODULES
+from blockstep.block.driver_modules import MODULES
 from blockstep.testing.pair import LIMIT, Pair, Side, environment
 from blockstep.testing.processes import QMP, blockstep, started
 from blockstep.units import MiB

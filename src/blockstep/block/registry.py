@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 from blockstep import keyval
 from blockstep.block.driver import Driver
-from blockstep.block.known import MODULES
+from blockstep.block.driver_modules import MODULES
 from blockstep.block.node import NodeOptions
 from blockstep.errors import OptionError
 

@@ -111,7 +111,7 @@ def _wanted_help(line: CommandLine) -> tuple[str, str] | None:
 
 def _serve(line: CommandLine) -> None:
     from blockstep.aio.loop import run
-    from blockstep.daemon.background import daemonize
+    from blockstep.daemon.daemonize import daemonize
     from blockstep.daemon.startup import DaemonConfig, main
     from blockstep.nbd.server import passed_sockets
 

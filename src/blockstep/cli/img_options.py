@@ -117,3 +117,16 @@ def option_words(texts: list[str] | None) -> dict[str, str]:
                 raise OptionError("-o", name, "an option without parts")
             found[name] = value
     return found
+
+
+def help_on_options(format: str, options: list[str] | None, option: str) -> bool:
+    """Whether ``-o help`` was given; then it is printed. ``option``: how the format was given, for errors."""
+    if options != ["help"] and options != ["?"]:
+        return False
+    from blockstep.images.create import creators, option_help
+
+    if format not in creators():
+        raise OptionError(option, format, "one of " + ", ".join(creators()))
+    print(f"Supported {format} options:")
+    print("\n".join(option_help(format)))
+    return True

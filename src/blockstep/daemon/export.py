@@ -15,7 +15,7 @@ from blockstep.daemon.files import Files
 from blockstep.daemon.service import Service
 from blockstep.errors import OptionError
 from blockstep.images.opened import ImageName
-from blockstep.inventory.notices import tell
+from blockstep.inventory.event_lines import tell
 from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server
 from blockstep.nbd.tls import server_context

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from blockstep import __version__
-from blockstep.aio.memory import keep_freed_memory
+from blockstep.aio.malloc import keep_freed_memory
 from blockstep.qmp.commands import core, introspection
 from blockstep.qmp.schema import Event, Registry
 from blockstep.qmp.server import Server

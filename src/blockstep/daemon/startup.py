@@ -21,8 +21,8 @@ import msgspec
 from msgspec import Meta
 
 from blockstep import keyval
-from blockstep.daemon.background import PidFile
 from blockstep.daemon.chardev import SWITCHES, Chardev, ChardevOptions, StdioOptions, open_chardev, passed_socket
+from blockstep.daemon.daemonize import PidFile
 from blockstep.daemon.storage import StorageDaemon
 from blockstep.errors import BlockstepError, OptionError, told
 from blockstep.inventory.exports import ExportOptions, FdSocket, ServerOptions, SocketAddress, UnixSocket

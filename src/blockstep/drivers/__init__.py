@@ -6,7 +6,7 @@ To import this package makes them known; the module of a driver is imported when
 from importlib import import_module
 from typing import Final
 
-from blockstep.block.known import MODULES
+from blockstep.block.driver_modules import MODULES
 
 _MODULES: Final = {
     "blkdebug": "blkdebug",

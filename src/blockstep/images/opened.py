@@ -21,7 +21,7 @@ from blockstep.block.permissions import READ, RESIZE, WRITE
 from blockstep.drivers.file import File
 from blockstep.errors import OptionError
 from blockstep.images import AUTO, FORMATS, CacheMode, is_address, is_options
-from blockstep.inventory.notices import tell_changes
+from blockstep.inventory.event_lines import tell_changes
 from blockstep.keyval import parse
 
 #: Beginnings of files -> format.

@@ -15,9 +15,9 @@ from blockstep.block.node import Node
 from blockstep.block.permissions import Role
 from blockstep.drivers.nbd import Nbd
 from blockstep.inventory.colo import Colo
+from blockstep.inventory.event_lines import tell
 from blockstep.inventory.exports import CLOSE_DEADLINE, ExportTable
 from blockstep.inventory.nodes import tried
-from blockstep.inventory.notices import tell
 from blockstep.inventory.objects import Objects
 from blockstep.jobs.registry import JobRegistry
 from blockstep.replication.registry import ReplicationRegistry

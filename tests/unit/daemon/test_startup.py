@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blockstep.daemon.background import PidFile
+from blockstep.daemon.daemonize import PidFile
 from blockstep.daemon.startup import Startup
 from blockstep.daemon.storage import StorageDaemon
 from blockstep.errors import BlockstepError

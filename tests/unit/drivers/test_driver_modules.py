@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import blockstep.drivers
-from blockstep.block.known import MODULES
+from blockstep.block.driver_modules import MODULES
 from blockstep.block.registry import driver_names, find_driver
 
 
