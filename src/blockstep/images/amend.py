@@ -34,6 +34,7 @@ from blockstep.drivers.qcow2.format import (
     header_span,
     parse_header,
 )
+from blockstep.drivers.qcow2.header_steps import header_steps
 from blockstep.drivers.qcow2.snapshots import list_snapshots
 from blockstep.errors import ImageError, OptionError
 from blockstep.images.opened import ImageName, opened
@@ -172,14 +173,12 @@ def read_header(file: WholeFile) -> Header:
 
 
 def write_header(file: WholeFile, changed: Header) -> None:
-    """Write a header over the one that is there. Durable at return. Raises OSError and ImageError.
+    """Write a header over the one that is there, in steps. Durable at return. Raises OSError and ImageError.
 
     Autoclear bits that nobody knows here are reset, as the format demands of who changes an image.
     """
-    header = read_header(file)
+    raw = bytes(file.read(0, read_header(file).cluster_size))
     changed = replace(changed, autoclear=changed.autoclear & (BITMAPS | RAW_EXTERNAL))
-    data = build_header(changed)
-    # All that the old header and its name may have left behind it.
-    span = max(len(data), len(build_header(header)))
-    file.write(0, data.ljust(min(span, header.cluster_size), b"\0"))
-    file.sync()
+    for offset, data in header_steps(raw, build_header(changed)):
+        file.write(offset, data)
+        file.sync()

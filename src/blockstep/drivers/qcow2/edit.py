@@ -32,6 +32,7 @@ from blockstep.drivers.qcow2.format import (
     build_header,
     encode_block,
 )
+from blockstep.drivers.qcow2.header_steps import header_steps
 from blockstep.drivers.qcow2.repair import Sync, Write, new_refcounts, tables_with
 from blockstep.errors import ImageError
 from blockstep.units import MiB
@@ -91,10 +92,12 @@ class Editor:
         return Checker(self._read, self._length, lambda text: None).count_l1(l1_offset, l1_size)
 
     def set_header(self, header: Header) -> None:
-        """Write another header; the dirty bit stays. Not durable, and not in one piece."""
+        """Write another header, in steps; the dirty bit stays. Durable at return."""
         self.header = header
-        start = build_header(replace(header, incompatible=header.incompatible | DIRTY))
-        self.write(0, start.ljust(header.cluster_size, b"\0"))
+        new = build_header(replace(header, incompatible=header.incompatible | DIRTY))
+        for offset, data in header_steps(self.read(0, header.cluster_size), new):
+            self.write(offset, data)
+            self.sync()
 
     # --- refcounts ---
 

@@ -1,4 +1,4 @@
-"""The bitmaps extension comes, changes and goes in steps; a power cut in any of them leaves a header that is right."""
+"""A header changes in steps; a power cut in any of them leaves one that is right."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from blockstep.drivers.qcow2.create import new_header
 from blockstep.drivers.qcow2.format import (
     BITMAPS,
+    COMPRESSION_TYPE,
     EXT_BITMAPS,
+    ZSTD,
     BitmapsExtension,
     Extension,
     Header,
@@ -20,7 +22,7 @@ from blockstep.drivers.qcow2.format import (
     build_header,
     parse_header,
 )
-from blockstep.drivers.qcow2.header_steps import bitmap_steps
+from blockstep.drivers.qcow2.header_steps import bitmap_steps, header_steps
 from blockstep.errors import ImageError
 
 
@@ -68,6 +70,49 @@ def test_a_power_cut_at_any_step_leaves_all_else_as_it_was(
                 assert found[2] in (None, before[2], wanted)
             raw = raw[:offset] + data + raw[offset + len(data):]
         assert said(raw) == after
+
+
+def _header(rnd: random.Random, bits: int) -> bytes:
+    """Some header in its cluster."""
+    name = rnd.choice((None, "n" * rnd.randrange(1, 20), rnd.choice("xyz") * rnd.randrange(1, 1000)))
+    header = new_header(rnd.randrange(1 << 40), cluster_size=1 << bits, version=rnd.choice((2, 3, 3)),
+                        backing_file=name, backing_fmt=None if name is None else rnd.choice(("raw", "a long one")))
+    if header.version == 3 and rnd.random() < 0.3:
+        header = replace(header, incompatible=COMPRESSION_TYPE, compression_type=ZSTD)
+    kept = [*header.extensions, *(Extension(0x1000 + number, rnd.randbytes(rnd.randrange(300)))
+                                  for number in rnd.sample(range(9), rnd.randrange(3)))]
+    rnd.shuffle(kept)
+    return build_header(replace(header, extensions=tuple(kept[:rnd.randrange(len(kept) + 1)])))
+
+
+def _meant(raw: bytes) -> Header:
+    """What a header says, wherever its extensions begin."""
+    return replace(parse_header(raw), header_length=0, more=b"")
+
+
+@given(bits=st.sampled_from((12, 16)), seed=st.integers(0, 1 << 32))
+def test_a_power_cut_at_any_step_leaves_the_old_header_or_the_new_one(bits: int, seed: int) -> None:
+    rnd = random.Random(seed)
+    raw, cluster = _header(rnd, bits).ljust(1 << bits, b"\0"), 1 << bits
+    for _ in range(3):
+        new = _header(rnd, bits)
+        steps = header_steps(raw, new)
+        old = raw
+        for number, (offset, data) in enumerate(steps):
+            if offset // 512 != (offset + len(data) - 1) // 512 and offset == 0:
+                assert 2 in (parse_header(old).version, parse_header(new.ljust(cluster, b"\0")).version) or bits == 12
+            else:
+                for _ in range(4):
+                    found = torn(raw, offset, data, rnd)
+                    assert _meant(found) in (_meant(old), _meant(new.ljust(cluster, b"\0"))), number
+                    if rnd.random() < 0.2:  # and another change begins there
+                        again = found
+                        for place, piece in header_steps(again, new):
+                            again = again[:place] + piece + again[place + len(piece):]
+                        assert _meant(again) == _meant(new.ljust(cluster, b"\0"))
+            raw = raw[:offset] + data + raw[offset + len(data):]
+        assert raw[:len(new)] == new
+        assert not any(raw[len(new):])
 
 
 def test_an_extension_that_is_there_changes_by_one_write_to_one_sector() -> None:
