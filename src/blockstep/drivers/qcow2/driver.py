@@ -129,7 +129,7 @@ class Qcow2(Emptier, Packer):
         self._saves = self._good_save = 0
         self._unpacked: dict[int, bytes] = {}
         self._slot = None
-        self._moving = self._size_in_doubt = False
+        self._moving = self._header_in_doubt = False
         try:
             found = await self._load_bitmaps(self.header, not self.read_only)
             self._check_places(found, self._refcounts, self._tables)
@@ -137,7 +137,7 @@ class Qcow2(Emptier, Packer):
         except ImageError as error:
             raise OptionError("file", self._image_name, f"a qcow2 image that can be used: {error}; its bitmaps can "
                                                        "be given up: blockstep img check --repair all") from error
-        self._found, self._doubtful = found, None
+        self._found, self._doubtful = found, []
         if not self.read_only:
             await self._clear_autoclear()
             await self._mark_bitmaps()

@@ -73,7 +73,7 @@ class Emptier(Keeper, Resizer):
 
     def _empty(self, entries: int) -> None:
         refcounts, tables, bits = self._refcounts, self._tables, self._bits
-        kept = sorted(self._found.clusters())
+        kept = sorted(self._bitmap_clusters())
         always = {0, *(cluster >> self.header.block_bits for cluster in kept)}
         table_clusters = len(refcounts.table) * 8 >> bits
         l1_clusters = -(-entries * 8 >> bits)

@@ -47,6 +47,7 @@ AT_AUTOCLEAR: Final = 88
 AT_SIZE: Final = 24
 AT_L1: Final = 36  #: l1_size, l1_table_offset, refcount_table_offset, refcount_table_clusters: `TABLES`
 TABLES: Final = struct.Struct(">IQQI")
+SIZE: Final = struct.Struct(">QI")  #: what lies `AT_SIZE`: size, crypt_method
 
 # Header extensions.
 EXT_END: Final = 0

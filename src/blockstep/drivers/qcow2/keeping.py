@@ -56,8 +56,8 @@ class Keeper(Saver):
 
     #: The bitmaps as the disk has them.
     _found: Found
-    #: A directory that the disk may have or not, with all marked: (offset, bytes).
-    _doubtful: tuple[int, bytes] | None
+    #: What the disk may have instead, with all marked, since the header could not be written.
+    _doubtful: list[Found]
     #: Held while the directory changes, and between the halves of emptying.
     _keeping: asyncio.Lock
 
@@ -117,8 +117,8 @@ class Keeper(Saver):
     async def _mark_bitmaps(self) -> None:
         """Say on the disk that the stored bits are out of date. Durable at return."""
         kept = self._found.kept
-        if self._doubtful is not None:
-            await self.file.pwrite(*self._doubtful)
+        for other in self._doubtful:
+            await self.file.pwrite(other.directory[0] << self._bits, _directory(other.kept))
             await self.file.flush()
         if all(each.entry.flags & IN_USE for each in kept.values()):
             return
@@ -161,7 +161,7 @@ class Keeper(Saver):
     async def keep_bitmaps(self) -> None:
         async with self._keeping:
             live = self._persistent()
-            if {each.name for each in live} == self._found.kept.keys():
+            if {each.name for each in live} == self._found.kept.keys() and not self._doubtful:
                 return
             fresh: list[tuple[int, int]] = []
             try:
@@ -178,7 +178,7 @@ class Keeper(Saver):
             kept: dict[str, Kept] = {}
             fresh: list[tuple[int, int]] = []
             live = self._persistent()
-            if not live and not self._found.kept:
+            if not live and not self._found.kept and not self._doubtful:
                 return
             try:
                 for bitmap in live:
@@ -249,12 +249,17 @@ class Keeper(Saver):
             await self.file.pwrite(place, directory.ljust(clusters << self._bits, b"\0"))
         await self._save()  # the refcounts; and all that was written is durable
         fresh.clear()
-        self._doubtful = (place, _directory({name: _in_use(each) for name, each in kept.items()})) if kept else None
+        places = range(place >> self._bits, (place >> self._bits) + clusters)
+        if kept:
+            self._doubtful.append(Found(places, {name: _in_use(each) for name, each in kept.items()}))
         await self._change_header(BitmapsExtension(len(kept), len(directory), place) if kept else None)
-        self._doubtful = None
-        old, first = self._found, place >> self._bits
-        self._found = Found(range(first, first + clusters), kept)
-        self._refcounts.made_durable(sorted({*old.clusters()} - {*self._found.clusters()}))
+        old = self._bitmap_clusters()
+        self._found, self._doubtful = Found(places, kept), []
+        self._refcounts.made_durable(sorted(old - self._bitmap_clusters()))
+
+    def _bitmap_clusters(self) -> set[int]:
+        """The clusters of the bitmaps that the disk has, or may have."""
+        return {cluster for found in (self._found, *self._doubtful) for cluster in found.clusters()}
 
     async def _give_back(self, fresh: Iterable[tuple[int, int]]) -> None:
         for offset, count in fresh:

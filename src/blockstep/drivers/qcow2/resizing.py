@@ -67,7 +67,7 @@ class Resizer(Writer):
             await self._write_size(length)
         except BaseException as error:
             with noting(error):
-                if self._size_in_doubt:
+                if self._header_in_doubt:
                     await self._save()
                 if data is not None and data.node.length != file_length:
                     await self._shorten_data(data, file_length)
@@ -101,12 +101,12 @@ class Resizer(Writer):
             await self.file.pwrite(AT_SIZE, length.to_bytes(8, "big"))
             await self.file.flush()
         except BaseException:
-            self._size_in_doubt = True
+            self._header_in_doubt = True
             raise
         self.length = length
         self.header = replace(self.header, size=length, l1_size=len(self._tables.l1),
                               l1_table_offset=self._tables.l1_offset)
-        self._size_in_doubt = False
+        self._header_in_doubt = False
 
     async def _lengthen_data(self, data: Child, before: int, length: int) -> None:
         """Let the external data file reach to the disk's new end; a raw one reads as zeroes there."""
@@ -137,17 +137,20 @@ class Resizer(Writer):
             return
         clusters = -(-needed * 8 >> bits)
         offset, _, _ = await refcounts.allocate(clusters, exactly=True)
-        await self._save()  # the refcounts; and L1 as it is, so that the header can change alone
-        grown = tables.l1[:]
-        grown.extend([0] * (needed - len(grown)))
-        await self._write_all([(offset, encode_table(grown).ljust(clusters << bits, b"\0"))])
-        await self.file.flush()
+        try:
+            await self._save()  # the refcounts; and L1 as it is, so that the header can change alone
+            grown = tables.l1[:]
+            grown.extend([0] * (needed - len(grown)))
+            await self._write_all([(offset, encode_table(grown).ljust(clusters << bits, b"\0"))])
+            await self.file.flush()
+        except BaseException:
+            await refcounts.release(offset, clusters)
+            raise
         try:
             await self.file.pwrite(AT_L1, TABLES.pack(needed, offset, 0, 0)[:12])
             await self.file.flush()
-        except BaseException as error:  # the table that is written on must be the one that the header names
-            with noting(error):
-                await self.file.pwrite(AT_L1, TABLES.pack(len(tables.l1), tables.l1_offset, 0, 0)[:12])
+        except BaseException:
+            self._header_in_doubt = True
             raise
         old = range(tables.l1_offset >> bits, (tables.l1_offset >> bits) + -(-len(tables.l1) * 8 >> bits))
         tables.l1, tables.l1_offset = grown, offset

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from blockstep.drivers.qcow2.format import AT_L1, AT_SIZE, TABLES, encode_table
+from blockstep.drivers.qcow2.format import AT_L1, AT_SIZE, SIZE, TABLES, encode_table
 from blockstep.drivers.qcow2.reading import Reader
 
 
@@ -30,8 +30,9 @@ class Saver(Reader):
     _good_save: int
     #: Whether a save moves the header to the set of tables that `emptying` has made.
     _moving: bool
-    #: A resize has failed: the header may have a length of the disk that is not ours.
-    _size_in_doubt: bool
+    #: A resize has failed: the header may have a length of the disk, or name an L1 table, that are not ours. The next
+    #: save puts it right, before anything that is written only to ours is said to be durable.
+    _header_in_doubt: bool
 
     async def flush(self) -> None:
         if self.read_only:
@@ -39,7 +40,7 @@ class Saver(Reader):
         before = self._saves
         tables, refcounts = self._tables, self._refcounts
         if not (tables.dirty or tables.l1_dirty or refcounts.dirty or refcounts.retired or self._moving
-                or self._size_in_doubt or self._saving.locked()):
+                or self._header_in_doubt or self._saving.locked()):
             await self._data.flush()
         else:
             async with self._saving:
@@ -57,7 +58,7 @@ class Saver(Reader):
         tables, refcounts = self._tables, self._refcounts
         # The moment: from here to the first wait nothing changes, and later changes are the next save's.
         kept = (tables.dirty, tables.l1_dirty, refcounts.dirty, refcounts.table_dirty, refcounts.retired)
-        moving, table_moved, size_in_doubt = self._moving, refcounts.table_moved, self._size_in_doubt
+        moving, table_moved, in_doubt = self._moving, refcounts.table_moved, self._header_in_doubt
         blocks = [refcounts.dirty_bytes(index) for index in sorted(refcounts.dirty)]
         table = self._table_bytes(table_moved)
         l2 = [tables.dirty_bytes(index) for index in sorted(tables.dirty)]
@@ -69,8 +70,9 @@ class Saver(Reader):
         refcounts.dirty, refcounts.table_dirty, refcounts.retired = {}, set(), []
         refcounts.retiring = kept[4]
         try:
-            if size_in_doubt:
-                await self.file.pwrite(AT_SIZE, self.length.to_bytes(8, "big"))
+            if in_doubt:
+                fields = SIZE.pack(self.length, 0) + place[:12]  # one write: they have to fit together
+                await self.file.pwrite(AT_SIZE, fields if not moving else fields[:8])
             await self._write_all(blocks)
             if moving:
                 await self._write_all(table + l2 + l1)
@@ -100,8 +102,8 @@ class Saver(Reader):
             tables.saving, refcounts.saving = {}, {}
         if table_moved:
             refcounts.table_moved = False
-        if size_in_doubt:
-            self._size_in_doubt = False
+        if in_doubt:
+            self._header_in_doubt = False
         if moving:
             await self._moved()
         refcounts.made_durable(kept[4])

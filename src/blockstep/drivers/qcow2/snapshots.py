@@ -30,6 +30,7 @@ from blockstep.drivers.qcow2.format import (
     EXTERNAL_DATA,
     MOST_SNAPSHOT_TABLE,
     MOST_SNAPSHOTS,
+    SIZE,
     TABLES,
     Snapshot,
     build_snapshots,
@@ -39,8 +40,7 @@ from blockstep.drivers.qcow2.format import (
 from blockstep.drivers.qcow2.repair import Sync, Write
 from blockstep.errors import ImageError, OptionError
 
-#: What lies `AT_SIZE`: size and crypt_method (`AT_L1` follows); where the number and the place of the snapshots are.
-_SIZE: Final = struct.Struct(">QI")
+#: Where the header has the number and the place of the snapshots.
 _AT_SNAPSHOTS: Final = 60
 _SNAPSHOTS: Final = struct.Struct(">IQ")
 
@@ -139,7 +139,7 @@ def apply_snapshot(read: Read, length: int, write: Write, sync: Sync, wanted: st
     editor.write(place, encode_table(entries).ljust(bytes_of_l1, b"\0"))
     editor.sync()
     header = editor.header  # its refcount table may have moved
-    editor.write(AT_SIZE, _SIZE.pack(size, 0) + TABLES.pack(
+    editor.write(AT_SIZE, SIZE.pack(size, 0) + TABLES.pack(
         snapshot.l1_size, place, header.refcount_table_offset, header.refcount_table_clusters))
     editor.sync()
     editor.lower_by(old)
@@ -148,7 +148,7 @@ def apply_snapshot(read: Read, length: int, write: Write, sync: Sync, wanted: st
     return snapshot
 
 
-assert AT_SIZE + _SIZE.size == AT_L1
+assert AT_SIZE + SIZE.size == AT_L1
 
 
 def _editor(read: Read, length: int, write: Write, sync: Sync) -> Editor:

@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 
 import pytest
 
+from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.driver import Buffer, Filter
 from blockstep.block.graph import Graph
 from blockstep.block.node import NodeOptions, NodeRef
 from blockstep.block.permissions import READ, RESIZE, WRITE, Role
 from blockstep.block.registry import register
+from blockstep.block.reopen import reopen
 from blockstep.drivers.create import CreateQcow2
 from blockstep.drivers.qcow2.check import check
 from blockstep.drivers.qcow2.format import AT_SIZE, parse_header
@@ -150,6 +152,70 @@ async def test_a_disk_whose_growth_is_cut_off_anywhere_has_zeroes_where_it_is_lo
         for name in ("again", node.name, "file", "plain"):
             await graph.close(graph.find(name))
     assert lengths == {BEFORE - 100, after}
+
+
+@scenario
+async def test_what_is_written_after_a_storage_was_away_in_a_growth_is_there_later(tmp_path: Path) -> None:
+    path, after, good, failed = tmp_path / "disk.qcow2", 2500 * KiB, 0, True
+    while failed:
+        CreateQcow2(filename=str(path), size=BEFORE, cluster_size=512).create()
+        graph = Graph()
+        await graph.open({"driver": "file", "node-name": "plain", "filename": str(path)})
+        file = await graph.open({"driver": "test-failing", "node-name": "file", "file": "plain"})
+        assert isinstance(file, Failing)
+        node = await graph.open({"driver": "qcow2", "file": "file"})
+        user = graph.attach_backend(node, "user", READ | WRITE | RESIZE)
+        file.good, file.dead = good, True
+        failed = await refusal(user.truncate(after)) is not None
+        file.good = None
+        await user.pwrite(0, b"\x07" * BEFORE)
+        await user.flush()
+        await graph.open({"driver": "qcow2", "node-name": "again", "read-only": True,
+                          "file": {"driver": "file", "filename": str(path)}})
+        again = graph.find("again")
+        assert again.length == user.length
+        assert bytes(await again.pread(0, BEFORE)) == b"\x07" * BEFORE
+        await graph.detach_backend(user)
+        for name in ("again", node.name, "file", "plain"):
+            await graph.close(graph.find(name))
+        assert_whole(path.read_bytes())
+        good += 1
+
+
+@pytest.mark.parametrize("empties", [False, True])
+@scenario
+async def test_a_bitmap_that_could_not_be_added_is_not_written_where_others_are_by_now(
+        tmp_path: Path, empties: bool) -> None:
+    path, good, failed = tmp_path / "disk.qcow2", 0, True
+    while failed:
+        CreateQcow2(filename=str(path), size=BEFORE, cluster_size=1024).create()
+        graph = Graph()
+        await graph.open({"driver": "file", "node-name": "plain", "filename": str(path)})
+        file = await graph.open({"driver": "test-failing", "node-name": "file", "file": "plain"})
+        assert isinstance(file, Failing)
+        disk = {"driver": "qcow2", "node-name": "disk", "file": "file", "read-only": False}
+        node = await graph.open(disk)
+        added = DirtyBitmap.prepare_add(node, "new", persistent=True)
+        file.good = good
+        failed = await refusal(node.keep_bitmaps()) is not None
+        file.good = None
+        if failed:
+            added.abort()
+        for _ in range(3):
+            if empties:
+                await node.make_empty()
+            await node.pwrite(0, b"\x07" * BEFORE)
+            await node.flush()
+        await reopen(graph, [{**disk, "read-only": True}])
+        await reopen(graph, [disk])
+        assert bytes(await node.pread(0, BEFORE)) == b"\x07" * BEFORE
+        assert list(node.bitmaps) == ([] if failed else ["new"])
+        await graph.close(node)
+        assert_whole(path.read_bytes())
+        for name in ("file", "plain"):
+            await graph.close(graph.find(name))
+        good += 1
+    assert good > 3
 
 
 @scenario
