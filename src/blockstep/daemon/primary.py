@@ -8,8 +8,10 @@ and carries the resulting actions out. All decisions are in the coordinator; all
 `primary_standby` (the way to the standby), `primary_sync` (first sync and resync), `primary_checkpoints`, and
 `primary_status`, which says how it is.
 
-No request of the guest waits for the standby for longer than ``max-stall``: each request of a link has that
-deadline, and the standby is asked all the time whether it is there. After that the pair lets go and goes on alone.
+No request of the guest waits for the standby for longer than ``max-stall``: each link looks how long those have waited
+that wait, each of its own requests has that deadline, and the standby is asked all the time whether it is there. After
+that the pair lets go and goes on alone. (In a sync that holds the guest down to the speed of the link only the last one
+counts: a standby that is slow is waited for.)
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 What a write waits for is the user's choice (``ack``). With ``local`` it is done when the primary's disk has it, and
 its copy waits in a bounded queue; when the queue is full, guests wait for room. With ``both`` it waits for the
 standby as well. Whatever goes wrong beyond the link, a guest's write never fails for it and never waits for longer than
-the deadline of the target's requests: at the first error the link *lets go* (`fail`), and all who wait go on.
+a deadline, from the moment in which it came, whatever it waits for (`look`): at the first error the link *lets go*
+(`fail`), and all who wait go on.
 
 The order of overlapping writes is the same on both sides: on this side a write is queued and on the disk before
 anything else happens, or holds a range lock until it is; on the way to the standby it waits while an overlapping one
@@ -54,7 +55,8 @@ _FIRST_WINDOW: Final = MiB
 _LEAST_WINDOW: Final = 64 * KiB
 #: How often per deadline the owner calls `Link.look`.
 LOOKS: Final = 8
-#: Bytes of a request without data. The standby may have to save what it overwrites, and has a deadline for it.
+#: Bytes of a request without data. The standby may have to save what it overwrites, and has a deadline for it; for a
+#: longer one of the guest it has as many deadlines.
 AT_ONCE: Final = 512 * MiB
 #: What a request without data counts for on its way.
 SMALL: Final = 4096
@@ -134,7 +136,9 @@ class Link(Filter):
         self._stalled = False
         self._carried = 0
         self._busy: deque[int] = deque(maxlen=LOOKS)
-        self._first_in_line: tuple[Completion[None] | None, float] = None, 0.0
+        self._looks = 0
+        #: Who waits for the standby, and after how many looks it came.
+        self._waiting: dict[Completion[None], int] = {}
         self._pumping = False
         self._flushing: set[Completion[None]] = set()
         self._waiting_for_room: deque[Completion[None]] = deque()
@@ -176,6 +180,7 @@ class Link(Filter):
         dropped = [*self._queue, *(self._held or ()), *self._out]
         self._queue.clear()
         self._out.clear()
+        self._waiting.clear()
         self._held = None
         self.queued = self._in_flight_bytes = 0
         self._sent = BusyRanges()
@@ -205,7 +210,7 @@ class Link(Filter):
             self._tore(offset, length)
             raise
         if writing is not None:
-            return self._write(offset, data, 0, writing)
+            return self._write(offset, data, 0, writing, self._looks)
         # This disk has it, and nothing can have come in between: only the standby is left, in the queue's order.
         self.since.set(offset, length)
         self.written += length
@@ -213,6 +218,7 @@ class Link(Filter):
         if self.on:
             if self.options.ack == "both":
                 done = Completion()
+                self._waiting[done] = self._looks
             else:
                 data = bytes(data)
             self._put(_Request(self, "pwrite", offset, offset + length, data, 0, done))
@@ -221,11 +227,12 @@ class Link(Filter):
         return done
 
     async def pwrite(self, offset: int, data: Buffer, flags: int = 0) -> None:
+        came = self._looks
         if self.queued > self.queue:
-            await self._room()
-        await self._write(offset, data, flags, None)
+            await self._room(came)
+        await self._write(offset, data, flags, None, came)
 
-    async def _write(self, offset: int, data: Buffer, flags: int, writing: Awaitable[None] | None) -> None:
+    async def _write(self, offset: int, data: Buffer, flags: int, writing: Awaitable[None] | None, came: int) -> None:
         """To both disks. ``writing``: to this one, if that has been begun; nobody holds the lock then."""
         length = len(data)
         end = offset + length
@@ -241,6 +248,7 @@ class Link(Filter):
                 await here
             else:
                 done: Completion[None] = Completion()
+                self._waiting[done] = came
                 self._put(_Request(self, "pwrite", offset, end, data, flags, done))
                 try:
                     await here
@@ -297,8 +305,9 @@ class Link(Filter):
     async def _both(
         self, kind: Kind, offset: int, length: int, flags: int, local: Callable[[], Awaitable[None]]
     ) -> None:
+        came = self._looks
         if self.queued > self.queue:
-            await self._room()
+            await self._room(came)
         token = await self._lock.take(offset, offset + length)
         try:
             self._count(offset, length)
@@ -307,9 +316,10 @@ class Link(Filter):
                 local = _nothing
             done: Completion[None] | None = None
             if self.on:
-                wait = self.options.ack == "both"
-                done = Completion() if wait else None
-                flags &= ~FAST if wait else ~(FAST | FUA)
+                if self.options.ack == "both":
+                    done = Completion()
+                    self._waiting[done] = came + length // AT_ONCE * LOOKS
+                flags &= ~FAST if done else ~(FAST | FUA)
                 end = offset + length
                 for at in range(offset, end, AT_ONCE):  # ranges so long go one after the other: the last ends last
                     self._put(_Request(self, kind, at, min(at + AT_ONCE, end), None, flags,
@@ -341,15 +351,18 @@ class Link(Filter):
 
     # --- the queue ---
 
-    async def _room(self) -> None:
+    async def _room(self, came: int) -> None:
         while self.on and self.queued > self.queue:
             waiter: Completion[None] = Completion()
+            self._waiting[waiter] = came
             self._waiting_for_room.append(waiter)
             await waiter
 
     def _make_room(self) -> None:
         while self._waiting_for_room and not (self.on and self.queued > self.queue):
-            self._waiting_for_room.popleft().set_result(None)
+            waiter = self._waiting_for_room.popleft()
+            self._waiting.pop(waiter, None)
+            waiter.set_result(None)
 
     def _put(self, request: _Request) -> None:
         self.queued += request.end - request.offset
@@ -396,6 +409,7 @@ class Link(Filter):
         self._carried += weight
         self.queued -= request.end - request.offset
         if request.done:
+            del self._waiting[request.done]
             request.done.set_result(None)
         if self._queue:
             self._pump()
@@ -419,11 +433,12 @@ class Link(Filter):
         """Called every ``seconds`` by the owner, `LOOKS` times per ``deadline`` of a request.
 
         What is on its way at a time is kept to what the link carries in a quarter of the deadline: a slow link that is
-        full is not to be taken for a dead one. (With ``both`` a guest waits for each, so the deadline decides.) A
-        guest that has waited for room in the queue for as long as the deadline, or for a write that `stall` keeps
-        from being sent, waits no more: the link lets go.
+        full is not to be taken for a dead one. (With ``both`` a guest waits for each, so the deadline decides.) When a
+        request of the guest has waited for the standby for as long as the deadline, be it for room in the queue, for
+        those before it, for a checkpoint, or for its own answer, the link lets go; found out at the next look.
         """
         carried, self._carried = self._carried, 0
+        self._looks += 1
         if not self.on:
             return
         if not self._queue or self._stalled:
@@ -435,17 +450,11 @@ class Link(Filter):
                 self._window = min(2 * self._window, fitting, WINDOW_BYTES)
             elif len(self._busy) >= LOOKS // 2:
                 self._window = max(_LEAST_WINDOW, fitting)
-        first = self._waiting_for_room[0] if self._waiting_for_room else None
-        if first is None and self._stalled and self._queue:
-            first = self._queue[0].done
-        if first is None or first is not self._first_in_line[0]:
-            self._first_in_line = first, 0.0
-            return
-        waited = self._first_in_line[1] + seconds
-        self._first_in_line = first, waited
+        waited = (self._looks - min(self._waiting.values(), default=self._looks) - 1) * seconds  # at the least
         if waited >= deadline:
-            self.fail(OSError(errno.ETIMEDOUT, f"{'its buffer' if self._stalled else 'the queue to it'} has been full "
-                                               f"for {waited:.1f} s"))
+            why = ("its buffer is full" if self._stalled else
+                   "the queue to it is full" if self._waiting_for_room else "it is slow")
+            self.fail(OSError(errno.ETIMEDOUT, f"{why}, and a request of the guest has waited for {waited:.1f} s"))
 
     @staticmethod
     def _wake(waiting: list[Completion[None]] | set[Completion[None]]) -> None:
@@ -494,10 +503,14 @@ class Link(Filter):
 
     async def drain_begin(self) -> None:
         if self._held is None and self.on:
+            held: Completion[None] = Completion()  # all that the guest asks for meanwhile
+            self._waiting[held] = self._looks
             try:
                 await self.settle()
             except ConnectionLost:
                 return  # nothing is on its way any more
+            finally:
+                self._waiting.pop(held, None)
 
 
 async def _nothing() -> None:

@@ -171,6 +171,87 @@ def test_a_guest_waits_no_longer_than_the_deadline_for_a_standby_without_room(ac
     pair.check_bitmaps_cover()
 
 
+WAITS = {
+    "for room in the queue": ("local", lambda guest: guest.pwrite(8192, b"3")),
+    "for one before it in the same page": ("both", lambda guest: guest.pwrite(8, b"3")),
+    "for one before it that holds its range": ("both", lambda guest: guest.pwrite(0, b"3")),
+    "after zeroes": ("both", lambda guest: guest.write_zeroes(0, 8)),
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_a_standby_that_answers_each_request_in_time_is_too_slow_for_one_that_waits_for_several(what: str) -> None:
+    """The deadline counts from when the guest's request came: not anew whenever there is one less before it."""
+    ack, third = WAITS[what]
+    pair = Pair(ack, queue=4096 if ack == "local" else 1 << 20)
+    pair.gates.close("remote")
+    first, second = Request(pair.guest.write_zeroes(0, 4097)), pair.write(4, bytes(4097))
+    waiting = Request(third(pair.guest))
+
+    def look(times: int) -> None:
+        for _ in range(times):
+            pair.link.look(1.0, float(LOOKS))
+
+    def answer() -> None:
+        pair.gates.release()
+        pair.gates.release()
+
+    look(LOOKS // 2)
+    answer()
+    assert first.ended
+    look(LOOKS // 2)
+    assert not waiting.ended
+    assert pair.link.on
+    look(1)
+    assert second.ended
+    assert waiting.ended
+    assert waiting.error is None
+    assert [error.errno for error in pair.failures] == [errno.ETIMEDOUT]
+    pair.check_bitmaps_cover()
+
+
+@pytest.mark.parametrize("ack", ["local", "both"])
+def test_a_standby_that_is_busy_all_the_time_is_not_let_go_while_nobody_waits_for_long(ack: str) -> None:
+    pair = Pair(ack)
+    pair.gates.close("remote")
+    requests = [pair.write(0, b"0")]
+    for number in range(1, 5 * LOOKS):
+        requests.append(pair.write(0, b"%d" % number))
+        pair.gates.release()
+        pair.gates.release()
+        pair.link.look(1.0, float(LOOKS))
+    pair.gates.open()
+    assert all(request.ended for request in requests)
+    assert pair.link.on
+    assert pair.remote.data == pair.local.data
+
+
+@pytest.mark.parametrize(("ack", "gives_up"), [("local", False), ("both", True)])
+def test_a_guest_waits_no_longer_than_the_deadline_for_a_checkpoint(ack: str, gives_up: bool) -> None:
+    pair = Pair(ack)
+    pair.link.mark()
+    write = pair.write(0, b"1")
+    for _ in range(LOOKS + 1):
+        pair.link.look(1.0, float(LOOKS))
+    assert write.ended
+    assert pair.link.on is not gives_up
+    pair.check_bitmaps_cover()
+
+
+def test_a_drained_section_waits_no_longer_than_the_deadline_for_the_standby() -> None:
+    pair = Pair("local")
+    pair.gates.close("remote")
+    pair.write(0, b"1")
+    drained = Request(pair.link.drain_begin())
+    for _ in range(LOOKS):
+        pair.link.look(1.0, float(LOOKS))
+    assert not drained.ended
+    pair.link.look(1.0, float(LOOKS))
+    assert drained.ended
+    assert drained.error is None
+    assert len(pair.failures) == 1
+
+
 def test_those_who_wait_go_on_when_the_link_lets_go() -> None:
     pair = Pair("both", queue=10)
     pair.gates.close("remote")
@@ -263,6 +344,8 @@ def test_a_long_request_without_data_reaches_the_standby_piece_by_piece(
         [stop] = pair.gates.waiting
         assert request.ended is (ack == "local")
         pieces.append(stop.length)
+        for _ in range(LOOKS - 1):
+            pair.link.look(1.0, float(LOOKS))
         pair.gates.release()
         pair.gates.release()
     assert request.ended
