@@ -168,8 +168,8 @@ async def _dial(address: Address | socket.socket, script: Callable[[Callable[[by
     return channel, handshake.result
 
 
-async def _within(timeout: float, reason: str, work: Coroutine[Any, Any, T]) -> T:
-    """Like asyncio.timeout, but for strands too."""
+async def _within(timeout: float, reason: str, work: Coroutine[Any, Any, tuple[Channel, T]]) -> tuple[Channel, T]:
+    """Like asyncio.timeout, but for strands too, and a channel that comes when nobody wants it any more is dropped."""
     loop = asyncio.get_running_loop()
     task = loop.create_task(work)
     expired = False
@@ -185,10 +185,16 @@ async def _within(timeout: float, reason: str, work: Coroutine[Any, Any, T]) -> 
     except asyncio.CancelledError:
         if not expired:
             task.cancel()
+            task.add_done_callback(_drop)
             raise
         raise ConnectionLost(reason, errno.ETIMEDOUT) from None
     finally:
         timer.cancel()
+
+
+def _drop(dialled: asyncio.Task[tuple[Channel, T]]) -> None:
+    if not dialled.cancelled() and dialled.exception() is None:
+        dialled.result()[0].abort()
 
 
 def _hostname(tls: ClientTls, address: Address | socket.socket) -> str | None:

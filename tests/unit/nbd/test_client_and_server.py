@@ -12,6 +12,7 @@ from blockstep.block.driver import Extent
 from blockstep.drivers.nbd import Nbd, NbdOptions
 from blockstep.errors import OptionError, PeerRefused
 from blockstep.nbd import constants as c
+from blockstep.nbd import dial
 from blockstep.nbd.client import Client
 from blockstep.nbd.dial import ClientTls, list_server
 from blockstep.nbd.export import Export
@@ -113,6 +114,27 @@ def test_mutual_tls_and_a_certificate_of_somebody_else(tmp_path: Path, trusted: 
         finally:
             await server.stop(1)
     asyncio.run(whole())
+
+
+def test_a_connection_that_comes_in_the_moment_of_a_cancel_is_closed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dialled = dial._dial
+
+    async def use(address: UnixAddress, storage: Storage) -> None:
+        channels = []
+
+        async def cancelled_at_its_end(*args: Any) -> Any:
+            found = await dialled(*args)
+            channels.append(found[0])
+            asyncio.get_running_loop().call_soon(connecting.cancel)
+            return found
+
+        monkeypatch.setattr(dial, "_dial", cancelled_at_its_end)
+        connecting = asyncio.ensure_future(Client.connect(address, "disk"))
+        with pytest.raises(asyncio.CancelledError):
+            await connecting
+        await asyncio.wait_for(channels[0].wait_closed(), 10)
+    served(tmp_path, use)
 
 
 @pytest.mark.parametrize("name", ["", ".localhost", "a..b", "a\0b", "x" * 64])
