@@ -93,6 +93,13 @@ def test_the_table_has_no_cycle() -> None:
     assert placed == MAY_IMPORT.keys()
 
 
+def test_only_the_registry_knows_what_keeps_a_checkpoint() -> None:
+    """All others talk to a `DiskBuffer`, so that there can be another one."""
+    knowing = {name for name, path in modules() for _, target in imports(name, path)
+               if target.startswith("replication.hidden_disk")}
+    assert knowing == {"replication.registry"}
+
+
 def test_the_pure_protocol_files_see_no_socket() -> None:
     """Parsers take bytes and return values: they can be fed by a test, and by a fuzzer."""
     pure = {"constants", "wire", "handshake", "transmission", "replies", "contexts", "uri"}

@@ -130,7 +130,7 @@ class PrimarysSide:
         for name, disk in now.disks.items():
             node = self._graph.find(f"{name}-secondary")
             # Below the copy-before-write filter, if there is one: it is put over the node's parents.
-            top = disk.buffer.cbw if disk.buffer else node
+            top = disk.buffer.entrance if disk.buffer else node
             disk.link = self._graph.attach_backend(top, f"link of {name}", READ | WRITE)
             disk.link_name = self._prefix + name
             export = Export(disk.link_name, disk.link, description=f"pair {self._config.pair}, for the primary")

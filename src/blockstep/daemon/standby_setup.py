@@ -24,10 +24,9 @@ from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE
 from blockstep.daemon.disks import DiskSpec
 from blockstep.drivers.create import CreateQcow2
-from blockstep.drivers.replication import Replication, Stage
+from blockstep.drivers.replication import DiskBuffer, Replication, Stage
 from blockstep.errors import OptionError
 from blockstep.nbd.uri import Address, InetAddress
-from blockstep.replication.hidden_disk import HiddenDiskBuffer
 from blockstep.replication.resize import unevenness
 
 #: Of buffers that are qcow2 images, in bytes: a first write of 4 KiB saves no more than that. L1 tables have an end
@@ -95,8 +94,8 @@ class StandbyDisk:
         return [uneven, *self.errors] if uneven else self.errors
 
     @property
-    def buffer(self) -> HiddenDiskBuffer | None:
-        return self.filter.buffer if isinstance(self.filter.buffer, HiddenDiskBuffer) else None
+    def buffer(self) -> DiskBuffer | None:
+        return self.filter.buffer
 
 
 async def open_disk(graph: Graph, config: StandbyConfig, spec: DiskSpec) -> StandbyDisk:

@@ -96,6 +96,14 @@ class DiskBuffer(Protocol):
     #: The disk that the primary writes to, and that the standby lives on from after a failover.
     secondary: Driver
 
+    @property
+    def entrance(self) -> Driver:
+        """What the primary writes to, above `secondary`: here what it overwrites is kept."""
+
+    @property
+    def used(self) -> int:
+        """Bytes kept since the last checkpoint, as far as they take room."""
+
     async def prepare_checkpoint(self) -> Prepared:
         """Get ready to move the view to what the primary wrote; `Prepared.commit` moves it. Nothing is in flight."""
 
@@ -108,11 +116,24 @@ class DiskBuffer(Protocol):
         After a failure, of this call or of the merge: go on.
         """
 
+    async def merged(self) -> None:
+        """Wait until the merge after a failover has ended, one way or the other, and all is put back."""
+
+    async def give_up(self) -> None:
+        """Stop, and forget the checkpoint and the standby's own writes: all is as before the start.
+
+        The filter does not run any more; what its view has in flight is waited for. Raises BlockstepError or OSError:
+        the next start forgets what could not be forgotten.
+        """
+
     async def close(self) -> None:
         """The filter is being closed: end whatever runs, and wait for it."""
 
     async def split(self, offset: int, length: int) -> list[tuple[int, bool]]:
         """The range as runs of (length, whether the buffer holds it)."""
+
+    async def view_is_written(self) -> bool:
+        """Whether the standby itself has written into its view since the last checkpoint."""
 
 
 class ReplicationOptions(NodeOptions, tag="replication"):

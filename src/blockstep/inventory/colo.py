@@ -25,7 +25,6 @@ from typing import Any, Literal, NamedTuple
 from blockstep.block.driver import Driver
 from blockstep.drivers.replication import DiskBuffer, Mode, Replication, Stage
 from blockstep.errors import BlockstepError
-from blockstep.replication.hidden_disk import HiddenDiskBuffer
 from blockstep.replication.registry import ReplicationRegistry
 
 Role = Literal["none", "primary", "secondary"]
@@ -202,7 +201,7 @@ class Colo:
 
     async def _wait_merged(self, merging: list[tuple[Replication, DiskBuffer | None]]) -> None:
         for _, buffer in merging:
-            if isinstance(buffer, HiddenDiskBuffer):
+            if buffer is not None:
                 await buffer.merged()
         self._merging = None
         self.tell_state()

@@ -256,8 +256,15 @@ class HiddenDiskBuffer:
         self._filter.buffer = None
 
     async def merged(self) -> None:
-        """Wait until the merge after a failover has ended, one way or the other, and all is put back."""
+        """See `DiskBuffer`."""
         await self._settled.wait()
+
+    async def give_up(self) -> None:
+        """See `DiskBuffer`."""
+        await self.undo()
+        async with self._graph.drained(self._filter):  # requests of the view are at the files yet
+            await self.active.make_empty()
+            await self.hidden.make_empty()
 
     async def close(self) -> None:
         """See `DiskBuffer`."""
@@ -272,12 +279,17 @@ class HiddenDiskBuffer:
         return await allocated_above(self.active, self.secondary, offset, length)
 
     async def view_is_written(self) -> bool:
-        """Whether the standby itself has written into its view since the last checkpoint."""
+        """See `DiskBuffer`."""
         return any(held for _, held in await allocated_above(self.active, self.hidden, 0, self.active.length))
 
     @property
+    def entrance(self) -> Driver:
+        """See `DiskBuffer`."""
+        return self.cbw
+
+    @property
     def used(self) -> int:
-        """Bytes saved since the last checkpoint, as far as they take room."""
+        """See `DiskBuffer`."""
         return self.hidden.used if isinstance(self.hidden, Overlay) else self.cbw.done.count()
 
     def _refuse(self, reason: str) -> Any:

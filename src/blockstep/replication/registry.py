@@ -103,14 +103,11 @@ class ReplicationRegistry:
     async def _give_up_all(self) -> None:
         failed: list[BlockstepError | OSError] = []
         for filter in self.filters:
-            if filter.stage is Stage.RUNNING and isinstance(filter.buffer, HiddenDiskBuffer):
+            if filter.stage is Stage.RUNNING and filter.buffer is not None:
                 buffer, filter.buffer = filter.buffer, None
                 filter.enter(Stage.NONE)
                 try:
-                    await buffer.undo()
-                    async with self._graph.drained(filter):  # requests of the view are at the files yet
-                        await buffer.active.make_empty()
-                        await buffer.hidden.make_empty()
+                    await buffer.give_up()
                 except (BlockstepError, OSError) as error:
                     failed.append(error)
         if failed:

@@ -21,7 +21,6 @@ from blockstep.block.driver import Driver
 from blockstep.drivers.copy_before_write import CopyBeforeWrite
 from blockstep.drivers.replication import Replication
 from blockstep.errors import OptionError, explained, told
-from blockstep.replication.hidden_disk import HiddenDiskBuffer
 
 
 def check_growth(length: int, size: int) -> None:
@@ -72,7 +71,7 @@ def disks_of(filter: Replication) -> list[Driver]:
     active = filter.file.node
     hidden = active.children["backing"].node
     secondary = hidden.children["backing"].node
-    base = filter.buffer.cbw if isinstance(filter.buffer, HiddenDiskBuffer) else secondary
+    base = secondary if filter.buffer is None else filter.buffer.entrance
     return [active, hidden, base]
 
 

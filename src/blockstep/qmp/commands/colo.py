@@ -37,7 +37,6 @@ from blockstep.qmp.commands import replication as pair
 from blockstep.qmp.commands.holder import Holder
 from blockstep.qmp.errors import CommandError
 from blockstep.qmp.schema import Arguments, Event, Registry, Result
-from blockstep.replication.hidden_disk import HiddenDiskBuffer
 
 commands = Registry()
 for shared in (pair.ReplicationState, pair.ReplicationCheckpoint, pair.ReplicationFailover, pair.ReplicationIoError):
@@ -215,7 +214,7 @@ def _disk_status(filter: Replication, fault: str) -> pair.DiskStatus:
     state = filter.stage.value
     if filter.stage is Stage.DONE:
         state = "promoted" if filter.failed_over else "stopped"
-    used = filter.buffer.used if isinstance(filter.buffer, HiddenDiskBuffer) else 0
+    used = 0 if filter.buffer is None else filter.buffer.used
     disk = filter.file.node
     for _ in range(2 if filter.options.mode == "secondary" and filter.stage is not Stage.DONE else 0):
         disk = disk.children["backing"].node if "backing" in disk.children else disk
