@@ -19,7 +19,7 @@ from blockstep.aio.pool import in_thread
 from blockstep.aio.posix import Fault
 from blockstep.block.driver import Driver
 
-#: Seconds between two looks, and for which somebody who asks waits for one.
+#: Seconds between two looks, which the last one may take; and for which somebody who asks waits for one.
 EVERY: Final = 5.0
 PATIENCE: Final = 0.5
 
@@ -61,10 +61,12 @@ class Files:
         await asyncio.wait([self._look()], timeout=PATIENCE)
 
     async def close(self) -> None:
-        """Look for the last time; then the files may be closed."""
+        """Look for the last time; then the files may be closed. Gives up a look that hangs after some seconds."""
         if self._timer:
             self._timer.cancel()
-        await asyncio.wait([self._look()])
+        look = self._look()
+        await asyncio.wait([look], timeout=EVERY)
+        look.cancel()
         self._disks, self._nodes = {}, {}
 
     def _due(self) -> None:

@@ -122,6 +122,27 @@ def test_a_filesystem_that_hangs_holds_up_nobody_who_asks(monkeypatch: pytest.Mo
     asyncio.run(main())
 
 
+def test_a_filesystem_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EVERY", 0.001)
+    answers, told = threading.Event(), []
+
+    def hangs() -> Fault | None:
+        answers.wait(10)
+        return MOVED
+
+    async def main() -> None:
+        storage, files = Storage(), Files(lambda: told.append(files.faults))
+        storage.fault = hangs
+        files.watch("disk", storage)
+        try:
+            await asyncio.wait_for(files.close(), 5)
+        finally:
+            answers.set()
+
+    asyncio.run(main())
+    assert told == []  # nor afterwards: the disk may be closed
+
+
 def test_nodes_that_come_and_go_are_each_a_disk_and_a_new_one_of_a_name_is_a_new_one() -> None:
     async def main() -> None:
         told: list[dict[str, str]] = []
