@@ -50,12 +50,13 @@ def test_a_primary_that_is_told_to_end_at_once_ends_quietly(tmp_path: Path, turn
     assert [str(one.message) for one in told if issubclass(one.category, RuntimeWarning)] == []
 
 
-@pytest.mark.parametrize(("behind", "full"), [(0, False), (-1, False), (1, True), (-2, True)])
+@pytest.mark.parametrize(("last", "asked", "full"), [(0, 0, False), (-1, 0, False), (-2, 0, False),
+                                                      (1, 1, True), (0, 1, False), (-1, -1, True), (-2, -1, True)])
 def test_a_standby_at_another_checkpoint_than_the_last_one_gets_everything(
-        tmp_path: Path, behind: int, full: bool) -> None:
+        tmp_path: Path, last: int, asked: int, full: bool) -> None:
     """It says that this primary has committed, and it was another one: one of the hosts was put back to a snapshot.
 
-    One more than the last is a checkpoint whose answer was lost.
+    One after the last, up to that which was asked for last, is a checkpoint whose answer was lost.
     """
     syncs: list[bool] = []
 
@@ -71,7 +72,8 @@ def test_a_standby_at_another_checkpoint_than_the_last_one_gets_everything(
         await until(lambda: primary.coordinator.protected)
         for _ in range(3):
             await primary.checkpoint()
-        primary.coordinator.epoch += behind
+        primary.coordinator.epoch += last
+        primary.coordinator.asked += asked
         primary.disks["a"].link.fail(OSError(errno.EIO, "cut"))
         await until(lambda: primary.coordinator.protected)
 
@@ -99,7 +101,8 @@ def test_a_primary_that_could_not_start_leaves_the_note_of_its_last_end(tmp_path
     asyncio.run(main())
     end = good_end.read(note, "p", [a_disk(name, tmp_path / f"{name}.primary") for name in "ab"])
     assert end is not None
-    assert (end.instance, end.epoch) == (before["instance"], before["epoch"])
+    assert (end.instance, end.epoch, end.asked) == (before["instance"], before["epoch"], before["asked"])
+    assert end.asked == end.epoch > 0
 
 
 def test_many_requests_at_a_time_are_few_checkpoints(tmp_path: Path) -> None:

@@ -213,6 +213,31 @@ async def test_a_disk_that_somebody_wrote_to_meanwhile_is_copied_as_a_whole(tmp_
 
 
 @scenario
+async def test_a_standby_that_was_replaced_and_comes_back_without_room_for_its_checkpoint_gets_everything(
+    tmp_path: Path
+) -> None:
+    """It gives the checkpoint up, but that makes its disks no others: the primary remembers what another one lacked."""
+    async with pair_behind_proxy(tmp_path, disks=1) as (pair, _):
+        await quit(pair.standby)
+        note = tmp_path / "test.ended"
+        note.rename(tmp_path / "kept.ended")
+        await pair.write(100)
+        disks, replacement = pair.disks, {"disk0": f"{tmp_path / 'replacement'},size={pair.size}"}
+        pair.disks = lambda role: replacement if role == "standby" else disks(role)  # type: ignore[method-assign]
+        await pair.start_standby(link=pair.link)
+        await pair.primary.until(health="healthy")
+        await pair.checkpoint_shows()
+        pair.standby.kill()
+        pair.disks = disks  # type: ignore[method-assign]
+        (tmp_path / "kept.ended").rename(note)
+        await pair.start_standby("--buffer-memory", "64K", link=pair.link)
+        assert checkpoint(await pair.standby.status()) > 0
+        await pair.primary.until(health="healthy")
+        await pair.checkpoint()
+        assert await pair.standby.read_disks() == await pair.primary.read_disks()
+
+
+@scenario
 async def test_a_primary_whose_good_end_cannot_be_written_down_says_what_that_means(tmp_path: Path) -> None:
     (tmp_path / "primary.ended.new").mkdir()
     async with pair_behind_proxy(tmp_path, disks=1) as (pair, _):

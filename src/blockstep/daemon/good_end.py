@@ -60,8 +60,9 @@ class GoodEnd(msgspec.Struct):
 
     pair: str
     instance: str
-    #: The last checkpoint, and how old it was at the end, in seconds.
+    #: The last checkpoint; the last that was asked for; and how old the first of them was at the end, in seconds.
     epoch: int
+    asked: int
     age: float
     disks: dict[str, DiskEnd]
     #: Seconds of the Unix epoch. `write` puts it in.

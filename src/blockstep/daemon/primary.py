@@ -123,7 +123,7 @@ class Primary(Service):
                     return
                 disk.link.since.merge(lacks)
         self.standby.go_on(end.instance)
-        self.coordinator.epoch = end.epoch
+        self.coordinator.epoch, self.coordinator.asked = end.epoch, end.asked
 
     async def close(self) -> None:
         """End everything, in good order: the standby's last checkpoint is the disks as they are in the end.
@@ -176,7 +176,7 @@ class Primary(Service):
         disks = {name: good_end.disk_end(disk.spec, self.graph.find(f"{name}-disk"), *disk.link.lacking())
                  for name, disk in self.disks.items()}
         ends = {name: end for name, end in disks.items() if end}
-        return good_end.GoodEnd(self.config.pair, self.standby.known_as, self.coordinator.epoch,
+        return good_end.GoodEnd(self.config.pair, self.standby.known_as, self.coordinator.epoch, self.coordinator.asked,
                                 self.checkpoints.age, ends) if len(ends) == len(disks) else None
 
     # --- events in, actions out ---
@@ -231,11 +231,11 @@ class Primary(Service):
         answer = await self.standby.attach()
         if not answer["accepted"]:
             return c.Refused(answer["reason"])
-        before = self.coordinator.epoch
-        self.coordinator.epoch = max(before, answer["epoch"])
-        # Any other checkpoint than the last one, or one whose answer was lost: a host was put back to an old snapshot.
-        # None: the standby has given it up, and what its disks hold is known all the same.
-        known = answer["instance"] == self.standby.instance and answer["epoch"] in (before, before + 1, 0)
+        epoch, last, asked = answer["epoch"], self.coordinator.epoch, self.coordinator.asked
+        # Any other checkpoint than the last one, or one whose answer was lost: it is another standby's, or a host was
+        # put back to an old snapshot.
+        known = answer["instance"] == self.standby.instance and last <= epoch <= asked
+        self.coordinator.epoch = max(last, epoch)
         return c.Attached(attempt, full=not known)
 
     async def _sync(self, attempt: int, full: bool) -> c.Event:

@@ -103,7 +103,8 @@ class Standby(Service):
         now = self.situation
         if end.epoch and not any(disk.lacks for disk in end.disks.values()):
             await self.registry.start_all("secondary")
-            now.epoch, now.instance, now.committed_at = end.epoch, end.instance, now.clock() - end.age_now
+            now.epoch = now.origin = end.epoch
+            now.instance, now.committed_at = end.instance, now.clock() - end.age_now
 
     async def _serve_views(self) -> None:
         folder = self.config.view_tls
@@ -163,7 +164,7 @@ class Standby(Service):
             disks[name] = end
             written = written or await disk.buffer.view_is_written()
         # What was written here is merged as well: the disks are a view of the checkpoint, and not what it was then.
-        return good_end.GoodEnd(self.config.pair, "" if written else now.instance, now.epoch,
+        return good_end.GoodEnd(self.config.pair, "" if written else now.instance, now.epoch, now.epoch,
                                 now.clock() - now.committed_at, disks)
 
     # --- the operator's commands ---

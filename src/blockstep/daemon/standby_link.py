@@ -144,7 +144,7 @@ class PrimarysSide:
         return self._answer(False, f"standby '{self._config.pair}' {what}; it takes no primary any more")
 
     def _answer(self, accepted: bool, reason: str) -> qmp.Attached:
-        return qmp.Attached(accepted=accepted, reason=reason, instance=self._now.instance, epoch=self._now.epoch,
+        return qmp.Attached(accepted=accepted, reason=reason, instance=self._now.instance, epoch=self._now.origin,
                             running=self._now.running, port=self.port, prefix=self._prefix,
                             buffer_limit=self._config.buffer_limit)
 
@@ -198,7 +198,8 @@ class PrimarysSide:
         if monitor is now.primary:  # else another has come meanwhile, whose disks these are not
             now.instance = self._wanted_instance
             now.committed_by, now.mixed = monitor, False
-        now.epoch, now.committed_at = epoch, now.clock()
+        now.epoch = now.origin = epoch
+        now.committed_at = now.clock()
         now.last_error = ""
         self._no_room = False
         for disk in now.disks.values():

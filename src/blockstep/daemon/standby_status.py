@@ -36,6 +36,8 @@ class Situation:
         self.committed_by: Monitor | None = None
         #: The last checkpoint; 0: there is none.
         self.epoch = 0
+        #: The last that was committed, also when it has been given up: what the disks held before the last resync.
+        self.origin = 0
         self.committed_at = 0.0
         #: Which run of a primary has committed it; empty when another one may have written to the disks since.
         self.instance = ""

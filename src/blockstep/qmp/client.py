@@ -269,6 +269,10 @@ async def open_connection(address: Address, *, timeout: float = 10.0,
         if asyncio.get_running_loop().time() - started >= timeout:
             raise late from None
         raise _failed(address, error.exc) from error
+    except AssertionError:  # the library's, that a connection which it has just made still stands
+        with contextlib.suppress(Exception):
+            await client.disconnect()
+        raise ConnectionLost(f"{_shown(address)}: the peer hung up after it had greeted") from None
     finally:
         last_resort.cancel()
     return Connection(client, address, timeout)

@@ -159,6 +159,9 @@ class Coordinator:
         self.state = State.OFFLINE
         #: The number of the last checkpoint that the standby has committed.
         self.epoch = 0
+        #: The last number that a checkpoint was given; no other one gets it. From `epoch` up to it: those of which the
+        #: standby may have committed one whose answer was lost.
+        self.asked = 0
         #: Why the state is what it is, for people.
         self.reason = "not attached yet"
         #: Whether the standby has committed a checkpoint since it was attached.
@@ -206,6 +209,7 @@ class Coordinator:
         return [*actions, *self._wanted()]
 
     def _not_committed(self, event: NotCommitted) -> list[Action]:
+        self.asked -= 1
         return [*self._enter(State.REPLICATING, f"the last checkpoint failed: {event.reason}"), *self._wanted()]
 
     def _failed(self, event: Failed) -> list[Action]:
@@ -247,7 +251,8 @@ class Coordinator:
     def _checkpoint(self) -> list[Action]:
         self.state = State.CHECKPOINTING
         self._attempt += 1
-        return [TakeCheckpoint(self._attempt, self.epoch + 1)]
+        self.asked = max(self.asked, self.epoch) + 1
+        return [TakeCheckpoint(self._attempt, self.asked)]
 
 
 _LIVE: Final = (State.OFFLINE, State.SYNCING, State.REPLICATING, State.CHECKPOINTING)

@@ -26,7 +26,7 @@ def noted(directory: Path, **disks: str) -> tuple[Path, list[DiskSpec]]:
     for spec in specs:
         spec.path.write_bytes(bytes(KiB))
     note = directory / "state" / "web.ended"
-    good_end.write(note, good_end.GoodEnd("web", "run", 7, 1.0, {
+    good_end.write(note, good_end.GoodEnd("web", "run", 7, 8, 1.0, {
         spec.name: good_end.DiskEnd(str(spec.path), spec.format, {str(spec.path): ""}) for spec in specs}))
     return note, specs
 
@@ -37,7 +37,7 @@ def test_what_was_written_is_read_until_it_is_forgotten(tmp_path: Path) -> None:
     for _ in range(2):
         end = good_end.read(note, "web", disks[::-1])
         assert end is not None
-        assert (end.instance, end.epoch) == ("run", 7)
+        assert (end.instance, end.epoch, end.asked) == ("run", 7, 8)
         assert 1.0 <= end.age_now < 60
     good_end.forget(note)
     assert good_end.read(note, "web", disks) is None
@@ -81,7 +81,7 @@ def test_a_note_that_cannot_be_understood_is_none(tmp_path: Path, content: bytes
 
 def test_of_disks_that_show_no_writes_nothing_is_noted(tmp_path: Path) -> None:
     note = tmp_path / "note"
-    good_end.write(note, good_end.GoodEnd("web", "run", 7, 1.0, {
+    good_end.write(note, good_end.GoodEnd("web", "run", 7, 8, 1.0, {
         "a": good_end.DiskEnd("/dev/null", "raw", {"/dev/null": ""})}))
     assert not note.exists()
 
@@ -152,4 +152,5 @@ def test_of_two_runs_from_one_note_only_the_first_is_known() -> None:
 def test_a_note_says_no_more_than_it_must(tmp_path: Path) -> None:
     """It is a file that operators look at."""
     note, _ = noted(tmp_path, a="raw")
-    assert json.loads(note.read_text()).keys() == {"pair", "instance", "epoch", "age", "disks", "ended"}
+    assert json.loads(note.read_text()).keys() == {"pair", "instance", "epoch", "asked", "age", "disks",
+                                                  "ended"}

@@ -226,6 +226,21 @@ def test_a_peer_that_is_no_qmp_server_is_told_apart(tmp_path: Path, said: bytes,
     against(tmp_path, saying, scenario)
 
 
+def test_a_peer_that_hangs_up_as_soon_as_it_has_greeted_is_gone(tmp_path: Path) -> None:
+    """Its end is there before its first answer has been looked at."""
+
+    async def leaving(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(GREETING + b'{"return": {}}\r\n')
+        writer.write_eof()
+
+    async def scenario(path: Path) -> None:
+        with pytest.raises(ConnectionLost, match="the peer hung up after it had greeted"):
+            async with connect(path):
+                pass
+
+    against(tmp_path, leaving, scenario)
+
+
 def test_nobody_there_is_a_lost_connection_that_names_the_address(tmp_path: Path) -> None:
     async def scenario() -> None:
         with pytest.raises(ConnectionLost, match="nobody"):

@@ -212,6 +212,23 @@ def test_a_request_during_a_checkpoint_that_is_refused_is_tried_once() -> None:
     assert driven.coordinator.state is State.REPLICATING
 
 
+def test_the_number_of_a_checkpoint_whose_answer_was_lost_is_not_given_to_another_one() -> None:
+    """Of two standbys that have it one would be taken for the other."""
+    driven = Driven(State.REPLICATING)
+    epoch = driven.coordinator.epoch
+    numbers = []
+    for _ in range(2):
+        actions = driven.happens(Due)
+        numbers += [action.epoch for action in actions if isinstance(action, TakeCheckpoint)]
+        driven.happens(Failed)
+        driven.happens(Attached)
+        actions = driven.happens(Synced)
+        numbers += [action.epoch for action in actions if isinstance(action, TakeCheckpoint)]
+        driven.happens(NotCommitted)
+    assert numbers == [epoch + 1, epoch + 2, epoch + 2, epoch + 3]
+    assert (driven.coordinator.epoch, driven.coordinator.asked) == (epoch, epoch + 2)
+
+
 def test_a_refused_checkpoint_uses_up_no_number_and_its_reason_is_told_until_one_succeeds() -> None:
     driven = Driven(State.REPLICATING)
     assert driven.happens(Due) == [TakeCheckpoint(driven.attempt, 2)]

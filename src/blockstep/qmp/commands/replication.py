@@ -267,10 +267,10 @@ class Attached(Result):
     """Result of pair-attach.
 
     ``accepted`` False: the standby was promoted, ``reason`` says so. ``instance`` and ``epoch`` name the last
-    checkpoint that it committed and whose; ``running``: it has one. ``port``: where its disks are exported;
-    ``prefix`` and its name is what a disk is called there, for this connection: who redials after another has been
-    attached finds nothing under the old names. ``buffer_limit``: bytes that the buffer of a disk takes between two
-    checkpoints; 0: no limit.
+    checkpoint that it committed and whose, also if it has given it up since; ``running``: it has one. ``port``: where
+    its disks are exported; ``prefix`` and its name is what a disk is called there, for this connection: who redials
+    after another has been attached finds nothing under the old names. ``buffer_limit``: bytes that the buffer of a
+    disk takes between two checkpoints; 0: no limit.
     """
 
     accepted: bool
