@@ -127,9 +127,10 @@ class _Connection:
         try:
             if not self.swallowing:
                 await loop.sock_connect(self.far, (self.proxy.host, port))
-            self._pumps = [loop.create_task(work) for work in (
-                _Direction(self, self.near, self.far, True).pump(), _Direction(self, self.far, self.near, False).pump(),
-            )[: 1 if self.swallowing else 2]]
+            directions = [_Direction(self, self.near, self.far, True)]
+            if not self.swallowing:
+                directions.append(_Direction(self, self.far, self.near, False))
+            self._pumps = [loop.create_task(direction.pump()) for direction in directions]
             done, _ = await asyncio.wait(self._pumps, return_when=asyncio.FIRST_EXCEPTION)
             for pump in done:
                 pump.result()
