@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import signal
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from blockstep.errors import BlockstepError
 from blockstep.testing.pair import Pair
 from blockstep.units import KiB, MiB
-from tests.scenarios import limit_files, scenario
+from tests.scenarios import limit_files, scenario, small_file_system
 
 
 @scenario
@@ -103,6 +104,45 @@ async def test_a_buffer_that_spills_takes_what_memory_does_not(tmp_path: Path) -
         assert await pair.proven(pair.standby) == 10
         await pair.standby.until(state="promoted")
         assert await pair.proven(pair.standby) == 10
+
+
+def room(place: Path) -> int:
+    """Bytes that are free in a file system."""
+    status = os.statvfs(place)
+    return status.f_bavail * status.f_frsize
+
+
+@scenario
+async def test_buffers_that_are_images_and_have_filled_their_file_system_give_it_back_and_the_pair_recovers(
+    tmp_path: Path,
+) -> None:
+    with small_file_system(tmp_path, 2 * MiB) as place:
+        async with Pair(tmp_path, size=4 * MiB) as pair:
+            await pair.start(standby=["--buffer-format", "qcow2", "--buffer-dir", str(place)])
+            await pair.primary.until(health="healthy")
+            async with pair.writing() as writes:
+                await pair.primary.heard("REPLICATION_STATE", state="offline")
+                await pair.written(50)
+            assert writes.error is None
+            await pair.primary.until(lambda status: status["health"] == "healthy" and room(place) > MiB)
+            await pair.write(20)
+            await pair.checkpoint()
+            assert await pair.proven(pair.standby) == pair.writes.acknowledged
+            assert (await pair.standby.status())["health"] == "healthy"
+
+
+@scenario
+async def test_what_the_standby_itself_wrote_takes_no_room_after_the_next_checkpoint(tmp_path: Path) -> None:
+    """Nobody flushes the view after that."""
+    with small_file_system(tmp_path, 3 * MiB) as place:
+        async with Pair(tmp_path, size=4 * MiB) as pair:
+            await pair.start(standby=["--buffer-format", "qcow2", "--buffer-dir", str(place)])
+            await pair.primary.until(health="healthy")
+            async with pair.standby.clients() as (client,):
+                await client.pwrite(0, b"x" * 2 * MiB)
+                assert room(place) < MiB
+            await pair.primary.execute("replication-checkpoint")
+            await pair.standby.until(lambda status: room(place) > 2 * MiB)
 
 
 @scenario

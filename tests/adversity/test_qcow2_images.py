@@ -30,7 +30,7 @@ from blockstep.testing.model import Content
 from blockstep.testing.pair import Pair, environment
 from blockstep.units import KiB, MiB
 from tests.peers import blockstep, need, run, started
-from tests.scenarios import scenario
+from tests.scenarios import scenario, small_file_system
 
 pytestmark = pytest.mark.interop
 need("qemu-img", "qemu-nbd")
@@ -269,20 +269,6 @@ async def test_a_promoted_standby_that_is_killed_keeps_checkpoint_and_what_was_f
         assert not found.get("corruptions")
         got = await pair.file("standby")
         assert got[:MiB] == b"".join(chunks)[:MiB]
-
-
-@contextmanager
-def small_file_system(directory: Path, size: int) -> Iterator[Path]:
-    """A file system in memory that is soon full; skips where none can be mounted."""
-    place = directory / "small"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 async def no_room(request: Awaitable[None]) -> bool:

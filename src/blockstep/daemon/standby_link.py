@@ -206,6 +206,7 @@ class PrimarysSide:
             disk.filter.error = None
             disk.errors.clear()
         self._tell()
+        await self._registry.give_back_all()
 
     async def resize_for_primary(self, args: qmp.PairResizeArguments, monitor: Monitor) -> None:
         """A disk, its buffers and its view grow, or get back the length before they did; all or none."""

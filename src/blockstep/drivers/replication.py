@@ -119,6 +119,9 @@ class DiskBuffer(Protocol):
     async def merged(self) -> None:
         """Wait until the merge after a failover has ended, one way or the other, and all is put back."""
 
+    async def give_back(self) -> None:
+        """Let go of the room of what is forgotten; later requests tell if that cannot be."""
+
     async def give_up(self) -> None:
         """Stop, and forget the checkpoint and the standby's own writes: all is as before the start.
 

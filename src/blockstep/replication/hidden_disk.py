@@ -22,6 +22,7 @@ the hidden disk may lack what was saved last. This is what a journal of epochs i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,12 @@ class HiddenDiskBuffer:
 
         return Prepared(commit, abort)
 
+    async def give_back(self) -> None:
+        """See `DiskBuffer`. An image that was emptied keeps what it held until it is flushed."""
+        for disk in (self.hidden, self.active):
+            with contextlib.suppress(OSError):
+                await disk.flush()
+
     # --- the two ends ---
 
     async def drop(self) -> None:
@@ -265,6 +272,7 @@ class HiddenDiskBuffer:
         async with self._graph.drained(self._filter):  # requests of the view are at the files yet
             await self.active.make_empty()
             await self.hidden.make_empty()
+        await self.give_back()
 
     async def close(self) -> None:
         """See `DiskBuffer`."""

@@ -113,6 +113,13 @@ class ReplicationRegistry:
         if failed:
             raise failed[0]
 
+    async def give_back_all(self) -> None:
+        """Let buffers that are images give back the room of what they held before they were emptied."""
+        async with self._turn:  # beside none of the operations that take requests to have ended
+            for filter in self.filters:
+                if filter.stage is Stage.RUNNING and filter.buffer is not None:
+                    await filter.buffer.give_back()
+
     async def checkpoint_all(self, check: Check = _always) -> None:
         """Move the view of all secondaries to what the primary wrote, together.
 

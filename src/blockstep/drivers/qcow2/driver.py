@@ -128,7 +128,7 @@ class Qcow2(Emptier, Packer):
         self._keeping = asyncio.Lock()
         self._saves = self._good_save = 0
         self._unpacked: dict[int, bytes] = {}
-        self._slot = None
+        self._slot = self._taken = None
         self._moving = self._header_in_doubt = False
         try:
             found = await self._load_bitmaps(self.header, not self.read_only)
@@ -298,7 +298,7 @@ class Qcow2(Emptier, Packer):
 
         def commit() -> None:
             self._unpacked.clear()
-            self._slot = None
+            self._slot = self._taken = None
             self._use(header, *fresh)
             self._take(found)
 

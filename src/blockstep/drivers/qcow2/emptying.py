@@ -2,7 +2,8 @@
 
 A flush writes it into free clusters and then moves the header to it: one write of 24 bytes. Before, nothing that the
 image on the disk uses is touched. It takes the same time however much the image holds: of its clusters only those of
-the bitmaps stay. With internal snapshots there is no such way; `Emptier.make_empty` drops one L2 table after the other.
+the bitmaps stay. What it held takes room until that flush; so the storage for the next set is taken with each set, and
+an image that has filled its file system can be emptied all the same. With internal snapshots there is no such way; `Emptier.make_empty` drops one L2 table after the other.
 
 Bitmaps stay as they are, as with QEMU: they tell of writes to the disk, and whether the disk reads as before after the
 node was emptied is known to who empties it. After a commit it does.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import errno
 import os
 from array import array
+from contextlib import suppress
 from typing import Final
 
 from blockstep.block.driver import Prepared, not_supported
@@ -34,6 +36,8 @@ class Emptier(Keeper, Resizer):
 
     #: Where sets of tables lie: the first cluster, the clusters of one of the two places, which one is the last set's.
     _slot: tuple[int, int, int] | None
+    #: The places of which all storage is taken, as in `_slot`.
+    _taken: tuple[int, int] | None
 
     async def prepare_empty(self) -> Prepared:
         """See `Driver`."""
@@ -64,6 +68,15 @@ class Emptier(Keeper, Resizer):
             self._below_end = EVERYTHING
         finally:
             self._lock.give_back(token)
+
+    async def _moved(self) -> None:
+        await super()._moved()
+        if self._slot and self._slot[:2] != self._taken:
+            first, end = (cluster << self._bits for cluster in self._refcounts.reserved)
+            with suppress(OSError):  # then there may be no room for the next one
+                await self._refcounts.grow(end)
+                await self.file.write_zeroes(first, end - first)
+                self._taken = self._slot[:2]
 
     def _check_possible(self) -> None:
         if self._raw_data:

@@ -490,15 +490,20 @@ class Refcounts:
         self._cursor, self._packing = 1, 0
 
     def dropped(self) -> list[tuple[int, int]]:
-        """The clusters that were in use before `start_again` and are not now, as rows; of the blocks in memory."""
+        """The clusters that were in use before `start_again`, and are neither now nor reserved, as rows.
+
+        Of the blocks in memory.
+        """
         if self.before is None:
             return []
         free: list[int] = []
+        begin, end = self.reserved
         for index, old in self.before[1].items():
             new = self.blocks.get(index)
             if new is not None or not self.table[index]:
                 first = index << self._per
-                free += [first + at for at, count in enumerate(old) if count and not (new and new[at])]
+                free += [first + at for at, count in enumerate(old)
+                         if count and not (new and new[at]) and not begin <= first + at < end]
         return rows(free)
 
     def start_is_durable(self) -> None:

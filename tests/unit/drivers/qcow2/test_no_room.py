@@ -48,6 +48,15 @@ class Room(Filter):
         self.taken = wanted
         await self.file.pwrite(offset, data)
 
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        if flags & MAY_UNMAP:
+            await self.file.write_zeroes(offset, length, flags)
+        else:
+            await self.pwrite(offset, bytes(length))
+
+    async def discard(self, offset: int, length: int) -> None:
+        self.taken -= set(range(-(-offset // 4096), (offset + length) // 4096))
+
     async def truncate(self, length: int) -> None:
         await self.file.resize(length)
         self.taken = {block for block in self.taken if block * 4096 < length}
@@ -105,6 +114,39 @@ async def test_a_file_without_room_is_enospc_harms_nothing_and_goes_on_later(clu
     await graph.detach_backend(user)
     for name in (node.name, "room", "file"):
         await graph.close(graph.find(name))
+    data = file.content()
+    result = check(lambda offset, length: data[offset:offset + length], len(data))
+    assert result.clean, result
+
+
+@pytest.mark.parametrize("cluster_size", [4096, 65536])
+@scenario
+async def test_an_image_that_has_filled_its_place_has_it_back_when_it_is_emptied(cluster_size: int) -> None:
+    """Also the second and the third time: the tables of the next emptying have a place of their own."""
+    image = image_of_length(SIZE, cluster_size)
+    graph = Graph()
+    file = await graph.open({"driver": "test-sparse", "node-name": "file", "size": len(image)})
+    await file.pwrite(0, image)
+    room = await graph.open({"driver": "test-room", "node-name": "room", "file": "file", "most": len(image) + MiB})
+    assert isinstance(room, Room)
+    node = await graph.open({"driver": "qcow2", "file": "room", "backing": None, "discard": "unmap"})
+    user = graph.attach_backend(node, "guest", READ | WRITE)
+    await node.make_empty()
+    await user.flush()
+    for _ in range(3):
+        offset = 0
+        while await has_room(user.pwrite(offset, b"!" * cluster_size)):
+            offset += cluster_size
+        assert offset > MiB // 2
+        await node.make_empty()
+        await user.flush()
+        assert len(room.taken) * 4096 < len(image) + MiB // 2
+        await user.pwrite(0, b"again")
+    await user.flush()
+    await graph.detach_backend(user)
+    for name in (node.name, "room", "file"):
+        await graph.close(graph.find(name))
+    assert isinstance(file, Sparse)
     data = file.content()
     result = check(lambda offset, length: data[offset:offset + length], len(data))
     assert result.clean, result
