@@ -194,6 +194,25 @@ def test_wrong_options_of_a_new_image_are_named_as_they_were_given(both: Both, a
     assert both.theirs("create", "-f", "qcow2", *arguments, "a", "1M")[0] == 1
 
 
+def test_small_clusters_have_room_for_bitmaps_and_backing_names(both: Both) -> None:
+    written("base", 1 << 20)
+    assert both.ours("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "a", "1M")[0] == 0
+    assert both.ours("bitmap", "--add", "a", "since-monday") == (0, "", "")
+    assert both.ours("rebase", "-u", "-b", "base", "-F", "raw", "a") == (0, "", "")
+    both.same("check", "a")
+    both.same("info", "a")
+    assert both.json("info", "a")[1]["format-specific"]["data"]["bitmaps"][0]["name"] == "since-monday"
+
+
+def test_a_bitmap_for_which_the_header_has_no_room_changes_nothing(both: Both) -> None:
+    assert both.ours("create", "-q", "-f", "qcow2", "-u", "-b", "b" * 360, "-F", "raw", "-o", "cluster_size=512", "a",
+                     "1M")[0] == 0
+    before = Path("a").read_bytes()
+    code, _, said = both.ours("bitmap", "--add", "a", "since-monday")
+    assert (code, said.count("\n"), "fit in 512" in said) == (1, 1, True)
+    assert Path("a").read_bytes() == before
+
+
 # --- amend ---
 
 

@@ -31,6 +31,7 @@ from blockstep.drivers.qcow2.format import (
     Header,
     build_header,
     feature_table,
+    fitting,
     header_span,
     parse_header,
 )
@@ -179,6 +180,6 @@ def write_header(file: WholeFile, changed: Header) -> None:
     """
     raw = bytes(file.read(0, read_header(file).cluster_size))
     changed = replace(changed, autoclear=changed.autoclear & (BITMAPS | RAW_EXTERNAL))
-    for offset, data in header_steps(raw, build_header(changed)):
+    for offset, data in header_steps(raw, build_header(fitting(changed))):
         file.write(offset, data)
         file.sync()

@@ -36,8 +36,10 @@ from blockstep.drivers.qcow2.format import (
     Header,
     build_bitmaps,
     build_bitmaps_extension,
+    build_header,
     decode_table,
     encode_table,
+    fitting,
     parse_bitmaps,
     parse_bitmaps_extension,
 )
@@ -176,6 +178,8 @@ def store(read: Read, length: int, write: Write, sync: Sync, bitmaps: Sequence[S
 def _check(header: Header, bitmaps: Sequence[StoredBitmap]) -> None:
     if header.version < 3:
         raise ImageError("version", header.version, "3 for an image that has bitmaps")
+    if bitmaps:  # before anything has changed: it has to fit
+        build_header(fitting(header.with_extension(EXT_BITMAPS, build_bitmaps_extension(BitmapsExtension(1, 0, 0)))))
     names = [each.name for each in bitmaps]
     for each in bitmaps:
         if not 0 < len(each.name.encode("utf-8", "surrogateescape")) <= 1023 or names.count(each.name) > 1:

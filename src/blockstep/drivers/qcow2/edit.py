@@ -31,6 +31,7 @@ from blockstep.drivers.qcow2.format import (
     Header,
     build_header,
     encode_block,
+    fitting,
 )
 from blockstep.drivers.qcow2.header_steps import header_steps
 from blockstep.drivers.qcow2.repair import Sync, Write, new_refcounts, tables_with
@@ -94,7 +95,7 @@ class Editor:
     def set_header(self, header: Header) -> None:
         """Write another header, in steps; the dirty bit stays. Durable at return."""
         self.header = header
-        new = build_header(replace(header, incompatible=header.incompatible | DIRTY))
+        new = build_header(fitting(replace(header, incompatible=header.incompatible | DIRTY)))
         for offset, data in header_steps(self.read(0, header.cluster_size), new):
             self.write(offset, data)
             self.sync()

@@ -297,6 +297,15 @@ def build_header(header: Header) -> bytes:
                     header.refcount_table_clusters, header.snapshot_count, header.snapshots_offset) + rest + name
 
 
+def fitting(header: Header) -> Header:
+    """The header; where it is too long for its cluster, without the names of features, which are for people."""
+    try:
+        build_header(header)
+    except ImageError:
+        return header.with_extension(EXT_FEATURE_NAMES, None)
+    return header
+
+
 def feature_table() -> Extension:
     """The extension that names the features, for programs that do not know them."""
     return Extension(EXT_FEATURE_NAMES, b"".join(bytes((kind, bit)) + name.encode().ljust(46, b"\0")

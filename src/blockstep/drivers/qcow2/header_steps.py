@@ -35,6 +35,7 @@ from blockstep.drivers.qcow2.format import (
     V3_LENGTH,
     Header,
     build_header,
+    fitting,
     parse_header,
 )
 
@@ -109,7 +110,7 @@ def bitmap_steps(raw: bytes, old: Header, extension: bytes | None) -> list[Step]
     if mine is None and (steps := _insertion(raw, old, end, extension)):
         return [*steps, *on]
     whole = replace(old, autoclear=old.autoclear & ~BITMAPS).with_extension(EXT_BITMAPS, extension)
-    return [*off, *header_steps(_without_bit(raw, old), build_header(whole)), *on]
+    return [*off, *header_steps(_without_bit(raw, old), build_header(fitting(whole))), *on]
 
 
 def _insertion(raw: bytes, old: Header, end: int, extension: bytes) -> list[Step]:

@@ -38,6 +38,7 @@ from blockstep.drivers.qcow2.format import (
     build_bitmaps_extension,
     build_header,
     encode_table,
+    fitting,
     parse_header,
 )
 from blockstep.drivers.qcow2.header_steps import bitmap_steps
@@ -140,7 +141,7 @@ class Keeper(Saver):
                 bits = sum(bitmap_bytes(self.length, each) for each in units)
                 if bits > MOST_BITS:
                     raise ImageError("bitmaps", bits, f"at most {MOST_BITS} bytes together")
-                build_header(_with_bitmaps(self.header, BitmapsExtension(1, 0, 0)))
+                build_header(fitting(_with_bitmaps(self.header, BitmapsExtension(1, 0, 0))))
             except ImageError as error:
                 reason = str(error)
         if reason is not None:
