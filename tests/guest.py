@@ -1,10 +1,10 @@
-"""A small Linux that QEMU boots, with one disk: Debian's kernel for clouds, busybox, and a script.
+"""A small Linux that QEMU boots, with a disk or two: Debian's kernel for clouds, busybox, and a script.
 
     guest = await Guest.boot(directory, socket, "disk0", task="write")
     await guest.until(r"WROTE 3")
     guest.kill()
 
-Everything but the disk is an initramfs in memory: busybox, the kernel's modules for virtio, and `INIT`, which does
+Everything but the disks is an initramfs in memory: busybox, the kernel's modules for virtio, and `INIT`, which does
 one of three things, as the kernel's command line says (the kernel hands ``task=...`` on to it):
 
     task=write    write numbered files for ever, one line ``WROTE n`` for each that is on the disk
@@ -13,7 +13,8 @@ one of three things, as the kernel's command line says (the kernel hands ``task=
 
 and then ends the machine; ``FAILED ...`` is printed for whatever is not as it should be. Files are on the disk when
 their line comes (the guest has synced twice: data before the name, and the name), while a second writer that never
-syncs keeps the disk busy at all times.
+syncs keeps the disk busy at all times. If there is a second disk, each file is written there too, when the first one
+has it; it must have the files that the first has, but for the last one perhaps.
 
 Kernel and busybox are not installed: ``tools/setup`` unpacks their packages into the environment. QEMU emulates the
 processor (no KVM), which boots in a few seconds.
@@ -54,36 +55,52 @@ export PATH=/bin
 mount -t proc proc /proc
 mount -t devtmpfs dev /dev
 for module in $(cat /modules); do insmod "$module" || echo "FAILED insmod $module"; done
-mount -t ext4 -o errors=remount-ro /dev/vda /mnt || echo "FAILED mount"
+disks=
+for disk in vda vdb; do
+    [ -b /dev/$disk ] || break
+    mkdir /mnt/$disk
+    mount -t ext4 -o errors=remount-ro /dev/$disk /mnt/$disk || echo "FAILED mount $disk"
+    disks="$disks $disk"
+done
 
 content() { yes "$1" | head -c 50000; }
-place() { echo "/mnt/$(($1 % 7))/$1"; }
+place() { echo "/mnt/$1/$(($2 % 7))/$2"; }
 
 write() {
-    while true; do dd if=/dev/zero of=/mnt/noise bs=64k count=32 2>/dev/null; rm /mnt/noise; done &
+    for disk in $disks; do
+        while true; do dd if=/dev/zero of=/mnt/$disk/noise bs=64k count=32 2>/dev/null; rm /mnt/$disk/noise; done &
+    done
     i=0
     while true; do
         i=$((i + 1))
-        mkdir -p "/mnt/$((i % 7))"
-        content $i >/mnt/new && sync && mv /mnt/new "$(place $i)" && sync || { echo "FAILED write $i"; break; }
+        for disk in $disks; do
+            mkdir -p "/mnt/$disk/$((i % 7))"
+            content $i >/mnt/$disk/new && sync && mv /mnt/$disk/new "$(place $disk $i)" && sync ||
+                { echo "FAILED write $i"; return; }
+        done
         echo "WROTE $i"
     done
 }
 
 check() {
     dmesg | grep -q 'vda.*recovery complete' && echo RECOVERED
-    i=0
-    while [ -e "$(place $((i + 1)))" ]; do
-        i=$((i + 1))
-        [ "$(content $i | md5sum)" = "$(md5sum <"$(place $i)")" ] || echo "FAILED content $i"
+    first=
+    for disk in $disks; do
+        i=0
+        while [ -e "$(place $disk $((i + 1)))" ]; do
+            i=$((i + 1))
+            [ "$(content $i | md5sum)" = "$(md5sum <"$(place $disk $i)")" ] || echo "FAILED content $i"
+        done
+        [ "$(find /mnt/$disk -name '[0-9]*' -type f | wc -l)" = $i ] || echo "FAILED there are more files than $i"
+        first=${first:-$i}
+        [ $i = $first ] || [ $i = $((first - 1)) ] || echo "FAILED $first files on the first disk, $i on the second"
+        echo alive >/mnt/$disk/after && sync || echo "FAILED to write on"
     done
-    [ "$(find /mnt -name '[0-9]*' -type f | wc -l)" = $i ] || echo "FAILED there are more files than $i"
-    echo "FOUND $i"
-    echo alive >/mnt/after && sync || echo "FAILED to write on"
+    echo "FOUND $first"
 }
 
 case $task in write) write ;; check) check ;; esac
-umount /mnt || echo "FAILED umount"
+for disk in $disks; do umount /mnt/$disk || echo "FAILED umount"; done
 echo ENDED
 reboot -f
 """
@@ -121,20 +138,21 @@ class Guest:
         self._reader = asyncio.ensure_future(self._read())
 
     @classmethod
-    async def boot(cls, directory: Path, server: Address, export: str, task: str) -> Guest:
-        """Start a machine whose disk is an NBD export. It is not up yet: see `until`."""
+    async def boot(cls, directory: Path, server: Address, *exports: str, task: str) -> Guest:
+        """Start a machine whose disks are NBD exports. It is not up yet: see `until`."""
         parts = need_guest()
         image = directory / "initramfs"
         if not image.exists():
             image.write_bytes(initramfs(parts))
         where = (f"server.type=unix,server.path={server}" if isinstance(server, Path)
                  else f"server.type=inet,server.host={server[0]},server.port={server[1]}")
+        disks = [word for export in exports for word in (
+            "-blockdev", f"driver=nbd,node-name={export},export={export},{where}",
+            "-device", f"virtio-blk-pci,drive={export}")]
         process = await asyncio.create_subprocess_exec(
             "qemu-system-x86_64", "-accel", "tcg", "-m", "192", "-nodefaults", "-display", "none", "-serial", "stdio",
             "-no-reboot", "-kernel", parts.kernel, "-initrd", image,
-            "-append", f"console=ttyS0 quiet panic=-1 task={task}",
-            "-blockdev", f"driver=nbd,node-name=disk,export={export},{where}",
-            "-device", "virtio-blk-pci,drive=disk",
+            "-append", f"console=ttyS0 quiet panic=-1 task={task}", *disks,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
         return cls(process)
 

@@ -51,6 +51,34 @@ async def test_a_guest_boots_again_from_the_standby_with_the_data_of_the_last_ch
         run("e2fsck", "-f", "-n", tmp_path / "disk0.standby")
 
 
+@pytest.mark.parametrize(("image_format", "ack"), [("raw", "local"), ("qcow2", "both")])
+@scenario
+async def test_two_disks_of_a_guest_are_at_the_same_moment_after_a_failover(
+        tmp_path: Path, image_format: str, ack: str) -> None:
+    """What the guest writes to the second disk, when the first has flushed it, is nowhere without that."""
+    need_guest()
+    async with Pair(tmp_path, disks=2, image=make_disk(tmp_path / "fresh", SIZE), format=image_format) as pair:
+        await pair.start("--checkpoint-every", "200ms", "--ack", ack)
+        guest = await Guest.boot(tmp_path, pair.primary.nbd, *pair.names, task="write")
+        try:
+            await guest.until("WROTE 3")
+            await pair.primary.until(health="healthy")
+            await pair.primary.execute("replication-checkpoint")
+            await _more(guest, 5)
+            pair.primary.kill()
+        finally:
+            await guest.kill()
+
+        await pair.standby.execute("replication-failover")
+        assert 3 <= await _found(tmp_path, pair.standby.nbd, *pair.names) <= guest.written + 2
+        await pair.standby.until(state="promoted")
+        await pair.standby.execute("quit")
+        assert await pair.standby.ended() == 0
+        for number, name in enumerate(pair.names):
+            (tmp_path / name).write_bytes(await pair.file("standby", number))
+            run("e2fsck", "-f", "-n", tmp_path / name)
+
+
 @pytest.mark.parametrize(("primary", "secondary"), [(BLOCKSTEP, BLOCKSTEP), (QEMU, BLOCKSTEP), (BLOCKSTEP, QEMU)],
                          ids=lambda program: program.name)
 @scenario
@@ -103,9 +131,9 @@ async def _more(guest: Guest, count: int) -> int:
     return guest.written
 
 
-async def _found(directory: Path, server: Address, export: str) -> int:
+async def _found(directory: Path, server: Address, *exports: str) -> int:
     """Boot a guest from the standby: how many files it finds, after its file system has recovered without a fault."""
-    guest = await Guest.boot(directory, server, export, task="check")
+    guest = await Guest.boot(directory, server, *exports, task="check")
     try:
         found = int((await guest.until(r"FOUND (\d+)"))[1])
         await guest.until("RECOVERED")
