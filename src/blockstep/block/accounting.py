@@ -2,7 +2,7 @@
 
 A `CountedBackend` is a `Backend` that keeps an `Account`. Guests' users are such; jobs are not, nor is anything in a
 program that shows no counters. All users of one disk share its account, also those that are gone; they take it along
-when the graph puts another node under them. See `Graph.account_of`.
+when the graph puts another node under them: `Accounts`.
 
 Counts and bytes are exact. Time is not taken for each request, as that would cost more than all the rest: it is
 taken for each 16th of its kind, and counts 16-fold. Added to a request: 60 ns (the counts 40, the time 15 on average).
@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from blockstep.block.driver import Buffer, Driver
 from blockstep.block.io import Backend
-from blockstep.block.permissions import Permission
+from blockstep.block.permissions import ALL, READ, Permission
 
 #: Requests for one whose time is taken; a power of two.
 SAMPLE: Final = 16
@@ -139,3 +139,70 @@ class CountedBackend(Backend):
     def _failed(self, tally: Tally, operation: Operation, error: OSError) -> None:
         tally.failed += 1
         self.account.on_error(self, operation, error)
+
+
+class Accounts:
+    """The counted users of a graph, what was counted of each disk, and which of them are sent through a filter first.
+
+    ``attach`` lets a user in (`Graph.attach`), ``report`` takes the event of a request that failed.
+    """
+
+    def __init__(self, attach: Callable[[Backend], None], report: Callable[[str, dict[str, Any]], None]) -> None:
+        self._attach, self._report = attach, report
+        self._users: list[CountedBackend] = []
+        # By the names of disks; of users that are gone as well.
+        self._accounts: dict[str, Account] = {}
+        #: Disks by name -> the filter that counted users of the disk are sent through.
+        self.entrances: dict[str, Driver] = {}
+
+    def attach(self, node: Driver, name: str, taken: Permission = READ, shared: Permission = ALL) -> Backend:
+        """As `Graph.attach_backend`, for users whose requests are counted (`of`) and limited (`entrances`)."""
+        account = self.of(node)
+        if account is None:
+            account = Account()
+            account.on_error = self._io_error
+        entrance = self.entrances.get(node.name)
+        if entrance is not None and entrance.children["file"].node is not node:  # the disk is another node by now
+            entrance = None
+        user = CountedBackend(name, entrance or node, taken, shared, account)
+        self._attach(user)
+        self._users.append(user)
+        self._accounts[node.name] = account
+        return user
+
+    def of(self, node: Driver) -> Account | None:
+        """What is counted for a disk: of those who use it now, or else of those who did so last."""
+        for user in self._users:
+            if self._disk_of(user) is node:
+                return user.account
+        account = self._accounts.get(node.name)
+        return None if account in [user.account for user in self._users] else account  # they have moved on
+
+    def user_leaves(self, user: Backend) -> None:
+        """Any user of the graph goes; the account of a counted one stays with the disk that it used last."""
+        if isinstance(user, CountedBackend) and user in self._users:
+            self._users.remove(user)
+            if user.account not in [other.account for other in self._users]:
+                self._accounts = {name: each for name, each in self._accounts.items() if each is not user.account}
+                self._accounts[self._disk_of(user).name] = user.account
+
+    def node_closed(self, node: Driver) -> None:
+        """A node is gone; its name may come again."""
+        self._accounts.pop(node.name, None)
+        entrance = self.entrances.pop(node.name, None)
+        if entrance is not None and "file" in entrance.children:  # another node has become the disk
+            self.entrances.setdefault(entrance.children["file"].node.name, entrance)
+
+    def _disk_of(self, user: Backend) -> Driver:
+        """The node that stands for the disk of a user: filters that jobs and limits have put before it do not."""
+        for node in user.node.chain():
+            anonymous = not node.owned and node.options.node_name is None
+            if not node.is_filter or not (anonymous or node in self.entrances.values()):
+                break
+        return node
+
+    def _io_error(self, user: Backend, operation: Operation, error: OSError) -> None:
+        name = self._disk_of(user).name
+        self._report("BLOCK_IO_ERROR", {
+            "device": name, "node-name": name, "operation": "read" if operation == "read" else "write",
+            "action": "report", "nospace": error.errno == errno.ENOSPC, "reason": error.strerror or str(error)})

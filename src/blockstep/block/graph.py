@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from blockstep.block.accounting import Account, CountedBackend
+from blockstep.block.accounting import Accounts
 from blockstep.block.change import Change as Change
 from blockstep.block.driver import Driver, Prepared
 from blockstep.block.io import Backend
@@ -47,11 +47,8 @@ class Graph:
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         #: What the options of nodes refer to by id: throttle groups, TLS credentials.
         self.objects: dict[str, Any] = {}
-        # Users that are counted; and by the names of disks what was counted there, of users that are gone as well.
-        self._counted: list[CountedBackend] = []
-        self._accounts: dict[str, Account] = {}
-        #: Nodes by name -> the filter that counted users of the node are sent through.
-        self.entrances: dict[str, Driver] = {}
+        #: Of those users whose requests are counted.
+        self.accounts = Accounts(self.attach, self.report)
         self._numbers = itertools.count(1)
         # Of each drained section: the nodes (by id) and the users that are held back.
         self._drains: list[tuple[set[int], list[Backend]]] = []
@@ -164,10 +161,7 @@ class Graph:
 
     async def _closed(self, node: Driver) -> None:
         del self.unfinished[node.name]
-        self._accounts.pop(node.name, None)
-        entrance = self.entrances.pop(node.name, None)
-        if entrance is not None and "file" in entrance.children:  # another node has become the disk
-            self.entrances.setdefault(entrance.children["file"].node.name, entrance)
+        self.accounts.node_closed(node)
         await self._close_children(node)
 
     async def _close_children(self, node: Driver) -> None:
@@ -194,55 +188,11 @@ class Graph:
         While the node is drained the new user's requests wait as those of the others do.
         """
         backend = Backend(name, node, taken, shared)
-        self._let_in(backend)
+        self.attach(backend)
         return backend
 
-    def attach_counted(self, node: Driver, name: str, taken: Permission = READ, shared: Permission = ALL) -> Backend:
-        """As `attach_backend`, for users whose requests are counted (`account_of`) and limited (`entrances`)."""
-        account = self.account_of(node)
-        if account is None:
-            account = Account()
-            account.on_error = self._io_error
-        entrance = self.entrances.get(node.name)
-        if entrance is not None and entrance.children["file"].node is not node:  # the disk is another node by now
-            entrance = None
-        backend = CountedBackend(name, entrance or node, taken, shared, account)
-        self._let_in(backend)
-        self._counted.append(backend)
-        self._accounts[node.name] = account
-        return backend
-
-    def account_of(self, node: Driver) -> Account | None:
-        """What is counted for a disk: of those who use it now, or else of those who did so last."""
-        for user in self._counted:
-            if self._disk_of(user) is node:
-                return user.account
-        account = self._accounts.get(node.name)
-        return None if account in [user.account for user in self._counted] else account  # they have moved on
-
-    def _disk_of(self, user: Backend) -> Driver:
-        """The node that stands for the disk of a user: filters that jobs and limits have put before it do not."""
-        for node in user.node.chain():
-            anonymous = not node.owned and node.options.node_name is None
-            if not node.is_filter or not (anonymous or node in self.entrances.values()):
-                break
-        return node
-
-    def _io_error(self, user: Backend, operation: str, error: OSError) -> None:
-        name = self._disk_of(user).name
-        self.report("BLOCK_IO_ERROR", {
-            "device": name, "node-name": name, "operation": "read" if operation == "read" else "write",
-            "action": "report", "nospace": error.errno == errno.ENOSPC, "reason": error.strerror or str(error)})
-
-    def _forget_user(self, user: Backend) -> None:
-        """A counted user goes; its account stays with the disk that it used last."""
-        if isinstance(user, CountedBackend) and user in self._counted:
-            self._counted.remove(user)
-            if user.account not in [other.account for other in self._counted]:
-                self._accounts = {name: each for name, each in self._accounts.items() if each is not user.account}
-                self._accounts[self._disk_of(user).name] = user.account
-
-    def _let_in(self, backend: Backend) -> None:
+    def attach(self, backend: Backend) -> None:
+        """As `attach_backend`, of a user that is made already."""
         node = backend.node
         with self.change() as change:
             change.attach_backend(backend)
@@ -258,7 +208,7 @@ class Graph:
         """
         backend.forget_held()
         await backend.idle()
-        self._forget_user(backend)
+        self.accounts.user_leaves(backend)
         node = backend.node
         node.parents.remove(backend.edge)
         with self.change() as change:

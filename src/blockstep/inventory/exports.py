@@ -333,7 +333,7 @@ class ExportTable:
             raise OptionError("writable", True, f"false: node '{node.name}' is read-only")
         bitmaps = _find_bitmaps(self._graph, node, options)
         permission = READ | WRITE if options.writable else READ
-        backend = self._graph.attach_counted(node, f"export '{options.id}'", permission)
+        backend = self._graph.accounts.attach(node, f"export '{options.id}'", permission)
         try:
             served = Export(
                 node.name if options.name is None else options.name,

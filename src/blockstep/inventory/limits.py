@@ -3,7 +3,7 @@
     exports ──► throttle ──► disk ◄── jobs
 
 A throttle filter is put between the disk and those of its users whose requests are counted; jobs do not pass it. It
-stays while nobody uses the disk, and those who come later are sent through it: `Graph.entrances`. Disks in one group
+stays while nobody uses the disk, and those who come later are sent through it: `Accounts.entrances`. Disks in one group
 share its limits.
 """
 
@@ -18,7 +18,7 @@ from blockstep.errors import noting
 
 def limits_of(graph: Graph, node: Driver) -> ThrottleGroup | None:
     """The group whose limits a disk keeps to, if any."""
-    entrance = graph.entrances.get(node.name)
+    entrance = graph.accounts.entrances.get(node.name)
     return entrance.group if isinstance(entrance, Throttle) else None
 
 
@@ -39,7 +39,7 @@ async def set_limits(graph: Graph, node: Driver, limits: Limits, group: str | No
         found.set_limits(limits)
     if present is not None and present.name == name:
         return
-    entrance = graph.entrances.get(node.name)
+    entrance = graph.accounts.entrances.get(node.name)
     options = {"throttle-group": name, **({} if isinstance(found, ThrottleGroup) else {"limits": _given(limits)})}
     if isinstance(entrance, Throttle):
         made = None if isinstance(found, ThrottleGroup) else limits
@@ -54,15 +54,15 @@ async def set_limits(graph: Graph, node: Driver, limits: Limits, group: str | No
         with noting(error):
             await graph.close_unused(new)
         raise
-    graph.entrances[node.name] = new
+    graph.accounts.entrances[node.name] = new
 
 
 async def lift_limits(graph: Graph, node: Driver) -> None:
     """Let a disk go without limits."""
-    entrance = graph.entrances.get(node.name)
+    entrance = graph.accounts.entrances.get(node.name)
     if entrance is not None:
         await graph.remove_filter(entrance)
-        del graph.entrances[node.name]
+        del graph.accounts.entrances[node.name]
         entrance.owned = False
         await graph.close_unused(entrance)
 

@@ -15,10 +15,10 @@ async def remove_node(graph: Graph, node: Driver) -> None:
     """Close a node that nobody uses, its limits, and those of its children that came with it. Raises GraphError."""
     if not node.owned:
         raise GraphError(f"node '{node.name}' belongs to the node that it was added with, and goes with it")
-    for name, each in graph.entrances.items():
+    for name, each in graph.accounts.entrances.items():
         if each is node:
             raise GraphError(f"node '{node.name}' holds the limits of disk '{name}', and goes with them")
-    entrance = graph.entrances.get(node.name)
+    entrance = graph.accounts.entrances.get(node.name)
     if entrance is not None and not entrance.parents and len(node.parents) == 1:
         node.check_operation("remove")
         await lift_limits(graph, node)

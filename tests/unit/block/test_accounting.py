@@ -26,14 +26,14 @@ async def counted(taken: Permission = READ | WRITE) -> AsyncIterator[tuple[Graph
     graph = Graph()
     node: Any = await graph.open({"driver": "blkdebug", "node-name": "disk",
                                   "file": {"driver": "memory", "size": MiB}})
-    user = graph.attach_counted(node, "user", taken)
-    account = graph.account_of(node)
+    user = graph.accounts.attach(node, "user", taken)
+    account = graph.accounts.of(node)
     assert account is not None
     yield graph, user, account, node
     await graph.detach_backend(user)
-    assert graph.account_of(node) is account
+    assert graph.accounts.of(node) is account
     await graph.close(node)
-    assert graph.account_of(node) is None
+    assert graph.accounts.of(node) is None
 
 
 @scenario
@@ -58,8 +58,8 @@ async def test_requests_that_end_at_once_are_counted_as_exactly(tmp_path: Path) 
     (tmp_path / "disk").write_bytes(bytes(MiB))
     graph = Graph()
     node = await graph.open({"driver": "file", "node-name": "disk", "filename": str(tmp_path / "disk")})
-    user = graph.attach_counted(node, "user", READ | WRITE)
-    account = graph.account_of(node)
+    user = graph.accounts.attach(node, "user", READ | WRITE)
+    account = graph.accounts.of(node)
     assert account is not None
     for number in range(3 * SAMPLE + 1):
         writing = user.begin_write(number * 4096, b"x" * 100)
@@ -127,7 +127,7 @@ async def test_a_request_that_makes_no_sense_is_no_failure() -> None:
 async def test_users_that_come_and_go_share_the_account() -> None:
     async with counted() as (graph, user, account, node):
         await user.pread(0, 1)
-        other = graph.attach_counted(node, "other", READ)
+        other = graph.accounts.attach(node, "other", READ)
         await other.pread(0, 1)
         await graph.detach_backend(other)
         plain = graph.attach_backend(node, "job", READ)
@@ -163,18 +163,18 @@ async def test_users_take_their_account_along_when_their_disk_becomes_another_no
     graph.listeners.append(lambda name, data: events.append(data))
     old = await graph.open({"driver": "null", "node-name": "old", "size": MiB})
     new: Any = await graph.open({"driver": "blkdebug", "node-name": "new", "file": {"driver": "null", "size": MiB}})
-    user = graph.attach_counted(old, "user", READ | WRITE)
+    user = graph.accounts.attach(old, "user", READ | WRITE)
     await user.pread(0, 1)
-    account = graph.account_of(old)
+    account = graph.accounts.of(old)
     top = await graph.insert_filter({"driver": "blkdebug", "file": "old"}, old)
-    assert graph.account_of(old) is account  # a job's filter is not the disk
+    assert graph.accounts.of(old) is account  # a job's filter is not the disk
     async with graph.drained(old):
         with graph.change() as change:
             change.replace(top, new)
     await graph.close_unused(top)
-    assert graph.account_of(new) is account
-    assert graph.account_of(old) is None
-    other = graph.attach_counted(new, "other", READ)
+    assert graph.accounts.of(new) is account
+    assert graph.accounts.of(old) is None
+    other = graph.accounts.attach(new, "other", READ)
     await other.pread(0, 1)
     new.fail("read", once=True)
     with pytest.raises(OSError, match="injected"):
@@ -183,7 +183,7 @@ async def test_users_take_their_account_along_when_their_disk_becomes_another_no
     await graph.detach_backend(user)
     await graph.detach_backend(other)
     await graph.close(old)
-    assert graph.account_of(new) is account
+    assert graph.accounts.of(new) is account
     assert account is not None
     assert account.read.operations == 2
     await graph.close(new)

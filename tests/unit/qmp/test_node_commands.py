@@ -31,7 +31,7 @@ async def memory(d: Daemon, *names: str, size: int = MiB) -> None:
 def client(d: Daemon, name: str) -> Backend:
     """A user of a node, as an export is."""
     graph = d.inventory.graph
-    return graph.attach_counted(graph.find(name), "client", READ | WRITE)
+    return graph.accounts.attach(graph.find(name), "client", READ | WRITE)
 
 
 # --- blockdev-add, blockdev-del ---
@@ -296,7 +296,7 @@ async def test_limits_hold_for_those_who_are_there_and_those_who_come(tmp_path: 
         await d.qmp("block_set_io_throttle", {**NONE, "device": "disk", "iops_wr": 10, "iops_wr_max": 20})
         after = client(d, "disk")
         job = graph.attach_backend(graph.find("disk"), "job", READ)
-        assert before.node is after.node is graph.entrances["disk"]
+        assert before.node is after.node is graph.accounts.entrances["disk"]
         assert job.node is graph.find("disk")
         group = limits_of(graph, graph.find("disk"))
         assert group is not None
@@ -305,7 +305,7 @@ async def test_limits_hold_for_those_who_are_there_and_those_who_come(tmp_path: 
         assert (group.limits.iops_write, group.limits.bps_total) == (0, 1000)
         await d.qmp("block_set_io_throttle", {**NONE, "id": "disk"})
         assert before.node is after.node is graph.find("disk")
-        assert not graph.entrances
+        assert not graph.accounts.entrances
         assert not graph.objects
         for user in (before, after, job):
             await graph.detach_backend(user)
@@ -343,7 +343,7 @@ async def test_the_filter_that_holds_limits_goes_with_them_only(tmp_path: Path) 
         graph = d.inventory.graph
         await memory(d, "disk", "other")
         await d.qmp("block_set_io_throttle", {**NONE, "id": "disk", "iops": 10})
-        entrance = graph.entrances["disk"]
+        entrance = graph.accounts.entrances["disk"]
         with refused(match="limits of disk 'disk'"):
             await d.qmp("blockdev-del", {"node-name": entrance.name})
         with graph.change() as change:  # a snapshot: another node takes the disk's place
@@ -352,7 +352,7 @@ async def test_the_filter_that_holds_limits_goes_with_them_only(tmp_path: Path) 
         assert user.node is graph.find("disk")
         await graph.detach_backend(user)
         await d.qmp("blockdev-del", {"node-name": "disk"})
-        assert graph.entrances == {"other": entrance}
+        assert graph.accounts.entrances == {"other": entrance}
         await d.qmp("block_set_io_throttle", {**NONE, "id": "other"})
         assert [*graph.nodes] == ["other"]
 
@@ -369,7 +369,7 @@ async def test_limits_that_make_no_sense(tmp_path: Path) -> None:
         with refused("DeviceNotFound"):
             await d.qmp("block_set_io_throttle", {**NONE, "id": "nobody"})
         assert [*d.inventory.graph.nodes] == ["disk"]
-        assert not d.inventory.graph.entrances
+        assert not d.inventory.graph.accounts.entrances
 
 
 # --- events ---

@@ -24,7 +24,7 @@ def disk(path: Path, data: bytes = b"") -> str:
 def client(d: Daemon, name: str) -> Backend:
     """A user of a node, as an export is."""
     graph = d.inventory.graph
-    return graph.attach_counted(graph.find(name), "client", READ | WRITE)
+    return graph.accounts.attach(graph.find(name), "client", READ | WRITE)
 
 
 async def view(d: Daemon, tmp_path: Path) -> None:

@@ -149,15 +149,15 @@ async def query_named_block_nodes(context: Holder, args: FlatArguments) -> list[
 def disks(graph: Graph) -> list[Driver]:
     """The nodes that are shown as disks; see the module."""
     return [node for node in graph.nodes.values()
-            if node.owned and node not in graph.entrances.values()
-            and (graph.account_of(node) is not None or not any(above.owned for above in _above(graph, node)))]
+            if node.owned and node not in graph.accounts.entrances.values()
+            and (graph.accounts.of(node) is not None or not any(above.owned for above in _above(graph, node)))]
 
 
 def _above(graph: Graph, node: Driver) -> Iterator[Driver]:
     """All nodes above; a filter that only holds limits does not count, and hides nothing above it."""
     for edge in node.parents:
         if isinstance(edge.parent, Driver):
-            if edge.parent not in graph.entrances.values():
+            if edge.parent not in graph.accounts.entrances.values():
                 yield edge.parent
             yield from _above(graph, edge.parent)
 
@@ -306,7 +306,7 @@ async def query_blockstats(context: Holder, args: StatisticsArguments) -> list[S
 
 
 def _statistics(graph: Graph, node: Driver, chain: bool = True) -> Statistics:
-    found = Statistics(node_name=node.name, stats=counters(graph.account_of(node) or Account()))
+    found = Statistics(node_name=node.name, stats=counters(graph.accounts.of(node) or Account()))
     storage = node.children.get("file") or node.children.get("children.0")
     if storage is not None:
         found.parent = _statistics(graph, storage.node, chain)
