@@ -3,7 +3,8 @@
 A flush writes it into free clusters and then moves the header to it: one write of 24 bytes. Before, nothing that the
 image on the disk uses is touched. It takes the same time however much the image holds: of its clusters only those of
 the bitmaps stay. What it held takes room until that flush; so the storage for the next set is taken with each set, and
-an image that has filled its file system can be emptied all the same. With internal snapshots there is no such way; `Emptier.make_empty` drops one L2 table after the other.
+an image that has filled its file system can be emptied all the same. With internal snapshots there is no such way;
+`Emptier.make_empty` drops one L2 table after the other.
 
 Bitmaps stay as they are, as with QEMU: they tell of writes to the disk, and whether the disk reads as before after the
 node was emptied is known to who empties it. After a commit it does.
