@@ -24,7 +24,7 @@ from typing import ClassVar, Unpack
 
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Change, Graph
-from blockstep.block.io import Backend, enter, leave
+from blockstep.block.io import Backend
 from blockstep.block.node import Child
 from blockstep.block.permissions import READ, WRITE, WRITE_UNCHANGED, Role
 from blockstep.errors import OptionError, PermissionConflict
@@ -103,12 +103,8 @@ class CommitJob(SyncJob):
     async def fill(self) -> None:
         if self.base.length < self.top.length:
             # Zeroes come where the layers above read zeroes already: as little a change as the writes that follow.
-            _, target = self._backends
-            await enter(target)
-            try:
-                await target.edge.resize(self.top.length)
-            finally:
-                leave(target)
+            async with self.graph.drained(self.base):
+                await self._backends[1].edge.resize(self.top.length)
         await self.fill_allocated(self._below)
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockstep.aio.inline import start
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Change, Graph
 from blockstep.block.io import Backend
@@ -18,7 +19,7 @@ from blockstep.block.permissions import ALL, READ, WRITE, WRITE_UNCHANGED
 from blockstep.errors import GraphError, OperationBlocked, OptionError, PermissionConflict
 from blockstep.jobs.commit import CommitJob
 from blockstep.units import KiB, MiB
-from tests.unit.jobs.support import CANCELLABLE, HandClock, Listener, cancelled, picture, reach
+from tests.unit.jobs.support import CANCELLABLE, HandClock, Listener, cancelled, picture, reach, settle
 
 SIZE = 1 * MiB
 PATTERN = random.Random(2).randbytes(SIZE)
@@ -111,6 +112,24 @@ def test_a_shorter_base_grows() -> None:
         assert await job.wait() is None
         assert c.base.length == SIZE
         assert await c.view() == before
+
+    asyncio.run(main())
+
+
+def test_a_shorter_base_grows_when_nothing_is_in_flight_in_it() -> None:
+    async def main() -> None:
+        c = await Chain().open(base_size=100000)
+        job = CommitJob("merge", c.graph, c.mid, c.base)
+        await job.launch()
+        c.base.suspend("read", "held")
+        read: list[Any] = []
+        assert not start(c.guest.pread(0, 512), lambda *ended: read.append(ended))
+        await settle()
+        assert c.base.length == 100000
+        c.base.resume("held")
+        assert await job.wait() is None
+        assert read == [(PATTERN[:512], None)]
+        assert c.base.length == SIZE
 
     asyncio.run(main())
 
