@@ -8,9 +8,10 @@ the difference and not everything; and where both ends have ended in good order,
     start    the stamps are as in the note ──► the note goes, durably ──► the first write
 
 Whoever ends in any other way leaves no note. Whoever writes to the files in between, or puts others in their place,
-changes their stamps: inode, length, and the times of the last write and of the last change of any kind. A block device
-has the kernel's count of what was written to it, which begins anew with each boot: so after a reboot nothing is known
-of disks that are one.
+changes their stamps: inode, length, and the times of the last write and of the last change of any kind. These are as
+coarse as the filesystem has them: a program ends when a write would have another time. A block device has its length,
+and the kernel's count of what was written to it. That begins anew with each boot: so after a reboot nothing is known of
+disks that are one.
 
 **Instances.** Each run of a primary has a name of its own, and a standby remembers which run committed last, until
 another one attaches: that one may write to the disks. A run that begins with a note calls itself NEW/OLD. A standby
@@ -128,7 +129,17 @@ def _stamp(status: os.stat_result) -> str:
         raise OSError(errno.ENOTSUP, "nothing is counted")
     counts = (device / "stat").read_text().split()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return " ".join([boot, (disk / "diskseq").read_text().strip(), *(counts[at] for at in _WRITTEN)])
+    # A growth writes nothing, and what is new may hold anything.
+    known = [(disk / "diskseq").read_text().strip(), (device / "size").read_text().strip()]
+    return " ".join([boot, *known, *(counts[at] for at in _WRITTEN)])
+
+
+def tick(changed: int) -> float:
+    """How many seconds apart changes of a file must be to have different times, by the time of one, in nanoseconds.
+
+    The clock of the kernel's timer, or where times are whole seconds, the two seconds of FAT.
+    """
+    return 2.0 if changed % 1_000_000_000 == 0 else 0.02
 
 
 def pack(*bitmaps: Bitmap) -> bytes:
@@ -163,6 +174,10 @@ def write(note: Path, end: GoodEnd) -> None:
         if found is None:
             return
         disk.files = found
+    try:
+        time.sleep(max(tick(os.stat(name).st_ctime_ns) for disk in end.disks.values() for name in disk.files))
+    except FileNotFoundError:  # since then
+        return
     end.ended = time.time()
     try:
         said = msgspec.json.encode(end) + b"\n"

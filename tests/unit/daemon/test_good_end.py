@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,24 @@ def test_a_file_that_is_not_as_it_was_makes_the_note_worthless(tmp_path: Path, c
     assert good_end.read(note, "web", disks) is None
 
 
+def test_an_end_lasts_until_a_write_would_have_another_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        (tmp_path / "a").write_bytes(b"somebody")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    note, disks = noted(tmp_path, a="raw")
+    assert slept == [good_end.tick((tmp_path / "a").stat().st_ctime_ns)]
+    assert good_end.read(note, "web", disks) is None
+
+
+@pytest.mark.parametrize(("changed", "seconds"), [(7_000_000_000, 2.0), (7_000_000_001, 0.02), (6_990_000_000, 0.02)])
+def test_times_in_whole_seconds_are_those_of_a_filesystem_that_has_no_others(changed: int, seconds: float) -> None:
+    assert good_end.tick(changed) == seconds
+
+
 @pytest.mark.parametrize(("pair", "disks"), [
     ("other", "ab"), ("web", "a"), ("web", "abc"), ("web", "aB")])
 def test_a_note_of_another_pair_or_of_other_disks_is_worthless(tmp_path: Path, pair: str, disks: str) -> None:
@@ -86,7 +106,7 @@ def test_of_disks_that_show_no_writes_nothing_is_noted(tmp_path: Path) -> None:
     assert not note.exists()
 
 
-def test_a_block_device_shows_that_it_was_written_to_or_became_another_one(tmp_path: Path) -> None:
+def test_a_block_device_shows_that_it_was_written_to_or_grew_or_became_another_one(tmp_path: Path) -> None:
     seen: list[str] = []
 
     def look(device: Path) -> None:
@@ -103,9 +123,12 @@ def test_a_block_device_shows_that_it_was_written_to_or_became_another_one(tmp_p
             with open(device, "r+b") as file:
                 file.write(b"somebody")
             look(device)
+            os.truncate(tmp_path / "image", 2 * MiB)
+            subprocess.run(["losetup", "--set-capacity", device], check=True)
+            look(device)
         finally:
             release(device)
-    assert [seen.index(stamp) for stamp in seen] == [0, 0, 2, 3, 3, 5]
+    assert [seen.index(stamp) for stamp in seen] == [0, 0, 2, 3, 4, 4, 6, 7]
 
 
 @scenario
