@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from blockstep.block.driver import Driver
-from blockstep.daemon import good_end
+from blockstep.daemon import good_end, promotion
 from blockstep.daemon.primary import Primary, PrimaryConfig
 from blockstep.daemon.standby import Standby
-from blockstep.errors import BlockstepError
+from blockstep.errors import BlockstepError, OptionError
 from blockstep.nbd.uri import InetAddress, UnixAddress
 from blockstep.qmp.commands.replication import PairResizeArguments
 from blockstep.qmp.schema import Monitor
@@ -103,6 +103,19 @@ def test_a_primary_that_could_not_start_leaves_the_note_of_its_last_end(tmp_path
     assert end is not None
     assert (end.instance, end.epoch, end.asked) == (before["instance"], before["epoch"], before["asked"])
     assert end.asked == end.epoch > 0
+
+
+def test_a_primary_leaves_the_memory_of_a_promotion_alone(tmp_path: Path) -> None:
+    """On a host whose standby was promoted, with the options of that one: a standby would not be refused any more."""
+    promotion.write(tmp_path / "ended", "p", 1, "latest", [])
+
+    async def main() -> None:
+        with pytest.raises(OptionError, match=r"--state.*another file.*promotion"):
+            await Primary(config(tmp_path)).open()
+
+    asyncio.run(main())
+    with pytest.raises(OptionError, match="was promoted"):
+        promotion.check(tmp_path / "ended", "p")
 
 
 def test_many_requests_at_a_time_are_few_checkpoints(tmp_path: Path) -> None:

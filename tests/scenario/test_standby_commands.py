@@ -12,7 +12,7 @@ import pytest
 
 from blockstep.block.io import enter, leave
 from blockstep.daemon.standby import Standby, StandbyConfig
-from blockstep.errors import BlockstepError, PeerRefused, ReplicationError
+from blockstep.errors import BlockstepError, OptionError, PeerRefused, ReplicationError
 from blockstep.jobs.commit import CommitJob
 from blockstep.nbd.client import Client
 from blockstep.nbd.uri import Address, InetAddress, UnixAddress, parse_uri
@@ -23,6 +23,17 @@ from tests.scenario.pair import a_disk, buffers, content_of
 pytestmark = pytest.mark.usefixtures("four_disks")
 
 SIZE = 1 << 20
+
+
+def test_a_promotion_and_an_end_in_good_order_are_not_written_to_one_file(tmp_path: Path) -> None:
+    async def main() -> None:
+        with pytest.raises(OptionError, match=r"--state.*another name"):
+            await Standby(StandbyConfig(
+                pair="p", disks=(a_disk("d", tmp_path / "d.img"),), link=InetAddress("127.0.0.1", 0),
+                view=UnixAddress(str(tmp_path / "view.nbd")), qmp=tmp_path / "qmp", state=tmp_path / "p.ended",
+                buffer_memory=SIZE, **buffers(tmp_path))).open()
+
+    asyncio.run(main())
 
 
 class Caller:

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any, Literal
 
 from blockstep.aio.pool import in_thread
-from blockstep.daemon import good_end
+from blockstep.daemon import good_end, promotion
 from blockstep.daemon.disks import missing_last, serve, uris
 from blockstep.daemon.files import Files
 from blockstep.daemon.primary_checkpoints import Checkpoints, ended
@@ -84,6 +84,7 @@ class Primary(Service):
 
     async def open(self) -> None:
         """Open the disks and serve them; the standby is looked for meanwhile. Raises OptionError or OSError."""
+        promotion.spare(self.config.state)
         end = await in_thread(good_end.read, self.config.state, self.config.pair, self.config.disks)
         try:
             self.standby.tls()  # certificates that are not there are the user's error now, not one of every attempt

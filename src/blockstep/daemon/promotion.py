@@ -37,18 +37,22 @@ class _Note(msgspec.Struct):
 def check(note: Path, pair: str) -> None:
     """Raises OptionError if the standby was promoted, and says what to do: also for a note that cannot be read."""
     try:
-        text = note.read_text(errors="replace")
+        said = _read(note)
     except FileNotFoundError:
         return
-    try:
-        said = msgspec.json.decode(text, type=_Note)
-    except msgspec.MsgspecError:
-        said = _Note()
     when = f" on {said.when}" if said.when else ""
     torn = "".join(f" But the file of '{name}' is a part of the merge and not usable alone." for name in said.unmerged)
     raise OptionError("--state", str(note), (
         f"absent: the standby of pair '{pair}' was promoted{when}, and its disks are live.{torn} Serve them "
         "with 'blockstep primary' or 'blockstep export'; to let a primary overwrite them, remove that file first"))
+
+
+def spare(path: Path) -> None:
+    """Raises OptionError if that is the memory of a promotion, for those who would write something else there."""
+    with contextlib.suppress(OSError):
+        if _read(path).to:
+            raise OptionError("--state", str(path), "another file: in this one a standby has its promotion written "
+                              "down, which a primary must not forget")
 
 
 def reserve(note: Path) -> None:
@@ -82,6 +86,13 @@ def give_back(note: Path) -> None:
     """There will be no promotion: the room is not needed any more."""
     with contextlib.suppress(OSError):
         _new(note).unlink()
+
+
+def _read(note: Path) -> _Note:
+    try:
+        return msgspec.json.decode(note.read_text(errors="replace"), type=_Note)
+    except msgspec.MsgspecError:
+        return _Note()
 
 
 def _new(note: Path) -> Path:

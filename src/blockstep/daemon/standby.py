@@ -27,7 +27,7 @@ from blockstep.daemon.standby_link import PrimarysSide
 from blockstep.daemon.standby_setup import BUFFERS, StandbyConfig, StandbyDisk, open_disk
 from blockstep.daemon.standby_status import Situation
 from blockstep.drivers.replication import Stage
-from blockstep.errors import BlockstepError, NodeNotFound, OperationBlocked, noting
+from blockstep.errors import BlockstepError, NodeNotFound, OperationBlocked, OptionError, noting
 from blockstep.inventory.inventory import Inventory
 from blockstep.inventory.nodes import tried
 from blockstep.nbd.export import Export
@@ -75,6 +75,9 @@ class Standby(Service):
 
     async def open(self) -> None:
         """Open the disks, serve the views, wait for a primary. Raises OptionError or OSError; then all is closed."""
+        if self.config.state == self._good_end:
+            raise OptionError("--state", str(self.config.state), "another name: in the file of this one an end in good "
+                              "order is written down")
         promotion.check(self.config.state, self.config.pair)
         end = await in_thread(good_end.read, self._good_end, self.config.pair, self.config.disks)
         try:
