@@ -5,9 +5,9 @@ a terabyte costs nothing until something is in it, and `clear` hands the pages b
 same few microseconds however much is set. All searches run in C (`bitarray`).
 
 `Bitmap` is the set of clusters; `DirtyBitmap` is one that watches a node and has a name. A node keeps its bitmaps in
-`Node.bitmaps`; they go when it goes. Whoever works with one claims it (`DirtyBitmap.claim`), and others are refused
-meanwhile. Changes come in two halves, `prepare_...` and what that returns, so that several happen together or not at
-all: between the halves no write may come, or an abort would forget it.
+`Node.bitmaps`; they go when it goes. Whoever works with one says so (`DirtyBitmap.claim`, `DirtyBitmap.show`), and
+others are refused meanwhile. Changes come in two halves, `prepare_...` and what that returns, so that several happen
+together or not at all: between the halves no write may come, or an abort would forget it.
 
 A *persistent* bitmap is stored by its node's driver when the node is closed, and is there again when it is opened
 (`Driver.check_bitmap`, `Driver.keep_bitmaps`). One that could not be stored in order is *inconsistent* then: nobody
@@ -280,10 +280,15 @@ class DirtyBitmap(Bitmap):
         Raises OperationBlocked when somebody else does, and as `check_usable`.
         """
         self.check_usable(changing=not restores)
-        return self._claim(user)
+        return self._claim(user, True)
 
-    def _claim(self, user: str) -> Callable[[], None]:
-        self.busy, self.changing = user, True
+    def show(self, user: str) -> Callable[[], None]:
+        """As `claim`, by one who only looks at it: it goes on recording. Raises as `claim` with ``restores``."""
+        self.check_usable(changing=False)
+        return self._claim(user, False)
+
+    def _claim(self, user: str, changing: bool) -> Callable[[], None]:
+        self.busy, self.changing = user, changing
 
         def release() -> None:
             self.busy, self.changing = None, False
@@ -333,7 +338,7 @@ class DirtyBitmap(Bitmap):
         """Forget it; nobody can use it from now on. `Driver.keep_bitmaps` is to follow, if it is persistent."""
         self.check_idle()
         self._check_stored()
-        return Prepared(self.remove, self._claim("whoever removes it"))
+        return Prepared(self.remove, self._claim("whoever removes it", True))
 
     def prepare_clear(self) -> Prepared:
         """Reset all bits."""

@@ -140,7 +140,8 @@ class BlockExport:
     backend: Backend
     served: Export
     server: Server
-    bitmaps: list[DirtyBitmap]
+    #: Called at its end: others may use the bitmaps again that it shows.
+    let_go: list[Callable[[], None]]
     shutting_down: bool = False
     held: bool = False
     #: When it is gone: why its node could not be flushed or closed.
@@ -344,9 +345,8 @@ class ExportTable:
             with noting(error):
                 await self._graph.detach_backend(backend)
             raise
-        for bitmap in bitmaps.values():
-            bitmap.busy = f"export '{options.id}'"
-        export = BlockExport(options, backend, served, server, list(bitmaps.values()))
+        shown = [bitmap.show(f"export '{options.id}'") for bitmap in bitmaps.values()]
+        export = BlockExport(options, backend, served, server, shown)
         backend.on_revoke = lambda reason: _cut_off(export, reason)
         self._exports[options.id] = export
         if self._guests_held and export.is_guests:
@@ -388,8 +388,8 @@ class ExportTable:
             ends.append(await tried(node, self._graph.detach_backend(export.backend)))
             export.failed = [error for error in ends if error is not None]
         finally:
-            for bitmap in export.bitmaps:
-                bitmap.busy = None
+            for let_go in export.let_go:
+                let_go()
             del self._exports[export.id]
             export.gone.set()
             self._report("BLOCK_EXPORT_DELETED", {"id": export.id})
