@@ -105,6 +105,53 @@ def test_a_primary_that_could_not_start_leaves_the_note_of_its_last_end(tmp_path
     assert end.asked == end.epoch > 0
 
 
+def test_a_primary_whose_disks_never_were_the_standbys_checkpoint_does_not_note_that_they_are(tmp_path: Path) -> None:
+    """A new one finds a standby that has an older one's checkpoint, and is stopped before it has copied its disks."""
+    async def test(new: Primary, standby: Standby) -> None:
+        old = Primary(replace(new.config, state=tmp_path / "old.ended"))
+        await old.open()
+        await until(lambda: old.coordinator.protected)
+        await old.close()
+        begun = asyncio.Event()
+
+        async def begin(full: bool) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        new.sync.begin = begin  # type: ignore[method-assign]
+        await new.open()
+        await begun.wait()
+        assert new.coordinator.epoch == standby.situation.epoch > 0
+
+    with_pair(tmp_path, test)
+    disks = [a_disk(name, tmp_path / f"{name}.primary") for name in "ab"]
+    end = good_end.read(tmp_path / "primary.ended", "p", disks)
+    assert end is not None
+    assert (end.epoch, end.disks["a"].lacks) == (0, b"")
+
+
+def test_how_old_the_checkpoint_is_outlives_a_primary_that_took_none(tmp_path: Path) -> None:
+    now = 100.0
+
+    async def main() -> None:
+        nonlocal now
+        primary = Primary(config(tmp_path), lambda: now)
+        await primary.open()
+        primary.checkpoints.committed_at = now
+        now += 50
+        await primary.close()
+        primary = Primary(config(tmp_path), lambda: now)
+        await primary.open()
+        assert primary.status().checkpoint is None
+        now += 50
+        await primary.close()
+
+    asyncio.run(main())
+    end = good_end.read(tmp_path / "ended", "p", config(tmp_path).disks)
+    assert end is not None
+    assert 100 <= end.age < 120
+
+
 def test_a_primary_leaves_the_memory_of_a_promotion_alone(tmp_path: Path) -> None:
     """On a host whose standby was promoted, with the options of that one: a standby would not be refused any more."""
     promotion.write(tmp_path / "ended", "p", 1, "latest", [])

@@ -58,6 +58,7 @@ class Primary(Service):
     def __init__(self, config: PrimaryConfig, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(config.pair)
         self.config = config
+        self._clock = clock
         self.inventory = Inventory()
         self.graph, self.jobs = self.inventory.graph, self.inventory.jobs
         self.disks: dict[str, PrimaryDisk] = {}
@@ -125,6 +126,7 @@ class Primary(Service):
                 disk.link.since.merge(lacks)
         self.standby.go_on(end.instance)
         self.coordinator.epoch, self.coordinator.asked = end.epoch, end.asked
+        self.checkpoints.committed_before = self._clock() - end.age_now
 
     async def close(self) -> None:
         """End everything, in good order: the standby's last checkpoint is the disks as they are in the end.
@@ -177,7 +179,9 @@ class Primary(Service):
         disks = {name: good_end.disk_end(disk.spec, self.graph.find(f"{name}-disk"), *disk.link.lacking())
                  for name, disk in self.disks.items()}
         ends = {name: end for name, end in disks.items() if end}
-        return good_end.GoodEnd(self.config.pair, self.standby.known_as, self.coordinator.epoch, self.coordinator.asked,
+        epoch, asked = self.coordinator.epoch, self.coordinator.asked
+        # A number that was never asked for is that of a standby's checkpoint of something else.
+        return good_end.GoodEnd(self.config.pair, self.standby.known_as, epoch if epoch <= asked else 0, asked,
                                 self.checkpoints.age, ends) if len(ends) == len(disks) else None
 
     # --- events in, actions out ---

@@ -35,11 +35,14 @@ class Checkpoints:
         #: When the last one was committed, and for how long writes were held back from the links, in seconds.
         self.committed_at: float | None = None
         self.pause = 0.0
+        #: When the last one of the run was committed where this one goes on.
+        self.committed_before: float | None = None
 
     @property
     def age(self) -> float:
         """How old the last one is, in seconds; 0: there is none."""
-        return self._clock() - self.committed_at if self.committed_at is not None else 0.0
+        at = self.committed_before if self.committed_at is None else self.committed_at
+        return 0.0 if at is None else self._clock() - at
 
     # --- when one is due ---
 
