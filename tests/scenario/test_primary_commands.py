@@ -19,7 +19,7 @@ from blockstep.daemon.primary import Primary, PrimaryConfig
 from blockstep.daemon.standby import Standby
 from blockstep.errors import BlockstepError, OptionError
 from blockstep.nbd.uri import InetAddress, UnixAddress
-from blockstep.qmp.commands.replication import PairResizeArguments
+from blockstep.qmp.commands.replication import PairResizeArguments, ReplicationState
 from blockstep.qmp.schema import Monitor
 from blockstep.replication import coordinator as c
 from tests.scenario.pair import SIZE, a_disk, until, with_pair
@@ -172,6 +172,20 @@ def test_many_requests_at_a_time_are_few_checkpoints(tmp_path: Path) -> None:
         epoch = primary.coordinator.epoch
         answers = await asyncio.gather(*(primary.checkpoint() for _ in range(8)))
         assert {answer.epoch for answer in answers} == {epoch + 1}
+
+    with_pair(tmp_path, test)
+
+
+def test_what_is_announced_of_a_checkpoint_that_another_one_follows_at_once_is_what_lasts(tmp_path: Path) -> None:
+    async def test(primary: Primary, standby: Standby) -> None:
+        told: list[str] = []
+        primary.emit = lambda event: told.append(event.state) if isinstance(  # type: ignore[method-assign]
+            event, ReplicationState) else None
+        await primary.open()
+        await until(lambda: primary.coordinator.protected)
+        primary.coordinator.reason = "the last checkpoint failed"  # so that the next one is news
+        await asyncio.gather(primary.checkpoint(), primary.checkpoint())
+        assert told == ["syncing", "replicating", "replicating"]
 
     with_pair(tmp_path, test)
 

@@ -65,8 +65,9 @@ class PrimaryStatus:
                               reason="; ".join(filter(None, [fault, disk.wrong])), fault=fault)
 
     def event(self) -> qmp.ReplicationState:
-        """The state as it is announced."""
+        """The state as it is announced. A checkpoint that is being taken is no news: nor would its end be."""
         health, reason = self.health()
-        return qmp.ReplicationState(
-            pair=self._config.pair, role="primary", state=self._coordinator.state.value, health=health, reason=reason,
-            epoch=self._coordinator.epoch)
+        state = self._coordinator.state
+        lasting = c.State.REPLICATING if state is c.State.CHECKPOINTING else state
+        return qmp.ReplicationState(pair=self._config.pair, role="primary", state=lasting.value, health=health,
+                                    reason=reason, epoch=self._coordinator.epoch)
