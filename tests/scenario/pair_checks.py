@@ -6,7 +6,8 @@ programs how they are:
 - the primary's disks, and the views, are what the model says, in every byte;
 - of every cluster in which primary and standby differ the primary knows it, so that a resync would copy it; while links
   are on and nothing is queued there is none;
-- status is true: sizes, whether there is a checkpoint, and that a pair to which nothing has happened is healthy;
+- status is true: sizes, whether there is a checkpoint, and that a pair to which nothing has happened is healthy; and
+  what was announced last is what status says;
 - nothing has been raised where nobody hears it, and no guest of the primary had to wait for longer than max-stall.
 
 (That a sync copies no more than it must is watched by `tests.scenario.pair_world` all the time.)
@@ -18,6 +19,7 @@ import asyncio
 from typing import Final
 
 from blockstep.images.opened import ImageName, opened
+from blockstep.qmp.commands import replication as qmp
 from blockstep.replication.link import GRANULARITY
 from blockstep.testing.model import Read, Write
 from tests.scenario.pair_world import MAX_STALL, World
@@ -131,11 +133,20 @@ class Checks:
         if here:
             sizes = {name: len(disk.primary.data) for name, disk in self.model.disks.items()}
             assert self.running or {disk.name: disk.size for disk in here.disks} == sizes, here
+        for name, told in (("primary", here), ("standby", there)):
+            if told and not self.running:
+                self.check_announced(name, told)
         if calm and here and there:
             assert here.health == there.health == "healthy", f"{here}\n{there}"
             assert here.checkpoint
             assert there.checkpoint
             assert here.checkpoint.epoch == there.checkpoint.epoch or here.state == "checkpointing", f"{here}\n{there}"
+
+    def check_announced(self, name: str, told: qmp.PairStatus) -> None:
+        """Whoever listens knows as much as who asks, but for what is no news, or comes when it is durable."""
+        heard = self.world.announced.get(name)
+        if heard and told.state not in ("checkpointing", "promoted") and "s old" not in told.reason:
+            assert (heard.state, heard.health) == (told.state, told.health), f"announced: {heard}\nis: {told}"
 
     def check_alone(self) -> None:
         """There has been no network for long: each side has to say that it is alone."""

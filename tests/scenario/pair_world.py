@@ -24,11 +24,14 @@ from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.daemon.disks import DiskSpec
 from blockstep.daemon.primary import Primary, PrimaryConfig
+from blockstep.daemon.service import Service
 from blockstep.daemon.standby import Standby, StandbyConfig
 from blockstep.drivers.blkdebug import Blkdebug
 from blockstep.images.opened import ImageName
 from blockstep.nbd.client import Client
 from blockstep.nbd.uri import InetAddress, UnixAddress
+from blockstep.qmp.commands import replication as qmp
+from blockstep.qmp.schema import Event
 from blockstep.replication.link import GRANULARITY
 from blockstep.testing.proxy import Proxy
 from tests.scenario import pair_model as model
@@ -76,6 +79,8 @@ class World:
         self.hosts = [directory / "one", directory / "two"]
         self.clients: dict[tuple[model.Side, str], Client] = {}
         self.primary_running = self.standby_running = False
+        #: What each of them has announced last.
+        self.announced: dict[str, qmp.ReplicationState] = {}
         #: Bytes that a resync may have sent so far, and what the proxy had carried when it began; None: none runs.
         self._resync: tuple[int, int] | None = None
         self._written = 0
@@ -120,6 +125,7 @@ class World:
             qmp=self.directory / "standby.qmp", state=self.hosts[1] / "p.promoted",
             buffer_memory=self.shape.buffer, buffer_dir=self.directory if images else None,
             buffer_format="qcow2" if images else "overlay"), loop.time)
+        self._listen(self.standby, "standby")
         await self.standby.open()
         self.proxy.target_port = self.standby.link.port
         self.standby_running = True
@@ -135,6 +141,7 @@ class World:
             standby=InetAddress("127.0.0.1", self.proxy.port), export=UnixAddress(str(self.directory / "export")),
             qmp=self.directory / "primary.qmp", state=self.hosts[0] / "p.ended", ack=shape.ack, queue=shape.queue,
             max_stall=MAX_STALL, checkpoint_every=shape.every, checkpoint_bytes=0), asyncio.get_running_loop().time)
+        self._listen(self.primary, "primary")
         await self.primary.open()
         self.primary_running = True
         links = [disk.link for disk in self.primary.disks.values()]
@@ -145,6 +152,15 @@ class World:
         _before(self.primary.sync, "begin", self._sync_begins)
         _after(self.primary.sync, "ended", self._synced)
         await self._dial("guest", "export")
+
+    def _listen(self, program: Service, name: str) -> None:
+        self.announced.pop(name, None)
+
+        def heard(event: Event) -> None:
+            if isinstance(event, qmp.ReplicationState):
+                self.announced[name] = event
+
+        _before(program, "emit", heard)
 
     async def _dial(self, side: model.Side, socket: str) -> None:
         for name in self.names:
