@@ -18,9 +18,9 @@ nothing of this is needed, and nothing of it is done.
 no other child can serve it, the read fails with EIO: better an error than the data of yesterday. (QEMU does read the
 stale child, and lets it vote.)
 
-A flush that fails on a child is reported, and no more: nobody knows which writes since its last good flush the child may
-have lost (see `blockstep.drivers.file`), and to count all of it as missed would leave the disk with one child less to
-read from, or none. Who hears of it removes the child.
+A flush that fails on a child is reported, and no more: nobody knows which writes since its last good flush the child
+may have lost (see `blockstep.drivers.file`), and to count all of it as missed would leave the disk with one child less
+to read from, or none. Who hears of it removes the child.
 
 A discard is advice: a child that fails it is reported, and has missed nothing. When reads vote, discards are not
 forwarded at all, since two children may answer a discarded range differently and both be right. Truncate is all or
