@@ -112,7 +112,7 @@ def kind(error: Exception | None) -> str:
 
 @pytest.mark.timeout(LIMIT)
 @given(st.integers(0, 2**64))
-@settings(max_examples=max(40, settings.default.max_examples // 5), phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=max(30, settings.default.max_examples // 5), phases=[Phase.explicit, Phase.generate])
 def test_any_trace_over_a_pair(number: int) -> None:
     dice = random.Random(number)
     pair, steps = shape(dice), trace(dice)
