@@ -103,9 +103,9 @@ class Connection(asyncio.Protocol):
         self._pull()
 
     def eof_received(self) -> bool:
-        """The peer sends no more; it still gets the answers to what it has asked."""
+        """The peer sends no more; it still gets the answers to what it has asked. TLS in asyncio has no such half end."""
         self._eof = True
-        return self._busy
+        return self._busy and self._transport.get_extra_info("sslcontext") is None
 
     def connection_lost(self, error: Exception | None) -> None:
         self._finishing = True

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from blockstep.errors import PeerRefused
+from blockstep.nbd.tls import client_context, server_context
 from blockstep.qmp import monitor as monitors
 from blockstep.qmp.client import open_connection
 from blockstep.qmp.server import Server
+from tests import certificates
 from tests.unit.qmp.support import (
     REGISTRY,
     VERSION,
@@ -475,6 +477,28 @@ def test_a_server_that_stops_does_not_wait_for_who_says_nothing_in_its_tls_hands
             assert sock.recv(1) == b""
 
     asyncio.run(main())
+
+
+def test_a_stream_that_ends_under_tls_while_a_command_runs_is_no_line_on_standard_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pki = certificates.make(tmp_path / "pki", "server")
+
+    async def scenario(server: Server, context: Context, path: Path) -> None:
+        listener = await server.start_tcp("127.0.0.1", 0, server_context(pki))
+        assert isinstance(listener.address, tuple)
+        peer = Peer(*await asyncio.open_connection(*listener.address, ssl=client_context(pki),
+                                                   server_hostname="localhost"))
+        await peer.negotiate()
+        peer.send({"execute": "wait"})
+        await until(lambda: context.running)
+        peer.writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+        await until(lambda: not server.monitors)
+        assert context.running
+        peer.close()
+
+    served(tmp_path, scenario)
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def test_an_unknown_command_in_the_allowed_ones_is_found_at_the_start(tmp_path: Path) -> None:
