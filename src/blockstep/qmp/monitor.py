@@ -103,7 +103,7 @@ class Connection(asyncio.Protocol):
         self._pull()
 
     def eof_received(self) -> bool:
-        """The peer sends no more; it still gets the answers to what it has asked. TLS in asyncio has no such half end."""
+        """The peer sends no more; it still gets the answers to what it has asked, but for TLS: it has no half end."""
         self._eof = True
         return self._busy and self._transport.get_extra_info("sslcontext") is None
 
