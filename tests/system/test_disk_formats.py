@@ -55,7 +55,7 @@ async def test_a_stop_in_order_leaves_both_disks_equal_and_their_images_clean(tm
                 assert await pair.file(role, disk) == b"".join(there[disk])
                 if format == "qcow2":
                     checked(tmp_path / f"disk{disk}.{role}")
-        left = {path.suffix for path in tmp_path.iterdir()} - {".original", ".primary", ".standby", ".log"}
+        left = {path.suffix for path in tmp_path.iterdir()} - {".original", ".primary", ".standby", ".log", ".ended"}
         assert not left, "the standby's buffers leave no files behind"
 
 
