@@ -261,6 +261,15 @@ def naming(filename: str) -> Iterator[None]:
         raise
 
 
+def sync_parent(path: str | os.PathLike[str]) -> None:
+    """Make durable that a file has this name, or that none has it any more. Waits: for a thread. Raises OSError."""
+    directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
 def set_length(fd: int, length: int, filename: str) -> None:
     """Cut a file off, or let it grow by a hole. Raises OSError that names the file and the length."""
     try:

@@ -35,6 +35,7 @@ from typing import Final
 import msgspec
 
 from blockstep.aio.pool import in_thread
+from blockstep.aio.posix import sync_parent
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.driver import Driver
 from blockstep.daemon.disks import DiskSpec
@@ -191,7 +192,7 @@ def write(note: Path, end: GoodEnd) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, note)
-        _sync_parent(note)
+        sync_parent(note)
     except OSError as error:
         with contextlib.suppress(OSError):
             new.unlink()
@@ -227,12 +228,4 @@ def forget(note: Path) -> None:
         note.unlink()
     except FileNotFoundError:
         return
-    _sync_parent(note)
-
-
-def _sync_parent(note: Path) -> None:
-    directory = os.open(note.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_parent(note)

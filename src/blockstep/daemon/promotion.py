@@ -19,6 +19,7 @@ from typing import Final
 
 import msgspec
 
+from blockstep.aio.posix import sync_parent
 from blockstep.errors import OptionError
 
 #: Bytes that are reserved for a note.
@@ -69,11 +70,7 @@ def write(note: Path, pair: str, epoch: int, to: str, unmerged: Sequence[str]) -
     said = _Note(pair, epoch, to, time.strftime("%Y-%m-%d %H:%M:%S%z"), list(unmerged))
     _write(note, msgspec.json.encode(said) + b"\n")
     os.replace(_new(note), note)
-    directory = os.open(note.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_parent(note)
 
 
 def take_back(note: Path) -> None:

@@ -45,6 +45,7 @@ from blockstep.aio.posix import (
     read_padded,
     read_whole,
     set_length,
+    sync_parent,
     write_whole,
 )
 from blockstep.block.bitmap import Bitmap
@@ -184,11 +185,7 @@ class OverlayImage:
         header = _HEADER.pack(_MAGIC, _VERSION, cluster_size, data_offset, *maps, map_size)
         write_whole(fd, header + _CRC.pack(zlib.crc32(header)), 0)
         os.fsync(fd)
-        directory = os.open(os.path.dirname(os.path.abspath(self.file.filename)), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_parent(self.file.filename)
 
     def _load(self) -> None:
         header = read_padded(self.fd, _HEADER.size + _CRC.size, 0)

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 
 from blockstep.aio.pool import in_thread, made_in_thread
-from blockstep.aio.posix import OpenFile
+from blockstep.aio.posix import OpenFile, sync_parent
 
 
 @asynccontextmanager
@@ -71,15 +71,11 @@ def _finish(part: str, final: str, old: OpenFile | None, durable: bool) -> None:
     if old is not None:
         os.chmod(part, stat.S_IMODE(os.fstat(old.fd).st_mode))
     if durable:  # the drivers have flushed; what they wrote while they closed has to be there as well
-        _sync(part, os.O_RDONLY)
+        fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     os.rename(part, final)
     if durable:
-        _sync(os.path.dirname(final), os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: str, flags: int) -> None:
-    fd = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        sync_parent(final)

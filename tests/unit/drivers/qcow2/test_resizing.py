@@ -69,6 +69,14 @@ class Failing(Filter):
         await super().flush()
 
 
+async def failing_file(graph: Graph, path: Path) -> Failing:
+    """The file as a node named file."""
+    await graph.open({"driver": "file", "node-name": "plain", "filename": str(path)})
+    file = await graph.open({"driver": "test-failing", "node-name": "file", "file": "plain"})
+    assert isinstance(file, Failing)
+    return file
+
+
 async def refusal(request: Awaitable[None]) -> OSError | None:
     try:
         await request
@@ -92,9 +100,7 @@ async def test_a_growth_that_fails_at_any_moment_leaves_the_image_as_it_was(tmp_
         CreateQcow2(filename=str(path), size=BEFORE, cluster_size=512, **beside).create()  # type: ignore[arg-type]
         graph = Graph()
         await ram(graph, "below", b"\x07" * 2 * BEFORE)
-        await graph.open({"driver": "file", "node-name": "plain", "filename": str(path)})
-        file = await graph.open({"driver": "test-failing", "node-name": "file", "file": "plain"})
-        assert isinstance(file, Failing)
+        file = await failing_file(graph, path)
         node = await graph.open({"driver": "qcow2", "file": "file", "backing": None if raw else "below"})
         user = graph.attach_backend(node, "user", READ | WRITE | RESIZE)
         await user.pwrite(BEFORE - 5, b"here!")
@@ -130,9 +136,7 @@ async def test_a_disk_whose_growth_is_cut_off_anywhere_has_zeroes_where_it_is_lo
         CreateQcow2(filename=str(path), size=BEFORE, **options).create()
         graph = Graph()
         await ram(graph, "below", b"\x07" * 2 * BEFORE)
-        await graph.open({"driver": "file", "node-name": "plain", "filename": str(path)})
-        file = await graph.open({"driver": "test-failing", "node-name": "file", "file": "plain"})
-        assert isinstance(file, Failing)
+        file = await failing_file(graph, path)
         node = await graph.open({"driver": "qcow2", "file": "file", "backing": "below"})
         user = graph.attach_backend(node, "user", READ | WRITE | RESIZE)
         await user.pwrite(BEFORE - 500, b"\x08" * 500)
@@ -160,9 +164,7 @@ async def test_what_is_written_after_a_storage_was_away_in_a_growth_is_there_lat
     while failed:
         CreateQcow2(filename=str(path), size=BEFORE, cluster_size=512).create()
         graph = Graph()
-        await graph.open({"driver": "file", "node-name": "plain", "filename": str(path)})
-        file = await graph.open({"driver": "test-failing", "node-name": "file", "file": "plain"})
-        assert isinstance(file, Failing)
+        file = await failing_file(graph, path)
         node = await graph.open({"driver": "qcow2", "file": "file"})
         user = graph.attach_backend(node, "user", READ | WRITE | RESIZE)
         file.good, file.dead = good, True
@@ -190,9 +192,7 @@ async def test_a_bitmap_that_could_not_be_added_is_not_written_where_others_are_
     while failed:
         CreateQcow2(filename=str(path), size=BEFORE, cluster_size=1024).create()
         graph = Graph()
-        await graph.open({"driver": "file", "node-name": "plain", "filename": str(path)})
-        file = await graph.open({"driver": "test-failing", "node-name": "file", "file": "plain"})
-        assert isinstance(file, Failing)
+        file = await failing_file(graph, path)
         disk = {"driver": "qcow2", "node-name": "disk", "file": "file", "read-only": False}
         node = await graph.open(disk)
         added = DirtyBitmap.prepare_add(node, "new", persistent=True)
@@ -226,9 +226,7 @@ async def test_a_shrinking_that_fails_at_any_moment_leaves_one_of_the_two_length
     while failed:
         CreateQcow2(filename=str(path), size=BEFORE, cluster_size=512).create()
         graph = Graph()
-        await graph.open({"driver": "file", "node-name": "plain", "filename": str(path)})
-        file = await graph.open({"driver": "test-failing", "node-name": "file", "file": "plain"})
-        assert isinstance(file, Failing)
+        file = await failing_file(graph, path)
         node = await graph.open({"driver": "qcow2", "file": "file"})
         user = graph.attach_backend(node, "user", READ | WRITE | RESIZE)
         await user.pwrite(0, b"\x07" * BEFORE)
@@ -307,9 +305,7 @@ async def test_an_image_that_does_not_get_its_places_has_its_old_length(
     while failed:
         CreateQcow2(filename=str(path), size=before, **options).create()
         graph = Graph()
-        await graph.open({"driver": "file", "node-name": "plain", "filename": str(path)})
-        file = await graph.open({"driver": "test-failing", "node-name": "file", "file": "plain"})
-        assert isinstance(file, Failing)
+        file = await failing_file(graph, path)
         node = await graph.open({"driver": "qcow2", "file": "file"})
         user = graph.attach_backend(node, "user", READ | WRITE | RESIZE)
         await user.pwrite(0, b"\x07" * before)
