@@ -14,13 +14,16 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 _DAY = datetime.timedelta(days=1)
 
 
-def make(directory: Path, *roles: str, host: str = "localhost") -> Path:
-    """A CA and a certificate for each of ``roles`` ("server", "client") in a new ``directory``, which is returned."""
+def make(directory: Path, *roles: str, host: str = "localhost", left: datetime.timedelta = _DAY) -> Path:
+    """A CA and a certificate for each of ``roles`` ("server", "client") in a new ``directory``, which is returned.
+
+    The certificates, not that of the CA, expire when ``left`` is over.
+    """
     directory.mkdir()
     ca_key, ca = _issue("blockstep test CA", None, None, ca=True)
     (directory / "ca-cert.pem").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
     for role in roles:
-        key, cert = _issue(host if role == "server" else "a client", ca_key, ca, role=role, host=host)
+        key, cert = _issue(host if role == "server" else "a client", ca_key, ca, role=role, host=host, left=left)
         (directory / f"{role}-cert.pem").write_bytes(cert.public_bytes(serialization.Encoding.PEM))
         (directory / f"{role}-key.pem").write_bytes(key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
@@ -28,13 +31,14 @@ def make(directory: Path, *roles: str, host: str = "localhost") -> Path:
 
 
 def _issue(name: str, issuer_key: ec.EllipticCurvePrivateKey | None, issuer: x509.Certificate | None, *,
-           ca: bool = False, role: str = "", host: str = "") -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+           ca: bool = False, role: str = "", host: str = "", left: datetime.timedelta = _DAY,
+           ) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
     builder = (x509.CertificateBuilder().subject_name(subject).issuer_name(issuer.subject if issuer else subject)
                .public_key(key.public_key()).serial_number(x509.random_serial_number())
-               .not_valid_before(now - _DAY).not_valid_after(now + _DAY)
+               .not_valid_before(now - _DAY).not_valid_after(now + left)
                .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
                .add_extension(x509.KeyUsage(digital_signature=not ca, key_cert_sign=ca, crl_sign=ca,
                                             content_commitment=False, key_encipherment=False, data_encipherment=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -33,11 +34,13 @@ def _state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 
 @pytest.fixture(autouse=True)
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C is pytest's again after a command line that was carried out in this process."""
+def _as_it_was() -> Iterator[None]:
+    """After a command line that was carried out in this process Ctrl-C is pytest's again, and garbage is looked for."""
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+    gc.unfreeze()
+    gc.enable()
 
 
 @pytest.fixture(params=["raw", "qcow2"])

@@ -213,6 +213,8 @@ def _chosen(value: dict[str, Any], structs: list[inspect.StructType], option: st
 
 
 def _understood_word(value: str, kinds: list[inspect.Type], option: str, words: bool) -> Any:
+    if "\0" in value:  # in JSON
+        raise OptionError(option.rstrip(":"), value, "without NUL")
     if words and not any(isinstance(one, inspect.StrType | inspect.LiteralType) for one in kinds):
         for one in kinds:
             meant = _meant(value, one)

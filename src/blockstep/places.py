@@ -12,6 +12,10 @@ QMP_SUFFIX: Final = ".qmp"
 STATE_SUFFIX: Final = ".promoted"
 #: Of the notes of ends in good order, there as well.
 ENDED_SUFFIX: Final = ".ended"
+#: Of the notes of whom a standby follows, there as well.
+FOLLOWS_SUFFIX: Final = ".follows"
+#: Of what standbys lack, in the runtime directory.
+LACKS_SUFFIX: Final = ".lacks"
 
 
 def runtime_directory() -> Path:

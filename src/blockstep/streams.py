@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import select
 import sys
@@ -19,6 +21,22 @@ def open_missing() -> None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
+def print_all_names() -> None:
+    """Let standard output take all that is said: names of files that are no text there as the bytes that they are.
+
+    Characters that its encoding does not have become question marks.
+    """
+    codecs.register_error("blockstep", _as_bytes)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="blockstep")
+
+
+def _as_bytes(error: UnicodeError) -> tuple[bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    codes = (ord(letter) for letter in error.object[error.start:error.end])
+    return bytes(code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else ord("?") for code in codes), error.end
+
+
 def nobody_reads() -> bool:
     """Whether standard output is a pipe whose reader has gone."""
     poll = select.poll()
@@ -33,11 +51,10 @@ def announce(*lines: str) -> None:
     """
     try:
         print(*lines, sep="\n", flush=True)
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         forget(1)
         if not isinstance(error, BrokenPipeError):
-            reason = error.strerror if isinstance(error, OSError) else error
-            complain(f"blockstep: what is served could not be printed: {reason}")
+            complain(f"blockstep: what is served could not be printed: {error.strerror}")
 
 
 def complain(text: str) -> None:

@@ -17,8 +17,8 @@ LEAST: Final = -1 << 63
 MOST: Final = (1 << 63) - 1
 
 _SUFFIX: Final = {"": 1, "b": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB, "p": 1 << 50, "e": 1 << 60}
-_SIZE: Final = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([bkmgtpe]?)(?:i?b)?", re.IGNORECASE)
-_TIME: Final = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*(ms|s|m|h|)", re.IGNORECASE)
+_SIZE: Final = r"(\d{1,30}(?:\.\d{1,30})?)\s*([bkmgtpe]?)(?:i?b)?"
+_TIME: Final = r"(\d{1,30}(?:\.\d{1,30})?)\s*(ms|s|m|h|)"
 _SECONDS: Final = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -27,7 +27,7 @@ def parse_size(text: str, option: str = "size") -> int:
 
     Raises OptionError naming ``option`` when the text is no size or not a whole number of bytes.
     """
-    match = _SIZE.fullmatch(text.strip())
+    match = re.fullmatch(_SIZE, text.strip(), re.IGNORECASE)
     if match:
         number = float(match[1]) if "." in match[1] else int(match[1])
         size = number * _SUFFIX[match[2].lower()]
@@ -38,7 +38,7 @@ def parse_size(text: str, option: str = "size") -> int:
 
 def parse_duration(text: str, option: str = "time") -> float:
     """``"500ms"``, ``"5s"``, ``"2m"``, ``"5"`` to seconds. Raises OptionError naming ``option``."""
-    match = _TIME.fullmatch(text.strip())
+    match = re.fullmatch(_TIME, text.strip(), re.IGNORECASE)
     if match:
         return float(match[1]) * _SECONDS[match[2].lower()]
     raise OptionError(option, text, "a time in seconds, or with one of the suffixes ms, s, m, h")

@@ -11,7 +11,7 @@ import pytest
 from blockstep.block.driver import FUA, Buffer, Driver, Extent, Prepared
 from blockstep.block.graph import Graph
 from blockstep.testing import conformance
-from blockstep.testing.conformance import CHECKS, Check, Subject, run
+from blockstep.testing.conformance import CHECKS, LENGTH, Check, Subject, run
 from tests.disks import Ram, ram
 
 
@@ -138,7 +138,7 @@ def sinner(kind: type[Ram]) -> Subject:
             edge.bind(node)
         return node
 
-    return Subject(kind.__name__, open_it, below=bytes(Subject.length))
+    return Subject(kind.__name__, open_it, below=bytes(LENGTH))
 
 
 @pytest.mark.parametrize(("kind", "check"), SINS, ids=lambda value: value.__name__)

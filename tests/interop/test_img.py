@@ -340,6 +340,25 @@ def test_an_image_is_not_its_own_backing_image(both: Both, arguments: tuple[str,
     assert Path("top").read_bytes() == before
 
 
+def test_the_options_of_a_node_are_a_backing_image_wherever_the_new_one_is(chain: Both) -> None:
+    base = json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(Path("base").resolve())}})
+    assert chain.ours("create", "-f", "qcow2", "-b", f"json:{base}", "-F", "qcow2", "sub/new")[0] == 0
+    chain.same("compare", "-f", "qcow2", "-F", "qcow2", "base", "sub/new")
+
+
+@pytest.mark.parametrize("arguments", [
+    ("-b", "base", "-F", "qcow2", "base"), ("-u", "-b", "base", "-F", "qcow2", "base", "1M"),
+    ("-b", "top", "-F", "qcow2", "base"),
+    ("-b", "base", "-F", "qcow2", "-o", "data_file=base", "new.qcow2"),
+    ("-b", "top", "-F", "qcow2", "-o", "data_file=base", "new.qcow2")])
+def test_a_new_image_does_not_take_the_place_of_its_backing_image(chain: Both, arguments: tuple[str, ...]) -> None:
+    before = Path("base").read_bytes()
+    code, _, error = chain.ours("create", "-f", "qcow2", *arguments)
+    assert (code, Path("base").read_bytes()) == (1, before)
+    assert "another file" in error
+    assert not Path("new.qcow2").exists()
+
+
 def test_unsafe_rebase_changes_the_name_alone(chain: Both) -> None:
     before = chain.theirs("map", "--output=json", "sub/mid")[1]
     assert chain.ours("rebase", "-u", "-b", "/nowhere/base", "-F", "raw", "sub/mid") == (0, "", "")
@@ -521,3 +540,17 @@ def test_what_is_dirty_is_merged_and_copied(both: Both) -> None:
     assert both.theirs("check", "c")[0] == 0
     assert both.ours("bitmap", "--clear", "c", "b0")[0] == 0
     assert dirty("c", "b0") == []
+
+
+def test_bitmaps_are_copied_beside_those_that_the_target_has(both: Both) -> None:
+    found = []
+    for name, program in (("a", both.ours), ("b", both.theirs)):
+        for image, bitmap in (("source", "one"), (name, "two")):
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
+            subprocess.run(["qemu-img", "bitmap", "--add", image, bitmap], check=True)
+        for _ in range(2):  # the second time there is one of that name
+            code, _, error = program("convert", "-n", "--bitmaps", "-f", "qcow2", "-O", "qcow2", "source", name)
+            names = {one["name"] for one in json.loads(both.theirs("info", "--output=json", name)[1])
+                     ["format-specific"]["data"]["bitmaps"]}
+            found.append((code, names, "already exists: one" in error))
+    assert found[:2] == found[2:] == [(0, {"one", "two"}, False), (1, {"one", "two"}, True)]

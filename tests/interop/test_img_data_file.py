@@ -67,6 +67,14 @@ def test_convert_from_and_to(image: Path, both: Both) -> None:  # noqa: F811
     run("qemu-img", "check", "other.qcow2")
 
 
+def test_through_a_link_the_data_file_is_made_where_it_is_looked_for(both: Both) -> None:  # noqa: F811
+    Path("elsewhere").mkdir()
+    Path("link").symlink_to("elsewhere/disk.qcow2")
+    assert both.ours("create", "-f", "qcow2", "-o", "data_file=disk.data", "link", "1M")[0] == 0
+    assert Path("disk.data").stat().st_size == 1 << 20
+    assert both.ours("map", "-f", "qcow2", "link")[0] == 0
+
+
 @pytest.mark.parametrize("word", ["data_file=other.data", "data-file=other.data", "data_file=old.data"])
 def test_compressed_data_cannot_lie_in_a_data_file_and_nothing_is_made(
         word: str, image: Path, both: Both) -> None:  # noqa: F811

@@ -131,9 +131,12 @@ def test_qemu_sees_all_of_a_disk_that_is_no_multiple_of_a_sector(both: Both, len
     both.theirs("create", "-q", "-f", "qcow2", "d", str(length))
     assert both.json("info", "c")[0]["virtual-size"] == both.json("info", "d")[1]["virtual-size"]
     for arguments in (("resize", "-f", "qcow2", "c", "80001"), ("amend", "-o", "size=80001", "c"),
+                      ("amend", "-o", "lazy_refcounts=on,size=80001", "c"),
                       ("resize", "-f", "qcow2", "--shrink", "c", "0")):
-        ours, theirs = both.ours(*arguments), both.theirs(*arguments)
-        assert (ours[0], theirs[0], ours[2][:16]) == (1, 1, "blockstep: size:")
+        before = Path("c").read_bytes()
+        ours = both.ours(*arguments)
+        assert Path("c").read_bytes() == before
+        assert (ours[0], both.theirs(*arguments)[0], ours[2][:16]) == (1, 1, "blockstep: size:")
 
 
 def test_bitmaps_that_are_broken_are_skipped_if_asked(both: Both) -> None:
@@ -317,6 +320,15 @@ def test_what_dd_does_not_take(both: Both, words: tuple[str, ...]) -> None:
     written("raw", 1 << 20)
     assert both.ours("dd", "-f", "raw", *words)[0] == both.theirs("dd", "-f", "raw", *words)[0] == 1
     assert not Path("b").exists()
+
+
+@pytest.mark.parametrize("skip", ["0", "5000"])
+def test_dd_does_not_take_the_place_of_what_it_reads(both: Both, skip: str) -> None:
+    written("raw", 1 << 20, (0, b"content"))
+    before = Path("raw").read_bytes()
+    code, _, error = both.ours("dd", "-f", "raw", f"skip={skip}", "if=raw", "of=raw")
+    assert (code, Path("raw").read_bytes()) == (1, before)
+    assert error.startswith("blockstep: of:")
 
 
 def test_no_snapshot_is_applied_under_a_bitmap_that_follows_the_disk_and_is_inconsistent(both: Both) -> None:

@@ -25,6 +25,8 @@ MIB = 1 << 20
 
 
 class Bitmap:
+    length = 1 << 40
+
     def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         end, runs = offset + length, []
         while offset < end:  # every other 64 KiB

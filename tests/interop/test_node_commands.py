@@ -323,6 +323,7 @@ IO = [
     "read -P 1 -s 512 -l 512 0 1k", "truncate 2M", "length", "write -P 1 0 3G", "w -P 2 0 1k", "r 0 1k", "f", "d 0 1k",
     "write -z -P 1 0 1k", "write -n 0 1k", "write -u 0 1k", "write -c 0 1k", "read -b 0 1k", "read 0 0",
     "write -P 0x41 4k 1", "read -v 4090 20", "write 0 1.5k", "alloc 0 64k",
+    "readv 0 512 3G", "writev 0 512G", "readv 0 512 1G 1G", "writev 0 1G 1G",
 ]
 
 

@@ -19,7 +19,6 @@ from blockstep.block.driver import MAY_UNMAP
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, RESIZE, WRITE
 from blockstep.block.reopen import reopen
-from blockstep.block.resize import resize
 from blockstep.errors import OperationBlocked, OptionError
 from blockstep.units import KiB, MiB
 from tests.interop.test_qcow2_driver import check, content, cuts, disk, image_options, made
@@ -153,7 +152,7 @@ class Runner:
             await self.user.flush()
         elif kind == "resize":
             length = rnd.choice((SIZE, SIZE // 2, SIZE + 300 * KiB)) & -512
-            await resize(self.graph, self.node, length)
+            await self.user.truncate(length)
             self.data[:] = self.data[:length].ljust(length, b"\0")
             for model in self.models.values():
                 model.fit(length)

@@ -169,6 +169,25 @@ def test_a_cluster_that_counts_as_free_and_is_in_use_is_not_given_out(tmp_path: 
     assert is_corrupt(path)
 
 
+def test_a_table_that_lacks_its_mark_becomes_free_when_it_has_been_copied(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    made(path, "compat=1.1", SIZE)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 64k", str(path))
+    image = Damage(path)
+    image.put(image.l1, image.u64(image.l1) & ~COPIED)
+    image.save()
+
+    async def go() -> None:
+        async with disk(image_options(path)) as user:
+            for offset in range(MiB, 2 * MiB, CLUSTER):  # the first makes a copy; the old place is used again
+                await user.pwrite(offset, b"\x02" * CLUSTER)
+                await user.flush()
+
+    asyncio.run(go())
+    assert not is_corrupt(path)
+    run("qemu-img", "check", str(path))
+
+
 def test_tables_whose_refcounts_say_free_are_not_given_out(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     image = image_with_all(path)

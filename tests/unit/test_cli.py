@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ EXPORT = ("export", "{image}")
     ((*STANDBY, "--disk", "e={tmp}/new,size=1M,format=qed"), "--disk format", "raw, qcow2, overlay"),
     ((*STANDBY, "--disk", "e={tmp}/new,format=raw,format=qcow2"), "--disk", "at most once"),
     ((*STANDBY, "--disk", "e=,format=qcow2"), "--disk", "NAME=PATH"),
+    ((*STANDBY, "--disk", "a/b={image}"), "--disk: 'a/b' is not valid", "letters"),
     ((*STANDBY, "--disk", "e={tmp}/new,fromat=qcow2,size=1M"), "without 'fromat'", "new,fromat=qcow2'"),
     ((*STANDBY, "--buffer-format", "qcow2"), "--buffer-format", "--buffer-dir"),
     ((*STANDBY, "--buffer-format", "qcow2", "--buffer-dir", "{tmp}/none"), "{tmp}/none", "a directory"),
@@ -120,6 +122,22 @@ def test_both_sides_of_a_pair_in_one_place_are_told_apart_by_their_sockets(
         assert find_socket("web", "standby", None).name == "web.standby.qmp"
 
 
+@pytest.mark.parametrize("pair", ["db", "*", "**", "web*", "", "/run/blockstep/web.1.standby.qmp", "web.1.standby"])
+def test_a_pair_is_not_taken_for_another_one_whose_name_is_like_it(
+        pair: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    with ExitStack() as stack:
+        for name in ("db.1.primary", "web.1.standby", "db.qmp"):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.bind(str(tmp_path / f"{name}.qmp"))
+            sock.listen()
+        with pytest.raises(BlockstepError, match=r"^no program of a pair"):
+            find_sockets(pair, None, None)
+        assert [path.name for path in find_sockets("db.1", None, None)] == ["db.1.primary.qmp"]
+        assert [path.name for path in find_sockets(None, "standby", None)] == ["web.1.standby.qmp"]
+        assert len(find_sockets(None, None, None)) == 2
+
+
 def ended(redirection: str, *words: str) -> tuple[int, str]:
     """Exit code and standard error of a command whose standard output goes elsewhere."""
     done = subprocess.run(["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "blockstep", *words],
@@ -144,6 +162,17 @@ def test_what_cannot_be_printed_is_one_line_and_an_exit_code() -> None:
     code, said = ended(">/dev/full", "--version")
     assert code == cli.ERROR
     assert said == "blockstep: No space left on device\n"
+
+
+@pytest.mark.parametrize(("encoding", "printed"), [("utf-8:strict", "image \u2014 ".encode()), ("ascii", b"image ? ")])
+def test_a_name_that_is_no_text_is_printed_as_the_bytes_that_it_is(
+        encoding: str, printed: bytes, tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + "/image \u2014 ".encode() + b"\xff"
+    Path(os.fsdecode(name)).write_bytes(bytes(512))
+    done = subprocess.run([sys.executable, "-m", "blockstep", "img", "info", "-f", "raw", name], capture_output=True,
+                          timeout=30, env={**environment(), "PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert printed + b"\xff\n" in done.stdout
 
 
 @pytest.mark.parametrize("words", ["--version", "--help", "img map -f raw image", "img info -f raw image",

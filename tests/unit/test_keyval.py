@@ -165,6 +165,7 @@ def test_words_get_the_types_that_are_wanted(text: str, expected: Options) -> No
     ("tags=a", "--x: tags: 'a' is not valid; it should be a list (.0, .1, ...)"),
     ("name.x=a", "--x: name: {'x': 'a'} is not valid; it should be a string"),
     ("sizes.0=1,sizes.1=b", "--x: sizes.1: 'b' is not valid; it should be an integer"),
+    ('{"name": "a\\u0000"}', "--x: name: 'a\\x00' is not valid; it should be without NUL"),
     ("size=9223372036854775808", "--x: size: 9223372036854775808 is not valid; it should be from -9223372036854775808"),
     ('{"sizes": [-9223372036854775809]}', "--x: sizes.0: -9223372036854775809 is not valid; it should be from -92233"),
     ('{"size": "1"}', "--x: size: '1' is not valid; it should be an integer"),

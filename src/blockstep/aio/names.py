@@ -1,4 +1,4 @@
-"""Host names to addresses.
+"""Host names to addresses, and ports as texts.
 
 `socket.getaddrinfo` fails with numbers of its own, which are no errno, with a UnicodeError for what can be no host
 name, and without saying which name it was.
@@ -12,7 +12,16 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+from blockstep.errors import OptionError
+
 Found = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
+
+
+def parse_port(text: str, option: str, least: int = 0) -> int:
+    """The number of a TCP port. Raises OptionError that names ``option``."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) < 65536):
+        raise OptionError(option, text, f"a port number, {least} to 65535")
+    return int(text)
 
 
 async def resolve(host: str, port: int | str | None, flags: int = 0) -> Sequence[Found]:

@@ -26,7 +26,7 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, Final, Literal, NamedTuple
 
@@ -268,6 +268,25 @@ def sync_parent(path: str | os.PathLike[str]) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Put a file, which only its owner may read, in the place of the one of that name; durable at return.
+
+    Waits: for a thread. Raises OSError that names it; then the old one may be there still.
+    """
+    new = f"{os.fspath(path)}.new"
+    try:
+        with naming(new), open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(new)
+        raise
+    sync_parent(path)
 
 
 def set_length(fd: int, length: int, filename: str) -> None:

@@ -10,6 +10,7 @@ taken for each 16th of its kind, and counts 16-fold. Added to a request: 60 ns (
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Awaitable, Callable, Coroutine
 from time import perf_counter_ns
@@ -152,8 +153,10 @@ class Accounts:
         self._users: list[CountedBackend] = []
         # By the names of disks; of users that are gone as well.
         self._accounts: dict[str, Account] = {}
-        #: Disks by name -> the filter that counted users of the disk are sent through.
-        self.entrances: dict[str, Driver] = {}
+        #: Filters that counted users of a disk are sent through; see `entrance`.
+        self.entrances: list[Driver] = []
+        #: Held by who changes these: one at a time.
+        self.turn = asyncio.Lock()
 
     def attach(self, node: Driver, name: str, taken: Permission = READ, shared: Permission = ALL) -> Backend:
         """As `Graph.attach_backend`, for users whose requests are counted (`of`) and limited (`entrances`)."""
@@ -161,10 +164,7 @@ class Accounts:
         if account is None:
             account = Account()
             account.on_error = self._io_error
-        entrance = self.entrances.get(node.name)
-        if entrance is not None and entrance.children["file"].node is not node:  # the disk is another node by now
-            entrance = None
-        user = CountedBackend(name, entrance or node, taken, shared, account)
+        user = CountedBackend(name, self.entrance(node) or node, taken, shared, account)
         self._attach(user)
         self._users.append(user)
         self._accounts[node.name] = account
@@ -172,11 +172,18 @@ class Accounts:
 
     def of(self, node: Driver) -> Account | None:
         """What is counted for a disk: of those who use it now, or else of those who did so last."""
-        for user in self._users:
-            if self._disk_of(user) is node:
-                return user.account
+        for user in self.users(node):
+            return user.account
         account = self._accounts.get(node.name)
         return None if account in [user.account for user in self._users] else account  # they have moved on
+
+    def users(self, node: Driver) -> list[CountedBackend]:
+        """Those who use a disk now."""
+        return [user for user in self._users if self.disk(user.node) is node]
+
+    def entrance(self, node: Driver) -> Driver | None:
+        """The filter that users of a disk are sent through, if there is one."""
+        return next((entrance for entrance in self.entrances if self.disk(entrance) is node), None)
 
     def user_leaves(self, user: Backend) -> None:
         """Any user of the graph goes; the account of a counted one stays with the disk that it used last."""
@@ -184,25 +191,27 @@ class Accounts:
             self._users.remove(user)
             if user.account not in [other.account for other in self._users]:
                 self._accounts = {name: each for name, each in self._accounts.items() if each is not user.account}
-                self._accounts[self._disk_of(user).name] = user.account
+                self._accounts[self.disk(user.node).name] = user.account
 
     def node_closed(self, node: Driver) -> None:
         """A node is gone; its name may come again."""
         self._accounts.pop(node.name, None)
-        entrance = self.entrances.pop(node.name, None)
-        if entrance is not None and "file" in entrance.children:  # another node has become the disk
-            self.entrances.setdefault(entrance.children["file"].node.name, entrance)
+        self.entrances = [entrance for entrance in self.entrances if entrance is not node]
 
-    def _disk_of(self, user: Backend) -> Driver:
-        """The node that stands for the disk of a user: filters that jobs and limits have put before it do not."""
-        for node in user.node.chain():
-            anonymous = not node.owned and node.options.node_name is None
-            if not node.is_filter or not (anonymous or node in self.entrances.values()):
+    def disk(self, node: Driver) -> Driver:
+        """The disk of one who uses ``node``: that, or what is below filters that jobs and limits have put before it."""
+        for each in node.chain():
+            if not is_inserted(each):
                 break
-        return node
+        return each
 
     def _io_error(self, user: Backend, operation: Operation, error: OSError) -> None:
-        name = self._disk_of(user).name
+        name = self.disk(user.node).name
         self._report("BLOCK_IO_ERROR", {
             "device": name, "node-name": name, "operation": "read" if operation == "read" else "write",
             "action": "report", "nospace": error.errno == errno.ENOSPC, "reason": error.strerror or str(error)})
+
+
+def is_inserted(node: Driver) -> bool:
+    """Whether it is a filter that a job, which lets nobody else touch it, or limits have put before a disk."""
+    return node.is_filter and (not node.owned or node.options.node_name is None or "*" in node.blockers)

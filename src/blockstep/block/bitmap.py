@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 from bitarray import bitarray
 from bitarray.util import count_or
 
+from blockstep.aio import Buffer
 from blockstep.block.driver import Prepared
 from blockstep.errors import OperationBlocked, OptionError, explained
 
@@ -57,6 +58,14 @@ class Bitmap:
         except OSError as error:
             raise OSError(error.errno, explained(error.errno or errno.ENOMEM, (
                 f"a bitmap over {length} bytes takes {length // granularity // 8} bytes of memory"))) from None
+
+    @classmethod
+    def over(cls, memory: Buffer, length: int, granularity: int) -> Bitmap:
+        """Bits that lie in ``memory``, of as many whole bytes as they need: set and read, and nothing else."""
+        bitmap = cls.__new__(cls)
+        bitmap.length, bitmap.granularity, bitmap.shift = length, granularity, granularity.bit_length() - 1
+        bitmap.bits = bitarray(buffer=memory, endian="little")
+        return bitmap
 
     def clear(self) -> None:
         """Reset all bits, in constant time."""
@@ -272,7 +281,8 @@ class DirtyBitmap(Bitmap):
         """Stop watching the node."""
         if self in self.node.watchers:
             self.node.unwatch(self)
-        del self.node.bitmaps[self.name]
+        if self.node.bitmaps.get(self.name) is self:  # nobody else has done it
+            del self.node.bitmaps[self.name]
 
     def claim(self, user: str, restores: bool = False) -> Callable[[], None]:
         """Use it, until the returned function is called. ``restores``: it will have all of its bits again then.

@@ -75,9 +75,10 @@ class Change:
             raise GraphError(f"node '{node.name}' cannot be a child of '{edge.parent.name}', which lies below it")
 
         def undo() -> None:
-            node.parents.remove(edge)
-            old.parents.append(edge)
-            edge.bind(old)
+            if edge in node.parents:  # a user may have left meanwhile
+                node.parents.remove(edge)
+                old.parents.append(edge)
+                edge.bind(old)
 
         old.parents.remove(edge)
         node.parents.append(edge)

@@ -125,6 +125,17 @@ class Driver(Node):
             if child.role not in (Role.BACKING, Role.TARGET):
                 yield from child.node.stored_in()
 
+    def shown_as(self) -> str | Driver | None:
+        """What it is called where a file name is shown: a path, a URI, or a node below whose name is its name as well.
+
+        None: it is called by its options. The node is open.
+        """
+        return None
+
+    def occupied(self) -> int | None:
+        """Bytes that it takes where its data lies, if that is known. Raises OSError."""
+        return self.children["file"].node.occupied() if self.is_filter and "file" in self.children else None
+
     # --- life ---
 
     async def implied_children(self) -> Sequence[tuple[str, Role, NodeRef]]:

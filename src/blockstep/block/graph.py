@@ -15,11 +15,12 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import msgspec
 
+from blockstep.aio.pool import to_its_end
 from blockstep.block.accounting import Accounts
 from blockstep.block.change import Change as Change
 from blockstep.block.driver import Driver, Prepared
@@ -146,13 +147,16 @@ class Graph:
         await self.close_unused(node)
 
     async def close_unused(self, node: Driver) -> None:
-        """Close a node, and those below it, if it has no parents and is not held by name (and is still open)."""
+        """Close a node, and those below it, if it has no parents and is not held by name (and is still open).
+
+        A node that is being closed is closed in order, also if the task is cancelled meanwhile: nobody else will do it.
+        """
         if node.parents or node.owned or self.nodes.get(node.name) is not node:
             return
         self.unfinished[node.name] = self.nodes.pop(node.name)
         node.gone = True
         try:
-            await node.close()
+            await to_its_end(node.close())
         except BaseException as error:
             with noting(error):
                 await self._closed(node)
@@ -165,13 +169,18 @@ class Graph:
         await self._close_children(node)
 
     async def _close_children(self, node: Driver) -> None:
-        """Close them all, then raise what the first of them raised, with what came after as its notes."""
-        failed: BaseException | None = None
-        for edge in list(node.children.values()):
+        edges = list(node.children.values())
+        for edge in edges:
             with self.change() as change:
                 change.detach(edge)
+        await self.close_all_unused([edge.node for edge in edges])
+
+    async def close_all_unused(self, nodes: Iterable[Driver]) -> None:
+        """`close_unused` of each, then raise what the first of them raised, with what came after as its notes."""
+        failed: BaseException | None = None
+        for node in nodes:
             try:
-                await self.close_unused(edge.node)
+                await self.close_unused(node)
             except BaseException as error:
                 if failed is None:
                     failed = error
@@ -217,11 +226,18 @@ class Graph:
 
     async def flush(self, node: Driver) -> None:
         """Make durable what was written to a node, as a user of it does: changes of the graph wait for that."""
-        user = self.attach_backend(node, "flush", NONE)
-        try:
+        async with self._in_use("flush", node) as (user,):
             await user.flush()
-        finally:
-            await self.detach_backend(user)
+
+    @asynccontextmanager
+    async def _in_use(self, name: str, *nodes: Driver) -> AsyncIterator[list[Backend]]:
+        """Inside, nobody closes ``nodes``: they have users of that name. Raises NodeNotFound."""
+        async with AsyncExitStack() as stack:
+            users = []
+            for node in nodes:
+                users.append(self.attach_backend(node, name, NONE))
+                stack.push_async_callback(self.detach_backend, users[-1])
+            yield users
 
     # --- changes ---
 
@@ -269,7 +285,7 @@ class Graph:
         wanted = list(changes)
         access = [(node, bool(options.get("read-only", node.read_only))) for node, options in wanted]
         prepared: list[Prepared] = []
-        async with self.drained(*(node for node, _ in wanted)):
+        async with self._in_use("reopen", *(node for node, _ in wanted)), self.drained(*(node for node, _ in wanted)):
             try:
                 for (node, options), (_, read_only) in zip(wanted, access, strict=True):
                     if read_only and not node.read_only:
@@ -305,7 +321,9 @@ class Graph:
         self._drains.append(section)
         for backend in backends:
             backend.pause()
-        for node in above:
+        # What the users have in flight may be held up below the nodes as well.
+        ways = list(dict.fromkeys([*above, *(node for each in backends for node in (each.node, *each.node.below()))]))
+        for node in ways:
             node.expedite(True)
         try:
             for backend in list(backends):  # those that come meanwhile have nothing in flight
@@ -317,7 +335,7 @@ class Graph:
         finally:
             for node in held:
                 node.drain_end()
-            for node in above:
+            for node in ways:
                 node.expedite(False)
             self._drains = [one for one in self._drains if one is not section]
             for backend in backends:
@@ -335,8 +353,13 @@ def child_references(driver: type[Driver], options: NodeOptions) -> Iterator[tup
         ref: NodeRef | list[NodeRef] | None = getattr(options, field)
         if isinstance(ref, list):
             yield from ((f"{child_name(field)}.{index}", role, item) for index, item in enumerate(ref))
-        elif ref is not None and ref != {}:  # {}: as the node itself says, `Node.implied_children`
+        elif ref is not None and not (ref == {} and _may_be_implied(options, field)):
             yield child_name(field), role, ref
+
+
+def _may_be_implied(options: NodeOptions, field: str) -> bool:
+    """Whether {} is no options but what the node itself says (`Driver.implied_children`): where it is the default."""
+    return any(each.name == field and each.default_factory is dict for each in msgspec.structs.fields(options))
 
 
 def child_options(options: NodeOptions, role: Role, given: Mapping[str, Any]) -> dict[str, Any]:

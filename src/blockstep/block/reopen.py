@@ -19,7 +19,6 @@ Everything is prepared and checked first, under drain; see `Graph.reopen`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -29,26 +28,28 @@ from blockstep.block.graph import Change, Graph, child_name, child_options, give
 from blockstep.block.node import Child, NodeOptions
 from blockstep.block.permissions import Role
 from blockstep.block.registry import parse_options
-from blockstep.errors import OptionError
+from blockstep.errors import GraphError, OptionError
 
 
-@dataclass
-class _Plan:
+class _Plan(msgspec.Struct):
     """What changes at one node."""
 
     node: Driver
     options: NodeOptions
     #: What the driver has to prepare, flat: ``cache.direct``.
-    prepared: dict[str, Any] = field(default_factory=dict)
-    rewire: list[Callable[[Change], object]] = field(default_factory=list)
+    prepared: dict[str, Any] = msgspec.field(default_factory=dict)
+    rewire: list[Callable[[Change], object]] = msgspec.field(default_factory=list)
     #: Children that it gives up.
-    left: list[Driver] = field(default_factory=list)
+    left: list[Driver] = msgspec.field(default_factory=list)
     #: `Node.given` from now on, if that changes.
     given: frozenset[str] | None = None
 
 
 async def reopen(graph: Graph, option_sets: Sequence[Mapping[str, Any]], strict: bool = True) -> None:
-    """See the module. Raises NodeNotFound, OptionError, GraphError or OSError; then nothing has changed."""
+    """See the module. Raises NodeNotFound, OptionError, GraphError or OSError; then nothing has changed.
+
+    But for what closing the nodes raises that were given up and belonged to nobody else: that is told when all is done.
+    """
     plans: list[_Plan] = []
     for options in option_sets:
         name = options.get("node-name")
@@ -71,9 +72,7 @@ async def reopen(graph: Graph, option_sets: Sequence[Mapping[str, Any]], strict:
         if plan.given is not None:
             plan.node.given = plan.given
         plan.node.options = plan.options
-    for plan in plans:
-        for node in plan.left:
-            await graph.close_unused(node)
+    await graph.close_all_unused([node for plan in plans for node in plan.left])
 
 
 def _plan(graph: Graph, node: Driver, options: Mapping[str, Any], plans: list[_Plan], strict: bool,
@@ -145,8 +144,9 @@ def _plan_child(graph: Graph, plan: _Plan, field: str, role: Role, options: Mapp
             return
         if name not in options or reference == {}:
             raise OptionError(name, None, f"given, as node '{node.name}' has one: a node, or null for none")
+        still = _still(edge)
         plan.left.append(edge.node)
-        plan.rewire.append(lambda change: change.detach(edge))
+        plan.rewire.append(lambda change: change.detach(still()))
     elif isinstance(reference, str):
         wanted = graph.find(reference)
         if edge is None:
@@ -155,12 +155,26 @@ def _plan_child(graph: Graph, plan: _Plan, field: str, role: Role, options: Mapp
             plan.rewire.append(lambda change: change.attach(node, name, role, wanted))
         elif wanted is not edge.node:
             _check_length(edge, role, wanted)
+            still = _still(edge)
             plan.left.append(edge.node)
-            plan.rewire.append(lambda change: change.move(edge, wanted))
+            plan.rewire.append(lambda change: change.move(still(), wanted))
     elif edge is None or edge.node.owned or reference.get("node-name", edge.node.name) != edge.node.name:
         raise OptionError(name, reference, "the name of a node, or the options of the child that came with its parent")
     else:
         _plan(graph, edge.node, child_options(plan.options, role, reference), plans, strict, given_names(reference))
+
+
+def _still(edge: Child) -> Callable[[], Child]:
+    """The edge, when the nodes are drained at last. Raises GraphError if others have changed it meanwhile."""
+    node = edge.node
+
+    def there() -> Child:
+        if edge.node is not node or edge not in node.parents:
+            raise GraphError(f"the child '{edge.name}' of node '{edge.parent.description}' was changed by others "
+                             "meanwhile")
+        return edge
+
+    return there
 
 
 def _same_children(node: Driver, name: str, references: Sequence[Any]) -> None:

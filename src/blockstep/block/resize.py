@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
-from blockstep.block.permissions import RESIZE
+from blockstep.block.permissions import ALL, RESIZE
 
 
 async def resize(graph: Graph, node: Driver, length: int) -> None:
@@ -14,7 +14,7 @@ async def resize(graph: Graph, node: Driver, length: int) -> None:
     OSError if the storage cannot do it (ENOTSUP, ENOSPC). Then the length is what it was.
     """
     node.check_operation("resize")
-    door = graph.attach_backend(node, "block_resize", RESIZE)
+    door = graph.attach_backend(node, "block_resize", RESIZE, ALL & ~RESIZE)  # one at a time
     try:
         async with graph.drained(node):
             await door.edge.resize(length)

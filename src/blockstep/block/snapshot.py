@@ -11,16 +11,13 @@ from blockstep.block.permissions import Role
 from blockstep.errors import GraphError, OperationBlocked, OptionError
 
 
-async def prepare_snapshot(node: Driver, overlay: Driver) -> Prepared:
+def prepare_snapshot(node: Driver, overlay: Driver) -> Prepared:
     """Put ``overlay`` over ``node``, under all of its users. Call it, and what it returns, with ``node`` drained.
 
-    What was written before is durable at return. Raises OptionError for an overlay that is none, GraphError
-    (OperationBlocked, PermissionConflict) when one of the two is in use in a way that forbids it, OSError of the flush.
+    Flush the node first: nobody does it later. Raises OptionError for an overlay that is none, GraphError
+    (OperationBlocked, PermissionConflict) when one of the two is in use in a way that forbids it.
     """
     _check(node, overlay)
-    if not node.read_only:
-        await node.flush()
-        _check(node, overlay)  # others did not wait
     change = Change()
     try:
         change.replace(node, overlay)

@@ -6,7 +6,7 @@ import errno
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 from blockstep.cli.signals import run_unless_told
 from blockstep.cli.words import Argument, Option
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from blockstep.qmp.client import Connection
 
 T = TypeVar("T")
+
+_ROLES: Final = ("primary", "standby")
 
 PairName = Annotated[str | None, Argument(metavar="[PAIR]", help="The pair's name; needed if several run here.")]
 Qmp = Annotated[Path | None, Option("--qmp", metavar="PATH", help="The control socket, if it is not where "
@@ -30,12 +32,18 @@ def find_sockets(pair: str | None, role: str | None, qmp: Path | None) -> list[P
     if qmp:
         return [qmp]
     directory = runtime_directory()
-    found = sorted(directory.glob(f"{pair or '*'}.{role or '*'}{QMP_SUFFIX}"))
+    found = sorted(path for path in directory.glob(f"*{QMP_SUFFIX}") if _is_of(path, pair, role))
     if not found:
         what = f"pair '{pair}'" if pair else "pair"
         raise BlockstepError(f"no {role or 'program'} of a {what} has its control socket in {directory}; "
                              "is it running? If that is elsewhere, --qmp says where")
     return [path for path in found if not _is_left_behind(path)] or found
+
+
+def _is_of(path: Path, pair: str | None, role: str | None) -> bool:
+    """Whether it is the control socket of that pair and role. A pair's name may have dots, and is no pattern."""
+    name, _, which = path.name.removesuffix(QMP_SUFFIX).rpartition(".")
+    return name != "" and pair in (None, name) and which in ((role,) if role else _ROLES)
 
 
 def _is_left_behind(path: Path) -> bool:

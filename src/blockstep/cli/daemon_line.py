@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 from blockstep.errors import BlockstepError, told
@@ -24,12 +23,12 @@ WHOLE: Final = {"help": False, "version": False, "daemonize": False, "pidfile": 
 _SHORT: Final = {"-h": "help", "-V": "version"}
 
 
-@dataclass(slots=True)
 class CommandLine:
     """The words, told apart."""
 
-    steps: list[tuple[str, str]] = field(default_factory=list)
-    whole: dict[str, str] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, str]] = []
+        self.whole: dict[str, str] = {}
 
 
 def split(arguments: Sequence[str]) -> CommandLine:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from blockstep.cli.control import PairName
 from blockstep.cli.monitors import MonitorTls, Socket, find_monitor
+from blockstep.cli.signals import run
 from blockstep.cli.words import Option
 from blockstep.errors import BlockstepError
 
@@ -33,12 +34,10 @@ def graph(
 
     Works with every QMP server that has QEMU's x-debug-query-block-graph, QEMU among them.
     """
-    import asyncio
-
     import blockstep.drivers  # noqa: F401  registers them: they know the roles of their children
     from blockstep.picture.assemble import assemble
 
-    picture = assemble(asyncio.run(_ask(*find_monitor(pair, socket, tls))))
+    picture = assemble(run(_ask(*find_monitor(pair, socket, tls))))
     if json_:
         import msgspec
 

@@ -202,7 +202,7 @@ def resize_command(
     from blockstep.images.resize import resize, wanted_size
 
     async def work() -> None:
-        async with opened(ImageName(filename, format, image_opts), writable=True) as image:
+        async with opened(ImageName(filename, format, image_opts), writable=True, resizable=True) as image:
             with naming(filename):
                 await resize(image, wanted_size(size, image.length), shrink, preallocation)
         if not quiet:

@@ -54,6 +54,7 @@ def parse_pair(name: str) -> str:
 
 def parse_disks(texts: list[str]) -> tuple[DiskSpec, ...]:
     """``NAME=PATH[,format=FORMAT][,size=SIZE]``, several. Raises OptionError."""
+    from blockstep.block.names import check_name
     from blockstep.daemon.disks import DiskSpec, check_format  # with all that disks need: not for the help
 
     disks: dict[str, DiskSpec] = {}
@@ -71,6 +72,7 @@ def parse_disks(texts: list[str]) -> tuple[DiskSpec, ...]:
         if other and not Path(path).exists():
             raise OptionError("--disk", text, f"without '{other[1]}': the options are format and size, and there is no "
                               f"file '{path}'")
+        check_name("--disk", name)
         if name in disks:
             raise OptionError("--disk", text, f"one disk for each name; '{name}' was given twice")
         size = parse_size(options["size"], "--disk size") if options.get("size") else None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 from blockstep.cli.control import PairName
 from blockstep.cli.monitors import MonitorTls, Socket, find_monitor
-from blockstep.cli.signals import run_unless_told
+from blockstep.cli.signals import run, run_unless_told
 from blockstep.cli.words import Option
 
 if TYPE_CHECKING:
@@ -31,15 +31,13 @@ def shell(
     At a terminal Tab completes commands, arguments and names, and events are shown as they come. Otherwise the lines
     of standard input are executed up to the first that fails; each answer is a line of JSON.
     """
-    import asyncio
-
     address, context = find_monitor(pair, socket, tls)
     if command is None and sys.stdin.isatty():
         run_unless_told(_at_terminal(address, context))  # the terminal is put back as it was
         return
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is an error of that line
-    asyncio.run(_script(address, context, iter(command) if command is not None else sys.stdin))
+    run(_script(address, context, iter(command) if command is not None else sys.stdin))
 
 
 async def _at_terminal(address: Address, context: ssl.SSLContext | None) -> None:
@@ -52,13 +50,21 @@ async def _at_terminal(address: Address, context: ssl.SSLContext | None) -> None
         await interact(await Server.of(qmp), f"{name}> ")
 
 
+async def _each(lines: Iterator[str]) -> AsyncIterator[str]:
+    """Lines as somebody gives them, perhaps much later: events are taken meanwhile, or the server would cut us off."""
+    import asyncio
+
+    while (line := await asyncio.to_thread(next, lines, None)) is not None:
+        yield line
+
+
 async def _script(address: Address, context: ssl.SSLContext | None, lines: Iterator[str]) -> None:
     from blockstep.qmp.client import connect
     from blockstep.shell.server import Server
 
     async with connect(address, ssl=context) as qmp:
         server = await Server.of(qmp)
-        for line in lines:
+        async for line in _each(lines):
             words = line.split()
             if not words or words[0].startswith("#"):
                 continue

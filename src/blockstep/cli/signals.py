@@ -1,12 +1,22 @@
-"""How commands that have something to take away end at a signal."""
+"""The event loop of commands, and how those that have something to take away end at a signal."""
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Do the work in an event loop. From now on garbage is looked for, in what is not there yet."""
+    import asyncio
+
+    gc.freeze()
+    gc.enable()
+    return asyncio.run(work)
 
 
 def run_unless_told(work: Coroutine[Any, Any, T]) -> T:
@@ -31,7 +41,7 @@ def run_unless_told(work: Coroutine[Any, Any, T]) -> T:
         return await task
 
     try:
-        return asyncio.run(until_told())
+        return run(until_told())
     except asyncio.CancelledError:
         sys.exit(128 + caught[0] if caught else 1)
     finally:

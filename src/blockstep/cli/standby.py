@@ -41,7 +41,8 @@ def standby(
     qmp: Qmp = None,
     state: Annotated[Path | None, Option("--state", metavar="FILE", help="Where a promotion is written down, so "
                      "that a promoted standby never becomes one again by a restart. Beside it an end in good order is "
-                     "written down (PAIR.ended), after which the checkpoint is there again.")] = None,
+                     "written down (PAIR.ended), after which the checkpoint is there again; and whom the "
+                     "disks follow (PAIR.follows), so that a crash costs only the difference.")] = None,
     tls: Tls = None,
     export_tls: ExportTls = None,
 ) -> None:

@@ -10,7 +10,6 @@ gives up, and `typer_app` makes of the same annotations what can explain it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -58,14 +57,14 @@ class _Parameter:
         self.kind = get_args(kind) if get_origin(kind) is Literal else kind
 
     def value(self, text: str) -> Any:
-        if self.kind is int:
-            try:
-                return int(text)
-            except ValueError:
-                raise _NotUnderstood from None
-        if isinstance(self.kind, tuple) and text not in self.kind:
-            raise _NotUnderstood
-        return Path(text) if self.kind is Path else text
+        if isinstance(self.kind, tuple):
+            if text not in self.kind:
+                raise _NotUnderstood
+            return text
+        try:
+            return self.kind(text)
+        except ValueError:
+            raise _NotUnderstood from None
 
 
 def parsed(command: Command, words: Sequence[str], dashed: bool = False) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Final, cast
 import msgspec
 from msgspec import Meta
 
-from blockstep.aio.names import resolve
+from blockstep.aio.names import parse_port, resolve
 from blockstep.daemon.stdio import StandardStreams
 from blockstep.errors import OptionError
 from blockstep.inventory.objects import Objects
@@ -167,8 +167,8 @@ def _check(options: SocketOptions, objects: Objects) -> ssl.SSLContext | None:
         raise OptionError("path", ", ".join(places) or None, "given as one of path, host (with port) and fd")
     if (options.host is None) != (options.port is None):
         raise OptionError("port", options.port, "given together with host")
-    if options.port is not None and not (options.port.isdecimal() and int(options.port) < 65536):
-        raise OptionError("port", options.port, "a port number, 0 to 65535")
+    if options.port is not None:
+        parse_port(options.port, "port")
     if not options.server and options.wait is not None:
         raise OptionError("wait", options.wait, "left out, or given together with server=on")
     if options.tls_authz is not None:
@@ -192,7 +192,7 @@ def passed_socket(text: str, passed: dict[str, int], option: str, *, listening: 
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise ValueError
         sock = socket.socket(fileno=fd)
-    except (ValueError, OSError):
+    except (ValueError, OverflowError, OSError):
         names = f" ({', '.join(passed)})" if passed else ""
         raise OptionError(option, text, f"the number or the name of a socket that was handed over{names}") from None
     if sock.type != socket.SOCK_STREAM or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != listening:

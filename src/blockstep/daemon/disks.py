@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import msgspec
 
 from blockstep.block.graph import Graph
 from blockstep.daemon.service import make_parent
 from blockstep.errors import OptionError
 from blockstep.images import FORMATS
-from blockstep.images.create import Creation, create
 from blockstep.images.opened import ImageName
 from blockstep.jobs.job import Job
 from blockstep.nbd.server import Server, passed_sockets
@@ -21,8 +21,7 @@ from blockstep.nbd.uri import Address, InetAddress, NbdUri, UnixAddress
 from blockstep.qmp.commands.replication import Health, WorkStatus
 
 
-@dataclass(frozen=True, slots=True)
-class DiskSpec:
+class DiskSpec(msgspec.Struct, frozen=True):
     """A disk as the user names it: ``NAME=PATH[,format=FORMAT][,size=SIZE]``.
 
     ``format``: raw, qcow2 or overlay; it is never guessed. ``size``: a missing file is made, in that format, with
@@ -37,6 +36,8 @@ class DiskSpec:
     async def make(self) -> None:
         """Make the file if it is missing and a size was given. Raises OSError or OptionError."""
         if self.size is not None and not self.path.exists():
+            from blockstep.images.create import Creation, create
+
             await create(await Creation(self.format, str(self.path), self.size).checked())
 
     async def open(self, graph: Graph, node_name: str) -> None:
@@ -118,6 +119,14 @@ def with_faults(health: tuple[Health, str], faults: list[str]) -> tuple[Health, 
     _, reason = health
     news = [fault for fault in faults if fault not in reason]
     return ("at-risk", "; ".join(filter(None, [*news, reason]))) if faults else health
+
+
+def with_expiring(health: tuple[Health, str], certificates: list[str]) -> tuple[Health, str]:
+    """A health and its reason, for a program some ``certificates`` of which expire."""
+    how, reason = health
+    if not certificates:
+        return health
+    return "degraded" if how == "healthy" else how, "; ".join(filter(None, [reason, *certificates]))
 
 
 def work_status(kind: Literal["sync", "resync", "failover"], jobs: Sequence[Job]) -> WorkStatus:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import NONE, READ, WRITE
@@ -23,8 +24,7 @@ from blockstep.nbd.uri import Address
 from blockstep.streams import complain
 
 
-@dataclass(frozen=True, slots=True)
-class ExportConfig:
+class ExportConfig(msgspec.Struct, frozen=True):
     """What ``blockstep export`` was told. ``given``: the user said where to listen."""
 
     path: Path

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from blockstep.aio.pool import in_thread
 from blockstep.aio.posix import Fault
 from blockstep.block.driver import Driver
+
+if TYPE_CHECKING:
+    from blockstep.daemon.certificates import Certificates
 
 #: Seconds between two looks, which the last one may take; and for which somebody who asks waits for one.
 EVERY: Final = 5.0
@@ -25,10 +28,16 @@ PATIENCE: Final = 0.5
 
 
 class Files:
-    """See the module. ``changed`` is called when `faults` has become other than it was."""
+    """See the module. ``changed`` is called when `faults` has become other than it was.
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    ``certificates``, if there are any, are looked at as well, and ``changed`` is called when theirs have.
+    """
+
+    def __init__(self, changed: Callable[[], None], certificates: Certificates | None = None) -> None:
         self._changed = changed
+        self._certificates = certificates
+        #: What is told of certificates.
+        self.expiring: list[str] = []
         #: Which disks have faults, and which, in words; and those whose content is not what was written any more.
         self.faults: dict[str, str] = {}
         self.torn: dict[str, str] = {}
@@ -92,8 +101,9 @@ class Files:
                     lasting[node] = fault
         self._lasting = lasting
         faults, self.torn = _in_words(found), _in_words(found, torn=True)
-        if faults != self.faults:
-            self.faults = faults
+        expiring = await self._certificates.look() if self._certificates else []
+        if faults != self.faults or expiring != self.expiring:
+            self.faults, self.expiring = faults, expiring
             self._changed()
 
 

@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -32,8 +31,7 @@ from blockstep.qmp.commands.objects import ObjectArguments
 _LONGEST_SHOWN: Final = 120
 
 
-@dataclass(frozen=True, slots=True)
-class DaemonConfig:
+class DaemonConfig(msgspec.Struct, frozen=True):
     """What ``blockstep daemon`` was told. ``steps``: (option without its hyphens, its text) in their order.
 
     ``passed``: listening sockets that were handed over, by name (its number, if it has none). ``background``: there
@@ -43,7 +41,7 @@ class DaemonConfig:
     steps: Sequence[tuple[str, str]]
     name: str | None = None
     pidfile: str | None = None
-    passed: Mapping[str, int] = field(default_factory=dict)
+    passed: Mapping[str, int] = msgspec.field(default_factory=dict)
     background: bool = False
 
 
@@ -198,7 +196,7 @@ class Startup:
 
     async def _qmp(self, text: str) -> None:
         tree = _qmp_words(text)
-        tree["id"] = name = f"qmp{len(self.chardevs)}"
+        tree["id"] = name = f"#qmp{len(self.chardevs)}"
         pretty = tree.pop("pretty", "off")
         kind: Any = ChardevOptions
         await self._open_chardev(keyval.fit(tree, kind, "", words=True))

@@ -90,9 +90,10 @@ class StorageDaemon(Service):
 
     async def close(self) -> list[OSError]:
         """A clean stop; see the module. Returns what could not be flushed: one error for each node."""
-        await self.finish_qmp()
-        await self._files.close()
-        try:
-            return await self.inventory.close()
-        finally:
-            await self.stop_qmp()
+        with self.inventory.ending():  # commands, too: one that closes a node is not broken off
+            await self.finish_qmp()
+            await self._files.close()
+            try:
+                return await self.inventory.close()
+            finally:
+                await self.stop_qmp()

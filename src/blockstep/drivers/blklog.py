@@ -17,7 +17,7 @@ there; discards are narrowed. Overlapping changes take turns, so that the log an
 
 The log itself is durable after each flush of the node, and after `close`: the superblock, which counts the entries,
 is written every ``log-super-update-interval`` entries and then. A request whose log entry cannot be written fails,
-and so does every later change.
+and so does every later change; the superblock then stays as it is, and counts no entry that is not there.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class Blklog(Filter):
 
     async def close(self) -> None:
         if not self.read_only:
-            await self._write_super()
+            if not self._is_torn:
+                await self._write_super()
             await self.log.flush()
 
     def child_permissions(self, child: Child, taken: Permission, shared: Permission) -> tuple[Permission, Permission]:
@@ -230,13 +231,19 @@ class Blklog(Filter):
             self._super_lock.give_back(token)
 
     async def _find_end(self) -> None:
-        magic, version, count, size = SUPER.unpack(await self.log.pread(0, SUPER.size))
+        magic, version, count, size = SUPER.unpack(await self._read_log(0, SUPER.size))
         if (magic, version, size) != (MAGIC, VERSION, self._sector):
             raise OptionError("log-append", True, f"off: the log is not one with sectors of {self._sector} bytes")
         self._entries = count
         for _ in range(count):
-            _, sectors, flags, _ = ENTRY.unpack(await self.log.pread(self._end, ENTRY.size))
+            _, sectors, flags, _ = ENTRY.unpack(await self._read_log(self._end, ENTRY.size))
             self._end += self._sector * (1 + (0 if flags & DISCARD_FLAG else sectors))
+
+    async def _read_log(self, offset: int, length: int) -> Buffer:
+        if offset + length > self.log.node.length:
+            raise OptionError("log-append", True, f"off: the log ends at {self.log.node.length} bytes, before the "
+                                                  "entries that it should have")
+        return await self.log.pread(offset, length)
 
 
 class LogEntry(NamedTuple):

@@ -3,19 +3,21 @@
 A driver is here with a struct of options, told apart by ``driver``, whose method `create` makes the file; it waits
 for the device, so it is called in a thread. One more format is one more struct in `CreateOptions`.
 
-An existing file is made anew: what was in it is gone. A file that somebody writes to is left alone (EBUSY).
+An existing file is made anew: what was in it is gone. A file that somebody writes to is left alone (EBUSY); who has
+nodes asks `_Create.check_unused` first, since one that is only read is not locked.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
 from blockstep.aio.posix import OpenFile, naming, set_length, write_whole
+from blockstep.block.graph import Graph
 from blockstep.drivers.overlay_image import OverlayImage
 from blockstep.drivers.qcow2.create import new_header, write_data_file, write_image
 from blockstep.drivers.qcow2.format import Header
@@ -39,8 +41,18 @@ class _Create(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_field
         """Other files that `create` makes: their paths."""
         return []
 
-    def create(self) -> None:
-        """Make the file. Raises OSError that names it."""
+    def check_unused(self, graph: Graph, those: str = "that nodes have") -> None:
+        """Raises OptionError if a node of ``graph`` has what it holds in a file that `create` would make anew.
+
+        Looks at files, which may wait for a file system: for a thread, in a program that has other things to do.
+        """
+        for path in (self.filename, *self.files_beside()):
+            if lies_in(graph, path):
+                raise OptionError("filename" if path == self.filename else "data-file", path,
+                                  f"another file than those {those}")
+
+    def create(self, at: str | None = None) -> None:
+        """Make the file; ``at``: in that place, from where it comes under its name later. Raises OSError."""
         raise NotImplementedError
 
 
@@ -58,10 +70,11 @@ class CreateFile(_Create, tag="file"):
         if self.preallocation == "metadata":
             raise OptionError("preallocation", self.preallocation, "off, falloc or full: a raw file has no metadata")
 
-    def create(self) -> None:
-        with naming(self.filename), closing(OpenFile(self.filename, writable=True, create=True)) as file:
-            set_length(file.fd, 0, self.filename)
-            set_length(file.fd, self.size, self.filename)
+    def create(self, at: str | None = None) -> None:
+        path = at or self.filename
+        with naming(path), closing(OpenFile(path, writable=True, create=True)) as file:
+            set_length(file.fd, 0, path)
+            set_length(file.fd, self.size, path)
             if self.preallocation == "falloc" and self.size:
                 os.posix_fallocate(file.fd, 0, self.size)
             elif self.preallocation == "full":
@@ -80,11 +93,12 @@ class CreateOverlay(_Create, tag="overlay"):
         if self.cluster_size & (self.cluster_size - 1) or not 512 <= self.cluster_size <= 2 << 20:
             raise OptionError("cluster-size", self.cluster_size, "a power of two from 512 to 2 MiB")
 
-    def create(self) -> None:
-        with naming(self.filename):
-            with closing(OpenFile(self.filename, writable=True, create=True)) as file:
+    def create(self, at: str | None = None) -> None:
+        path = at or self.filename
+        with naming(path):
+            with closing(OpenFile(path, writable=True, create=True)) as file:
                 os.ftruncate(file.fd, 0)
-            with closing(OverlayImage(self.filename, writable=True, locking="auto", length=self.size,
+            with closing(OverlayImage(path, writable=True, locking="auto", length=self.size,
                                       cluster_size=self.cluster_size)) as image:
                 os.fsync(image.fd)
 
@@ -115,14 +129,18 @@ class CreateQcow2(_Create, tag="qcow2"):
         self.header()
         if self.preallocation != "off" and self.backing_file is not None:
             raise OptionError("preallocation", self.preallocation, "off with a backing file: it would be hidden")
-        if self.data_file is not None and self._data_path(self.data_file) == os.path.realpath(self.filename):
+        image = os.path.realpath(self.filename)
+        if image in self.files_beside():
             raise OptionError("data-file", self.data_file, "another file than the image itself")
+        if self.backing_file is not None and self._path(self.backing_file) in (image, *self.files_beside()):
+            raise OptionError("backing-file", self.backing_file, "another file than the image itself, or its data file")
 
     def files_beside(self) -> list[str]:
-        return [] if self.data_file is None else [self._data_path(self.data_file)]
+        return [] if self.data_file is None else [self._path(self.data_file)]
 
-    def _data_path(self, data_file: str) -> str:
-        return os.path.realpath(os.path.join(os.path.dirname(self.filename), data_file))
+    def _path(self, name: str) -> str:
+        """Of another file, which the image calls ``name``."""
+        return os.path.realpath(os.path.join(os.path.dirname(self.filename), name))
 
     def header(self) -> Header:
         """The header that the image gets; its tables have no places yet. Raises OptionError."""
@@ -132,11 +150,11 @@ class CreateQcow2(_Create, tag="qcow2"):
                           extended_l2=self.extended_l2, data_file=self.data_file, data_file_raw=self.data_file_raw,
                           compression_type=self.compression_type)
 
-    def create(self) -> None:
-        header = self.header()
+    def create(self, at: str | None = None) -> None:
+        header, path = self.header(), at or self.filename
         if self.data_file is not None:
-            write_data_file(self._data_path(self.data_file), self.size, self.preallocation, self.data_file_raw)
-        with naming(self.filename), closing(OpenFile(self.filename, writable=True, create=True)) as file:
+            write_data_file(self._path(self.data_file), self.size, self.preallocation, self.data_file_raw)
+        with naming(path), closing(OpenFile(path, writable=True, create=True)) as file:
             os.ftruncate(file.fd, 0)
             write_image(file.fd, header, self.preallocation)
             os.fsync(file.fd)
@@ -144,3 +162,17 @@ class CreateQcow2(_Create, tag="qcow2"):
 
 #: The options of all drivers that can make files.
 CreateOptions = CreateFile | CreateOverlay | CreateQcow2
+
+
+def lies_in(graph: Graph, filename: str) -> bool:
+    """Whether a node of ``graph`` has what it holds in that file."""
+    try:
+        wanted = os.stat(filename)
+    except FileNotFoundError:
+        return False
+    for node in graph.everything():
+        if isinstance(place := getattr(node.options, "filename", None), str):
+            with suppress(OSError):  # deleted since
+                if os.path.samestat(os.stat(place), wanted):
+                    return True
+    return False

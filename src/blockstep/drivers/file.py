@@ -261,6 +261,12 @@ class File(Driver):
         except EndOfFile:
             raise self._file.shortened(self.length) from None
 
+    def shown_as(self) -> str:
+        return self.options.filename
+
+    def occupied(self) -> int:
+        return os.fstat(self.fd).st_blocks * 512
+
     def storage_fault(self) -> Fault | None:
         return self._file.fault(lambda: self.length)
 

@@ -53,6 +53,9 @@ class Memory(Driver):
     async def close(self) -> None:
         await in_thread(os.close, self.fd)
 
+    def occupied(self) -> int:
+        return os.fstat(self.fd).st_blocks * 512
+
     async def pread(self, offset: int, length: int) -> Buffer:
         if length <= INLINE:
             return os.pread(self.fd, length, offset)

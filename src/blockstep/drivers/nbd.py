@@ -24,6 +24,7 @@ from typing import ClassVar
 
 import msgspec
 
+from blockstep.aio.names import parse_port
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Buffer, Driver, Extent, not_supported
 from blockstep.block.node import NodeOptions
 from blockstep.block.registry import register
@@ -135,6 +136,9 @@ class Nbd(Driver):
     async def close(self) -> None:
         await self.session.close()
 
+    def shown_as(self) -> str | None:
+        return self.uri or None
+
     def yank(self) -> None:
         """Cut the connections: all requests have failed when this returns, and all later ones fail."""
         self.session.yank()
@@ -237,13 +241,7 @@ def _address(options: NbdOptions, uri: NbdUri | None) -> Address | _Duplicate:
 def _port(port: int | str | None, option: str) -> int:
     if port is None:
         return c.DEFAULT_PORT
-    try:
-        number = int(port)
-    except ValueError:
-        number = 0
-    if not 0 < number < 65536:
-        raise OptionError(option, port, "a port number, 1 to 65535")
-    return number
+    return parse_port(str(port), option, 1)
 
 
 class _Duplicate:
@@ -253,7 +251,7 @@ class _Duplicate:
         try:
             self._fd = int(text)
             os.fstat(self._fd)
-        except (ValueError, OSError):
+        except (ValueError, OverflowError, OSError):
             raise OptionError("server.str", text, "the number of an open file descriptor") from None
 
     def __call__(self) -> socket.socket:

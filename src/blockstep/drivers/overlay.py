@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from collections.abc import Awaitable, Mapping
 from typing import Any, ClassVar, Final
 
@@ -450,6 +449,12 @@ class Overlay(Driver):
         nothing = self.backing is None or self.backing.node.length <= offset
         return Extent(length, data=False, zero=nothing, allocated=False)
 
+    def shown_as(self) -> str | None:
+        return self.options.filename
+
+    def occupied(self) -> int:
+        return self.used
+
     def storage_fault(self) -> Fault | None:
         return self._image.file.fault(lambda: self._base + self.length) if self._image else None
 
@@ -562,6 +567,8 @@ def _unlinked_file(directory: str) -> int:
     try:
         return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError:  # a filesystem without O_TMPFILE, or a reason that mkstemp will say again
+        import tempfile
+
         fd, path = tempfile.mkstemp(dir=directory)
         os.unlink(path)
         return fd

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from blockstep.block.driver import Buffer, Driver, Extent, not_supported
 from blockstep.block.node import Child, NodeOptions, NodeRef
-from blockstep.block.permissions import Role
+from blockstep.block.permissions import RESIZE, Permission, Role
 from blockstep.block.registry import register
 from blockstep.block.status import status_through
 from blockstep.errors import OptionError
@@ -40,7 +40,12 @@ class Raw(Driver):
     @property
     def length(self) -> int:  # type: ignore[override]
         size = self.options.size
-        return self.file.node.length - self._offset if size is None else size
+        return max(0, self.file.node.length - self._offset) if size is None else size
+
+    def child_permissions(self, child: Child, taken: Permission, shared: Permission) -> tuple[Permission, Permission]:
+        """A window of fixed size needs what lies under it to stay as long as it is."""
+        taken, shared = super().child_permissions(child, taken, shared)
+        return taken, shared if self.options.size is None else shared & ~RESIZE
 
     async def open(self) -> None:
         self._offset = self.options.offset
@@ -50,6 +55,12 @@ class Raw(Driver):
         size = self.options.size
         if size is not None and not 0 <= size <= there - self._offset:
             raise OptionError("size", size, f"from 0 to {there - self._offset}, which the child has from the offset on")
+
+    def shown_as(self) -> Driver | None:
+        return None if self.options.offset or self.options.size is not None else self.file.node
+
+    def occupied(self) -> int | None:
+        return self.file.node.occupied()
 
     def pread(self, offset: int, length: int) -> Coroutine[Any, Any, Buffer]:
         return self.file.pread(offset + self._offset, length)

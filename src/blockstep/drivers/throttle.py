@@ -70,6 +70,8 @@ class Limits(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields
 
     def check(self) -> None:
         """Raises OptionError for values that contradict each other."""
+        if self.iops_size < 0:
+            raise OptionError("limits.iops-size", self.iops_size, "0 or more")
         for unit in ("iops", "bps"):
             if getattr(self, f"{unit}_total") and (getattr(self, f"{unit}_read") or getattr(self, f"{unit}_write")):
                 raise OptionError(f"limits.{unit}-total", getattr(self, f"{unit}_total"),
@@ -78,8 +80,9 @@ class Limits(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields
                 name = f"{unit}_{what}"
                 rate, burst = getattr(self, name), getattr(self, f"{name}_max")
                 option = f"limits.{name.replace('_', '-')}"
-                if rate < 0 or burst < 0 or self.iops_size < 0:
-                    raise OptionError(option, rate, "0 or more")
+                for which, value in ((option, rate), (f"{option}-max", burst)):
+                    if value < 0:
+                        raise OptionError(which, value, "0 or more")
                 if burst and burst < rate:
                     raise OptionError(f"{option}-max", burst, f"0, or at least {option}, {rate}")
                 if burst and not rate:

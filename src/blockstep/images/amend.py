@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Final, NamedTuple
 
 from blockstep.aio.pool import in_thread
@@ -38,6 +37,7 @@ from blockstep.drivers.qcow2.format import (
 from blockstep.drivers.qcow2.header_steps import header_steps
 from blockstep.drivers.qcow2.snapshots import list_snapshots
 from blockstep.errors import ImageError, OptionError
+from blockstep.images.create import SECTOR
 from blockstep.images.opened import ImageName, opened
 from blockstep.images.resize import resize
 from blockstep.images.whole import WholeFile, whole_file, whole_qcow2
@@ -71,9 +71,11 @@ async def amend(image: ImageName, options: Mapping[str, str]) -> None:
         if word not in CHANGES:
             raise OptionError("-o", word, "one of " + ", ".join(CHANGES))
     size = parse_size(options["size"], "-o size") if "size" in options else None
+    if size is not None and size % SECTOR:
+        raise OptionError("size", size, f"a multiple of {SECTOR}: QEMU does not see the rest")
     await in_thread(_change, filename, options, size)
     if size is not None:
-        async with opened(image, writable=True) as disk:
+        async with opened(image, writable=True, resizable=True) as disk:
             with naming(filename):
                 await resize(disk, size, shrink=True)
 
@@ -118,12 +120,12 @@ def amended(header: Header, options: Mapping[str, str]) -> Amended:
     bits = _refcount_bits(header, options, version)
     older = version < header.version
     if version > header.version:
-        header = _with_names(replace(header, version=version, header_length=V3_LENGTH))
+        header = _with_names(header._replace(version=version, header_length=V3_LENGTH))
     if "lazy_refcounts" in options:
         lazy = _switch("lazy_refcounts", options)
         if lazy and version < 3:
             raise OptionError("-o lazy_refcounts", options["lazy_refcounts"], "off in images of version 0.10")
-        header = replace(header, compatible=header.compatible & ~LAZY_REFCOUNTS | (LAZY_REFCOUNTS if lazy else 0))
+        header = header._replace(compatible=header.compatible & ~LAZY_REFCOUNTS | (LAZY_REFCOUNTS if lazy else 0))
     if "data_file" in options:
         name = options["data_file"]
         if header.data_file is None:
@@ -136,7 +138,7 @@ def amended(header: Header, options: Mapping[str, str]) -> Amended:
         if raw and not header.autoclear & RAW_EXTERNAL:
             raise OptionError("-o data_file_raw", options["data_file_raw"], "off, of an image that exists")
         if not raw:
-            header = replace(header, autoclear=header.autoclear & ~RAW_EXTERNAL)
+            header = header._replace(autoclear=header.autoclear & ~RAW_EXTERNAL)
     return Amended(header, bits, older)
 
 
@@ -153,7 +155,7 @@ def _refcount_bits(header: Header, options: Mapping[str, str], version: int) -> 
 
 
 def _with_names(header: Header) -> Header:
-    named = replace(header, extensions=(*header.extensions, feature_table()))
+    named = header._replace(extensions=(*header.extensions, feature_table()))
     try:
         build_header(named)
     except ImageError:  # small clusters: the names are left out
@@ -179,7 +181,7 @@ def write_header(file: WholeFile, changed: Header) -> None:
     Autoclear bits that nobody knows here are reset, as the format demands of who changes an image.
     """
     raw = bytes(file.read(0, read_header(file).cluster_size))
-    changed = replace(changed, autoclear=changed.autoclear & (BITMAPS | RAW_EXTERNAL))
+    changed = changed._replace(autoclear=changed.autoclear & (BITMAPS | RAW_EXTERNAL))
     for offset, data in header_steps(raw, build_header(fitting(changed))):
         file.write(offset, data)
         file.sync()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple
+
+from msgspec.structs import replace
 
 from blockstep.aio.pool import in_thread
 from blockstep.block.bitmap import Bitmap
@@ -53,8 +54,8 @@ async def change_bitmap(image: ImageName, name: str, actions: Sequence[BitmapAct
     await in_thread(work)
 
 
-def copy_bitmaps(source: str, target: str, skip: Callable[[str], None] | None = None) -> None:
-    """Give the image in the file ``target`` the bitmaps of ``source``.
+def usable_bitmaps(source: str, skip: Callable[[str], None] | None = None) -> list[StoredBitmap]:
+    """The bitmaps of the image in the file ``source``, with their bits, to be added to another image.
 
     ``skip`` is told the names of those that are inconsistent, which are left out; None: raises BlockstepError for one.
     """
@@ -66,10 +67,17 @@ def copy_bitmaps(source: str, target: str, skip: Callable[[str], None] | None = 
                 raise BlockstepError(f"Cannot copy inconsistent bitmap '{one.name}'; --skip-broken-bitmaps leaves it "
                                      "out")
             skip(one.name)
-    bitmaps = [one for one in bitmaps if one.usable]
-    if bitmaps:
-        with whole_file(target, writable=True) as file:
-            store(file.read, file.length, file.write, file.sync, [replace(one, entry=None) for one in bitmaps])
+    return [replace(one, entry=None) for one in bitmaps if one.usable]
+
+
+def add_bitmaps(target: str, bitmaps: Sequence[StoredBitmap]) -> None:
+    """Give the image in a file bitmaps beside those that it has. Raises BlockstepError for a name that is there."""
+    with whole_file(target, writable=True) as file:
+        present = load(file.read, file.length, ())
+        for one in bitmaps:
+            if any(other.name == one.name for other in present):
+                raise BlockstepError(f"Failed to create bitmap {one.name}: Bitmap already exists: {one.name}")
+        store(file.read, file.length, file.write, file.sync, [*present, *bitmaps])
 
 
 def _apply(file: WholeFile, bitmaps: dict[str, StoredBitmap], name: str, action: BitmapAction,

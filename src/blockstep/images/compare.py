@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Final, Literal
+
+import msgspec
 
 from blockstep.block.driver import ZEROES, Buffer, Extent
 from blockstep.block.io import Backend
@@ -31,8 +32,7 @@ def no_progress(done: int, total: int) -> None:
     """Nobody looks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(msgspec.Struct, frozen=True):
     """How two images differ. ``offset``: in bytes, where that says anything. ``longer``: their lengths differ."""
 
     difference: Literal["none", "content", "status", "length"] = "none"

@@ -14,7 +14,6 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import msgspec
@@ -24,14 +23,15 @@ from blockstep.block.bitmap import Bitmap
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.status import backing_of
+from blockstep.drivers.create import lies_in
 from blockstep.errors import OptionError
-from blockstep.images.bitmap import copy_bitmaps
+from blockstep.images.bitmap import add_bitmaps, usable_bitmaps
 from blockstep.images.compare import Progress, no_progress
 from blockstep.images.copying import ImageCopy, Salvage
 from blockstep.images.create import COMPAT, Creation
 from blockstep.images.files import made_anew
 from blockstep.images.joined import joined
-from blockstep.images.opened import ImageName, lies_in, opened
+from blockstep.images.opened import ImageName, opened
 from blockstep.images.snapshot import snapshot_id
 from blockstep.images.whole import whole_qcow2
 from blockstep.jobs.block_copy import Control, Pass
@@ -48,8 +48,7 @@ _THREAD_CHUNK: Final = 16 * MiB
 _PIECES: Final = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Conversion:
+class Conversion(msgspec.Struct, frozen=True):
     """What to do. ``sparse``: so many bytes of zeroes become a hole; 0: none does, the target is fully allocated.
 
     ``zeroed``: the target that exists reads as zeroes. ``offload``: let the kernel copy from file to file, where
@@ -64,7 +63,7 @@ class Conversion:
     sources: Sequence[ImageName]
     target: ImageName
     create: bool = True
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = msgspec.field(default_factory=dict)
     zeroed: bool = False
     sparse: int = SPARSE_DEFAULT
     offload: bool = False
@@ -127,6 +126,8 @@ class Conversion:
 async def convert(conversion: Conversion, progress: Progress = no_progress) -> None:
     """Do it. Raises OptionError and OSError; a new target is not there then, and neither after a cancellation."""
     conversion.check()
+    bitmaps = await in_thread(usable_bitmaps, await whole_qcow2(conversion.sources[0]),
+                              conversion.skip_bitmap) if conversion.bitmaps else []
     graph = Graph()
     async with AsyncExitStack() as stack:
         shown: dict[str, Any] = {}
@@ -139,20 +140,24 @@ async def convert(conversion: Conversion, progress: Progress = no_progress) -> N
         if target.is_file and lies_in(graph, target.name):
             raise OptionError("TARGET", target.name, "another file than those that are read")
         if conversion.create:
-            target = await stack.enter_async_context(_made(conversion, total))
-        async with opened(target, graph=graph, writable=True) as into:
+            target = await stack.enter_async_context(_made(conversion, total, graph))
+        written = Graph()
+        async with opened(target, graph=written, writable=True) as into:
+            for node in written.everything():
+                place = getattr(node.options, "filename", None)
+                if not node.read_only and isinstance(place, str) and lies_in(graph, place):
+                    raise OptionError("TARGET", conversion.target.name, "another file than those that are read")
             if into.length < total:
                 raise OptionError("target", conversion.target.name, f"of at least {total} bytes, and not {into.length}")
             if total:
                 await _copy(conversion, source, into, _Progress(progress, total, conversion.rate))
-        if conversion.bitmaps:
-            await in_thread(copy_bitmaps, await whole_qcow2(conversion.sources[0]), await whole_qcow2(target),
-                            conversion.skip_bitmap)
+        if bitmaps:
+            await in_thread(add_bitmaps, await whole_qcow2(target), bitmaps)
         progress(total, total)
 
 
 @asynccontextmanager
-async def _made(conversion: Conversion, size: int) -> AsyncIterator[ImageName]:
+async def _made(conversion: Conversion, size: int, sources: Graph) -> AsyncIterator[ImageName]:
     target = conversion.target
     if not target.is_file or target.format is None:
         raise OptionError("-n", False, f"given: '{target.name}' cannot be made here, only written to")
@@ -160,9 +165,10 @@ async def _made(conversion: Conversion, size: int) -> AsyncIterator[ImageName]:
         raise OptionError("-n", False, f"given: '{target.name}' is no regular file, and is written in its place")
     wanted = await Creation(target.format, target.name, size, conversion.options, conversion.backing,
                             conversion.backing_format, option="-O").checked()
+    wanted.check_unused(sources, "that are read")
     async with made_anew(target.name, durable=target.cache != "unsafe", beside=wanted.files_beside()) as path:
-        await in_thread(msgspec.structs.replace(wanted, filename=path).create)
-        yield replace(target, name=path)
+        await in_thread(wanted.create, path)
+        yield msgspec.structs.replace(target, name=path)
 
 
 class _Progress(Control):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 
 from blockstep.aio.pool import in_thread
+from blockstep.block.graph import Graph
 from blockstep.drivers.create import CreateOptions
 from blockstep.errors import OptionError
-from blockstep.images import FORMATS
+from blockstep.images import FORMATS, is_options
 from blockstep.images.files import made_anew
 from blockstep.images.opened import ImageName, opened
 from blockstep.keyval import fit
@@ -32,15 +32,14 @@ def creators() -> dict[str, type[msgspec.Struct]]:
     return {name: kinds[driver] for name, driver in drivers.items() if driver in kinds}
 
 
-@dataclass(frozen=True, slots=True)
-class Creation:
+class Creation(msgspec.Struct, frozen=True):
     """What the user said of a new image. ``options``: words, as from ``-o``. ``backing`` is relative to the image.
     ``option`` is how its format is given, for errors."""
 
     format: str
     filename: str
     size: int | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = msgspec.field(default_factory=dict)
     backing: str | None = None
     backing_format: str | None = None
     unsafe: bool = False
@@ -59,20 +58,25 @@ class Creation:
         if self.size is not None:
             given["size"] = str(self.size)
         backing = given.get("backing-file")
-        if backing is not None:
-            form = given.get("backing-fmt")
-            if form is None:
-                raise OptionError("-F", None, f"given: the format of the backing image '{backing}'")
-            if not self.unsafe or "size" not in given:
-                path = os.path.join(os.path.dirname(self.filename), backing)
-                async with opened(ImageName(path, form, option="-F")) as image:
-                    given.setdefault("size", str(image.length))
+        if backing is not None and "backing-fmt" not in given:
+            raise OptionError("-F", None, f"given: the format of the backing image '{backing}'")
+        if backing is not None and (not self.unsafe or "size" not in given):
+            path = backing if is_options(backing) else os.path.join(os.path.dirname(self.filename), backing)
+            graph = Graph()
+            async with opened(ImageName(path, given["backing-fmt"], option="-F"), graph=graph) as image:
+                given.setdefault("size", str(image.length))
+                return self._wanted(kind, given, graph)
         if "size" not in given:
             raise OptionError("size", None, f"given: '{self.filename}' has no backing image to take it from")
+        return self._wanted(kind, given, Graph())
+
+    def _wanted(self, kind: type[msgspec.Struct], given: dict[str, str], below: Graph) -> Any:
+        """``below``: has the backing image, which is not to be made anew."""
         words = {"driver": str(kind.__struct_config__.tag), "filename": self.filename, **given}
         try:
             wanted: Any = fit(words, kind, "-o", words=True)
             wanted.check()
+            wanted.check_unused(below, "of the backing image")
         except OptionError as error:
             raise OptionError(self._option(error.option.rpartition(" ")[2]), error.value, error.expected) from None
         if self.format == "qcow2":
@@ -81,6 +85,8 @@ class Creation:
 
     def _option(self, field: str) -> str:
         """How the user gave a field."""
+        if field == "filename":
+            return "FILENAME"
         given = {"size": ("size", self.size), "backing-file": ("-b", self.backing),
                  "backing-fmt": ("-F", self.backing_format)}.get(field)
         return given[0] if given and given[1] is not None else f"-o {_word(field)}"
@@ -108,7 +114,7 @@ class Creation:
 async def create(wanted: Any) -> None:
     """Make the file; what was under its name stays until it is complete. Raises OSError that names it."""
     async with made_anew(wanted.filename, beside=wanted.files_beside()) as path:
-        await in_thread(msgspec.structs.replace(wanted, filename=path).create)
+        await in_thread(wanted.create, path)
 
 
 def formatting(format: str, wanted: Any) -> str:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+import msgspec
+
+from blockstep.block.graph import Graph
+from blockstep.drivers.create import lies_in
 from blockstep.errors import OptionError
 from blockstep.images.convert import Conversion, convert
 from blockstep.images.create import Creation, create
@@ -18,8 +21,7 @@ from blockstep.units import parse_size
 _LARGEST = (1 << 31) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Operands:
+class Operands(msgspec.Struct, frozen=True):
     """``source``, ``target``: names. ``block``: bytes. ``count``, ``skip``: blocks; None: all."""
 
     source: str
@@ -49,8 +51,11 @@ def operands(words: Iterable[str]) -> Operands:
 
 async def dd(source: ImageName, target: ImageName, wanted: Operands) -> bool:
     """Make ``target``. False: all of the image is skipped, and the target is empty. Raises OptionError and OSError."""
-    async with opened(source) as image:
+    graph = Graph()
+    async with opened(source, graph=graph) as image:
         length = image.length
+        if target.is_file and lies_in(graph, target.name):
+            raise OptionError("of", target.name, "another file than the one that is read")
     end = length if wanted.count is None else min(length, wanted.count * wanted.block)
     start = wanted.skip * wanted.block
     if start >= end:

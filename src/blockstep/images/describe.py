@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
+
+import msgspec
 
 from blockstep.block.node import Child
 from blockstep.drivers.file import File
@@ -21,7 +22,6 @@ from blockstep.errors import BlockstepError, ImageError
 from blockstep.images import AUTO
 from blockstep.images.opened import ImageName, opened
 from blockstep.images.qcow2 import qcow2_fields
-from blockstep.inventory.filenames import actual_size
 from blockstep.units import KiB
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
@@ -51,7 +51,7 @@ async def described(image: ImageName, chain: bool = False) -> list[dict[str, Any
 async def _describe(image: ImageName) -> tuple[dict[str, Any], ImageName | None]:
     """One image, and the one that it names as its backing image."""
     if not image.is_options and await image.format_known() == "qcow2":
-        async with opened(replace(image, format="raw")) as file:
+        async with opened(msgspec.structs.replace(image, format="raw")) as file:
             try:
                 return await _qcow2(image, image.name, file.edge)
             except ImageError as error:
@@ -64,7 +64,7 @@ async def _describe(image: ImageName) -> tuple[dict[str, Any], ImageName | None]
         if isinstance(node, Overlay):
             fields["cluster-size"] = node.cluster_size
         fields["format"] = "raw" if isinstance(node, (File, Nbd)) else node.driver
-        if (size := actual_size(node)) is not None:
+        if (size := node.occupied()) is not None:
             fields["actual-size"] = size
         return {**fields, "dirty-flag": False}, None
 

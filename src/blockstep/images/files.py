@@ -37,7 +37,7 @@ async def made_anew(filename: str, durable: bool = True, beside: Iterable[str] =
             yield final
             return
         directory, name = os.path.split(final)
-        part = os.path.join(directory, f".{name}.{os.getpid()}.part")
+        part = os.path.join(directory, f".{_begin(name)}.{os.getpid()}.part")
         try:
             yield part
             await in_thread(_finish, part, final, old, durable)
@@ -50,6 +50,11 @@ async def made_anew(filename: str, durable: bool = True, beside: Iterable[str] =
             raise
     finally:
         _let_go(old)
+
+
+def _begin(name: str) -> str:
+    """As much of a file's name as leaves room for more in another's: names have 255 bytes at most."""
+    return os.fsdecode(os.fsencode(name)[:230])
 
 
 def _hold(final: str) -> OpenFile | None:

@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
+
+import msgspec
 
 from blockstep.block.io import Backend
 from blockstep.drivers.create import CreateQcow2
@@ -27,8 +28,7 @@ _SECTOR: Final = 512
 _ENTRY: Final = 24
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
+class Size(msgspec.Struct, frozen=True):
     """All in bytes. ``bitmaps``: what the source's bitmaps would take; None: one of the two cannot have any."""
 
     required: int
@@ -46,12 +46,11 @@ class Size:
         return [f"required size: {self.required}", f"fully allocated size: {self.fully_allocated}", *last]
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
+class Measurement(msgspec.Struct, frozen=True):
     """What to measure: a new image of ``format`` for a disk of ``size`` bytes, or for what ``source`` holds."""
 
     format: str
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = msgspec.field(default_factory=dict)
     size: int | None = None
     source: ImageName | None = None
     snapshot: str | None = None

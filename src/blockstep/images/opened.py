@@ -8,18 +8,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
+import msgspec
+
 from blockstep.aio.pool import in_thread
+from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
-from blockstep.block.permissions import READ, RESIZE, WRITE
-from blockstep.drivers.file import File
-from blockstep.errors import OptionError
+from blockstep.block.permissions import NONE, READ, RESIZE, WRITE
+from blockstep.errors import OptionError, noting
 from blockstep.images import AUTO, FORMATS, CacheMode, is_address, is_options
 from blockstep.inventory.event_lines import tell_changes
 from blockstep.keyval import parse
@@ -28,8 +28,7 @@ from blockstep.keyval import parse
 _MAGIC: Final = {b"QFI\xfb": "qcow2", b"BLKSTPOV": "overlay"}
 
 
-@dataclass(frozen=True, slots=True)
-class ImageName:
+class ImageName(msgspec.Struct, frozen=True):
     """What the user said of one image. ``option`` is how its format is given, for errors."""
 
     name: str
@@ -56,7 +55,7 @@ class ImageName:
             return self
         if file["driver"] != "file" or options["driver"] not in FORMATS:
             return self
-        return replace(self, name=file["filename"], format=options["driver"], image_opts=False)
+        return msgspec.structs.replace(self, name=file["filename"], format=options["driver"], image_opts=False)
 
     def _parsed(self) -> dict[str, Any]:
         """Of a name that is the options of a node: these. Raises OptionError."""
@@ -118,16 +117,8 @@ def probe(filename: str) -> str:
     return next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), "raw")
 
 
-def lies_in(graph: Graph, filename: str) -> bool:
-    """Whether a node of ``graph`` has what it holds in that file."""
-    with suppress(FileNotFoundError):
-        return any(isinstance(node, File) and os.path.samefile(node.options.filename, filename)
-                   for node in graph.nodes.values())
-    return False
-
-
 @asynccontextmanager
-async def opened(image: ImageName, *, writable: bool = False, graph: Graph | None = None,
+async def opened(image: ImageName, *, writable: bool = False, resizable: bool = False, graph: Graph | None = None,
                  **more: Any) -> AsyncIterator[Backend]:
     """The image, open inside the section, in ``graph`` or one of its own. ``more``: further options of its node.
 
@@ -142,7 +133,7 @@ async def opened(image: ImageName, *, writable: bool = False, graph: Graph | Non
     options = await image.node_options(writable)
     node = await graph.open({**options, **more}, strict=not image.is_options)
     try:
-        taken = READ | WRITE | RESIZE if writable else READ
+        taken = READ | (WRITE if writable else NONE) | (RESIZE if resizable else NONE)
         backend = graph.attach_backend(node, "img", taken)
         try:
             yield backend
@@ -150,6 +141,13 @@ async def opened(image: ImageName, *, writable: bool = False, graph: Graph | Non
                 await backend.flush()
         finally:
             await graph.detach_backend(backend)
-    finally:
-        if graph.nodes.get(node.name) is node:
-            await graph.close(node)
+    except BaseException as error:
+        with noting(error):
+            await _close(graph, node)
+        raise
+    await _close(graph, node)
+
+
+async def _close(graph: Graph, node: Driver) -> None:
+    if graph.nodes.get(node.name) is node:
+        await graph.close(node)

@@ -23,7 +23,6 @@ from blockstep.drivers.qcow2.format import (
     parse_header,
 )
 from blockstep.drivers.qcow2.shown import read_snapshots
-from blockstep.inventory.filenames import actual_size
 
 
 async def qcow2_fields(file: Child, filename: str) -> tuple[dict[str, Any], Header]:
@@ -37,7 +36,7 @@ async def qcow2_fields(file: Child, filename: str) -> tuple[dict[str, Any], Head
         found["backing-filename-format"] = header.backing_format
     found |= {"virtual-size": header.size, "filename": filename, "cluster-size": header.cluster_size,
               "format": "qcow2"}
-    if (size := actual_size(file.node)) is not None:
+    if (size := file.node.occupied()) is not None:
         found["actual-size"] = size
     if header.crypt_method:
         found["encrypted"] = True

@@ -11,20 +11,20 @@ interrupts it has an image that reads as before. *Unsafe* changes the header alo
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from typing import Final
 
 from blockstep.aio.pool import in_thread
 from blockstep.block.driver import Buffer
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
+from blockstep.drivers.create import lies_in
 from blockstep.drivers.qcow2.driver import Qcow2
 from blockstep.drivers.qcow2.format import EXT_BACKING_FORMAT, RAW_EXTERNAL
 from blockstep.errors import OptionError
 from blockstep.images import FORMATS
 from blockstep.images.amend import read_header, write_header
 from blockstep.images.compare import Progress, no_progress
-from blockstep.images.opened import ImageName, lies_in, opened
+from blockstep.images.opened import ImageName, opened
 from blockstep.images.qcow2 import full_name
 from blockstep.images.whole import whole_file
 from blockstep.units import MiB
@@ -113,7 +113,7 @@ def _change_backing(filename: str, backing: str, backing_format: str | None) -> 
     kind = backing_format.encode() if backing and backing_format else None
     with whole_file(filename, writable=True) as file:
         header = read_header(file)
-        write_header(file, replace(header.with_extension(EXT_BACKING_FORMAT, kind), backing_file=backing or None))
+        write_header(file, header.with_extension(EXT_BACKING_FORMAT, kind)._replace(backing_file=backing or None))
 
 
 def _is_raw_external(filename: str) -> bool:

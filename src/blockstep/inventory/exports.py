@@ -33,13 +33,14 @@ import errno
 import os
 import socket
 import ssl
+import stat
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
+from blockstep.aio.names import parse_port
 from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.driver import FUA, Buffer, Driver
 from blockstep.block.graph import Graph
@@ -132,8 +133,7 @@ class ExportNotFound(BlockstepError):
         self.id = id
 
 
-@dataclass(eq=False, slots=True)
-class BlockExport:
+class BlockExport(msgspec.Struct, eq=False):
     """An export of the table."""
 
     options: ExportOptions
@@ -145,8 +145,8 @@ class BlockExport:
     shutting_down: bool = False
     held: bool = False
     #: When it is gone: why its node could not be flushed or closed.
-    failed: list[OSError] = field(default_factory=list)
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    failed: list[OSError] = msgspec.field(default_factory=list)
+    gone: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
 
     @property
     def id(self) -> str:
@@ -187,7 +187,7 @@ class ExportTable:
         self._server: Server | None = None
         self._tls = False
         self._exports: dict[str, BlockExport] = {}
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
         self._guests_held = False
         self._accepting = True
         #: Where the server listens, with the port that port 0 became; passed sockets without a name are left out.
@@ -255,10 +255,13 @@ class ExportTable:
         mine = [export for export in self._exports.values() if export.server is server and not export.shutting_down]
         for export in mine:
             export.shutting_down = True
-        await server.stop(deadline)
-        for export in mine:
-            await self._let_go(export)
+        await self._to_its_end(self._take_down(server, mine, deadline))
         return [error for export in mine for error in export.failed]
+
+    async def _take_down(self, server: Server, exports: Sequence[BlockExport], deadline: float) -> None:
+        await server.stop(deadline)
+        for export in exports:
+            await self._let_go(export)
 
     async def close(self, deadline: float = CLOSE_DEADLINE) -> list[OSError]:
         """The end of the process: stop the server if there is one, and wait until all exports are gone.
@@ -280,7 +283,8 @@ class ExportTable:
     async def hold_guests(self) -> None:
         """Hold back the requests of guests, wait for those in flight, and flush their disks.
 
-        Guests that come later are held back as well. Raises OSError if a flush fails; they are held back all the same.
+        Guests that come later are held back as well. Raises OSError if a flush fails; they are held back all the same,
+        and the other disks are flushed.
         """
         self._guests_held = True
         held = [export for export in self if export.is_guests]
@@ -288,9 +292,9 @@ class ExportTable:
             export.hold()
         for export in held:
             await export.backend.idle()
-        for export in held:
-            if not export.backend.read_only and not export.gone.is_set():
-                await self._graph.flush(export.node)
+        ends = [await tried(export.node, self._graph.flush(export.node)) for export in held
+                if not export.backend.read_only and not export.gone.is_set()]
+        _raise([error for error in ends if error is not None])
 
     def release_guests(self) -> None:
         """Let them go on."""
@@ -371,12 +375,17 @@ class ExportTable:
         _raise(export.failed)
 
     async def _let_go(self, export: BlockExport) -> None:
-        if not export.served.in_flight and not export.backend.in_flight:
-            await self._retire(export)
-            return
-        task = asyncio.get_running_loop().create_task(self._retire(export))
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        busy = export.served.in_flight or export.backend.in_flight
+        retiring = self._to_its_end(self._retire(export))
+        if not busy:
+            await retiring
+
+    def _to_its_end(self, work: Coroutine[Any, Any, None]) -> asyncio.Future[None]:
+        """Do what must not be left half done: it goes on also if whoever waits for it is cancelled, or does not."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        return asyncio.shield(task)
 
     async def _retire(self, export: BlockExport) -> None:
         export.backend.forget_held()
@@ -426,16 +435,17 @@ class Writethrough:
 
 async def _listen(server: Server, address: SocketAddress) -> list[Address]:
     if isinstance(address, InetSocket):
-        if not address.port.isdigit() or int(address.port) > 65535:
-            raise OptionError("addr.port", address.port, "a port number, 0 to 65535")
-        return [InetAddress(host, port) for host, port in await server.start_tcp(address.host, int(address.port))]
+        wanted = parse_port(address.port, "addr.port")
+        return [InetAddress(host, port) for host, port in await server.start_tcp(address.host, wanted)]
     if isinstance(address, UnixSocket):
         await server.start_unix(address.path)
         return [UnixAddress(address.path)]
     try:
+        if not stat.S_ISSOCK(os.fstat(int(address.text)).st_mode):
+            raise ValueError
         with socket.socket(fileno=os.dup(int(address.text))) as sock:
             family, name = sock.family, sock.getsockname()
-    except (ValueError, OSError):
+    except (ValueError, OverflowError, OSError):
         raise OptionError("addr.str", address.text, "the number of an open socket") from None
     server.start_fd(int(address.text))
     if family == socket.AF_UNIX:

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any, Final
 
 import msgspec
 
 from blockstep.block.driver import Driver
 from blockstep.block.node import NodeOptions
-from blockstep.drivers.file import File
-from blockstep.drivers.memory import Memory
-from blockstep.drivers.nbd import Nbd
-from blockstep.drivers.overlay import Overlay
-from blockstep.drivers.qcow2.driver import Qcow2
-from blockstep.drivers.raw import Raw
 
 #: What says how a node is used, not which it is.
 _LEFT_OUT: Final = {field.name for field in msgspec.structs.fields(NodeOptions)}
@@ -23,28 +16,10 @@ _LEFT_OUT: Final = {field.name for field in msgspec.structs.fields(NodeOptions)}
 
 def filename_of(node: Driver) -> str:
     """For people, and for those who look for a file by its name."""
-    if isinstance(node, File):
-        return node.options.filename
-    if isinstance(node, Overlay) and node.options.filename is not None:
-        return node.options.filename
-    if isinstance(node, Nbd) and node.uri:
-        return node.uri
-    if isinstance(node, Qcow2):
-        return filename_of(node.file.node)
-    if isinstance(node, Raw) and not node.options.offset and node.options.size is None:
-        return filename_of(node.file.node)
-    return "json:" + json.dumps(_options(node))
-
-
-def actual_size(node: Driver) -> int | None:
-    """Bytes that it occupies where its data lies, if that is known here."""
-    if isinstance(node, (File, Memory)):
-        return os.fstat(node.fd).st_blocks * 512
-    if isinstance(node, Overlay):
-        return node.used
-    if (node.is_filter or isinstance(node, (Raw, Qcow2))) and "file" in node.children:
-        return actual_size(node.children["file"].node)
-    return None
+    shown = node.shown_as()
+    if isinstance(shown, Driver):
+        return filename_of(shown)
+    return "json:" + json.dumps(_options(node)) if shown is None else shown
 
 
 def _options(node: Driver) -> dict[str, Any]:

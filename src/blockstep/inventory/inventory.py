@@ -6,7 +6,8 @@ Nothing here is global: a process can hold two inventories, and a test does.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from blockstep.block.driver import Driver
@@ -46,11 +47,9 @@ class Inventory:
     async def close(self) -> list[OSError]:
         """End everything in good order: exports, then jobs; make durable what was written; close all nodes.
 
-        Returns an error for each disk that could not be flushed or closed; nothing is kept open for it. What waits for
-        an NBD server that does not answer fails after `CLOSE_DEADLINE`.
+        Returns an error for each disk that could not be flushed or closed; nothing is kept open for it. See `ending`.
         """
-        watchdog = asyncio.get_running_loop().call_later(CLOSE_DEADLINE, self._cut_off)
-        try:
+        with self.ending():
             ends: list[OSError | None] = [*await self.exports.close()]
             await self.jobs.cancel_all()
             await self.colo.close()
@@ -58,9 +57,16 @@ class Inventory:
             for node in self.graph.nodes.values():
                 node.owned = False
             ends += [await tried(node, self.graph.close_unused(node)) for node in list(self.graph.nodes.values())]
+        return [error for error in ends if error is not None]
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Within, what waits for an NBD server that does not answer fails after `CLOSE_DEADLINE`."""
+        watchdog = asyncio.get_running_loop().call_later(CLOSE_DEADLINE, self._cut_off)
+        try:
+            yield
         finally:
             watchdog.cancel()
-        return [error for error in ends if error is not None]
 
     def _cut_off(self) -> None:
         """Let requests fail that wait for servers."""

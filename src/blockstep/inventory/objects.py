@@ -15,7 +15,6 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast
 
@@ -86,8 +85,7 @@ TYPES: Final[dict[str, type[ObjectOptions]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Secret:
+class Secret(msgspec.Struct, frozen=True):
     """The bytes of a secret, which no message shows."""
 
     data: bytes

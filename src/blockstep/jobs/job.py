@@ -217,6 +217,8 @@ class Job:
         """End it. The target is left as it is, unless a ready mirror or commit is asked without ``force``: that
         completes, without the pivot. ``force`` also makes requests that hang fail, where the driver can."""
         self._heard(JobVerb.CANCEL)
+        if self.transaction.is_committed:
+            raise JobError(self.id, "cannot be cancelled any more: its changes are made")
         if not force and not self.accepts_cancel():
             self._should_complete = True
             self._paused = False
@@ -227,7 +229,7 @@ class Job:
 
     def end(self, force: bool) -> None:
         """A cancel that no hook can turn into anything else; nothing to do if the end has come or is coming."""
-        if self.status not in VERBS[JobVerb.CANCEL]:
+        if self.status not in VERBS[JobVerb.CANCEL] or self.transaction.is_committed:
             return
         self.cancelled = True
         self._paused = False

@@ -29,7 +29,7 @@ from blockstep.block.graph import Change, Graph
 from blockstep.block.io import Backend, enter, leave
 from blockstep.block.names import check_name
 from blockstep.block.node import Child
-from blockstep.block.permissions import ALL, NONE, READ, Permission, Role
+from blockstep.block.permissions import ALL, NONE, READ, RESIZE, Permission, Role
 from blockstep.block.status import status_through
 from blockstep.errors import OptionError
 from blockstep.jobs.block_copy import BlockCopy, Control, Pass, Side
@@ -175,7 +175,7 @@ class SyncJob(Job):
             taken, shared = self.target_permissions
             target = self._user(self.target, "target", taken, shared)
             undo.push_async_callback(self.graph.detach_backend, target)
-            source = self._user(self.source, "source", READ, ALL)
+            source = self._user(self.source, "source", READ, ALL & ~RESIZE)  # what is dirty is noted for this length
             undo.push_async_callback(self.graph.detach_backend, source)
             self._backends = source, target
             for node in self.uses():
@@ -366,14 +366,18 @@ class SyncJob(Job):
         return self.filter if self.filter is not None else self.source
 
     async def commit(self) -> None:
-        self.synced()
         self._change = None
-        await self._drained.aclose()
+        try:
+            self.synced()
+        finally:
+            await self._drained.aclose()
 
     async def abort(self) -> None:
-        if self._change is not None:
-            self._change.rollback()
-        await self._drained.aclose()
+        try:
+            if self._change is not None:
+                self._change.rollback()
+        finally:
+            await self._drained.aclose()
 
     async def clean(self) -> None:
         await self._undo.aclose()

@@ -8,6 +8,7 @@ cancelled at any point before, the others are cancelled, and all of them abort.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from blockstep.errors import JobError
@@ -22,6 +23,8 @@ class JobTransaction:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
+        #: Whether all are being committed, or have been: too late to cancel one.
+        self.is_committed = False
         self._finishing: asyncio.Task[None] | None = None
 
     def add(self, job: Job) -> None:
@@ -81,9 +84,9 @@ class JobTransaction:
             if any(other.failed for other in self.jobs):
                 await self._unwind()
                 return
+        self.is_committed = True
         for job in self.jobs:
-            job.cancelled = False  # too late
-            await job.commit()
+            await _step(job, job.commit)
         await self._conclude()
 
     async def _unwind(self) -> None:
@@ -92,14 +95,19 @@ class JobTransaction:
             if job.status is not JobStatus.ABORTING:
                 job.enter_status(JobStatus.ABORTING)
         for job in reversed(self.jobs):
-            await job.abort()
+            await _step(job, job.abort)
         await self._conclude()
 
     async def _conclude(self) -> None:
         for job in self.jobs:
-            try:
-                await job.clean()
-            except Exception as error:
-                job.error = job.error or error
+            await _step(job, job.clean)
         for job in self.jobs:
             job.conclude()
+
+
+async def _step(job: Job, step: Callable[[], Awaitable[None]]) -> None:
+    """A step that cannot be taken back. One that fails, against what it promises, is told, and keeps nobody waiting."""
+    try:
+        await step()
+    except Exception as error:
+        job.error = job.error or error

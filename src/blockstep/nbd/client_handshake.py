@@ -34,9 +34,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Generic, TypeAlias, TypeVar
+
+import msgspec
 
 from blockstep.errors import OptionError, PeerRefused, ProtocolError
 from blockstep.nbd import constants as c
@@ -90,8 +91,7 @@ class HandshakeState(Enum):
     DONE = "done"  #: `ClientHandshake.result` is there
 
 
-@dataclass(slots=True)
-class ExportInfo:
+class ExportInfo(msgspec.Struct):
     """What a server says about an export."""
 
     name: str
@@ -107,7 +107,7 @@ class ExportInfo:
     #: The longest read or write.
     maximum_payload: int = c.MAX_PAYLOAD
     #: Metadata contexts: the id of each that was selected; 0 for all when they were only listed.
-    contexts: dict[str, int] = field(default_factory=dict)
+    contexts: dict[str, int] = msgspec.field(default_factory=dict)
     #: Replies come in chunks (always so with extended headers).
     structured: bool = False
     extended: bool = False

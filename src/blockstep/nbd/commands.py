@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
+
+import msgspec
 
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Buffer
 from blockstep.errors import ProtocolError
@@ -53,7 +55,7 @@ def nbd_error(error: BaseException, request: Request) -> int:
     return code
 
 
-class Session(NamedTuple):
+class Session(msgspec.Struct, frozen=True):
     """What a connection has agreed on with its client."""
 
     export: Export
@@ -70,7 +72,7 @@ Pieces = list[Buffer]
 _Run = Callable[[Session, Request], Coroutine[Any, Any, Pieces]]
 
 
-class _Command(NamedTuple):
+class _Command(msgspec.Struct, frozen=True):
     run: _Run
     flags: int
     writes: bool = False

@@ -26,10 +26,11 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from types import CoroutineType
 from typing import Any, Final, Literal
+
+import msgspec
 
 from blockstep.aio.channel import Channel
 from blockstep.aio.inline import Completion, go_on
@@ -53,8 +54,7 @@ _LAST_WORDS: Final = 0.1
 _TURN: Final = 16 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """What one connection may cost."""
 
     requests: int = 1024  #: in flight in the backend

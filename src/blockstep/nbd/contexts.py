@@ -75,10 +75,13 @@ def _bitmap(export: Export, name: str, offset: int, length: int) -> Extents:
         return [(length, c.STATE_DIRTY)]
     result: Extents = []
     end = offset + length
-    while offset < end and len(result) <= MAX_EXTENTS:
-        for size, dirty in bitmap.extents(offset, min(_WINDOW, end - offset)):
+    recorded = min(end, bitmap.length)  # it may be one of a backing node, which is shorter
+    while offset < recorded and len(result) <= MAX_EXTENTS:
+        for size, dirty in bitmap.extents(offset, min(_WINDOW, recorded - offset)):
             result.append((size, c.STATE_DIRTY if dirty else 0))
             offset += size
+    if recorded <= offset < end:
+        result.append((end - offset, c.STATE_DIRTY))
     return result
 
 

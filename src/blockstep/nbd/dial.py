@@ -14,8 +14,9 @@ import os
 import socket
 import ssl
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import msgspec
 
 from blockstep.aio.channel import Channel, errno_of
 from blockstep.aio.names import resolve
@@ -34,8 +35,7 @@ from blockstep.nbd.uri import Address, InetAddress, UnixAddress
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class ClientTls:
+class ClientTls(msgspec.Struct, frozen=True):
     """How a client does TLS. ``hostname``: whom the certificate must name; None: the address's host."""
 
     context: ssl.SSLContext

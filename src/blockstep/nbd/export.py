@@ -39,7 +39,9 @@ class Storage(Protocol):
 
 
 class BitmapExtents(Protocol):
-    """A bitmap that can be shown as ``qemu:dirty-bitmap:NAME``."""
+    """A bitmap that can be shown as ``qemu:dirty-bitmap:NAME``. Beyond its ``length`` anything may be dirty."""
+
+    length: int
 
     def extents(self, offset: int, length: int) -> Sequence[tuple[int, bool]]:
         """The range as consecutive runs of (length in bytes, dirty)."""

@@ -19,7 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import chain
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from blockstep.nbd import constants as c
 from blockstep.nbd.wire import CHUNK, EXTENDED_CHUNK, SIMPLE_REPLY
@@ -32,7 +34,7 @@ _ERROR: Final = Struct(">IH")
 Extents = Iterable[tuple[int, int]]
 
 
-class Form(NamedTuple):
+class Form(msgspec.Struct, frozen=True):
     """One of the three forms of replies."""
 
     #: ``done(cookie, offset)``: success, no more to say.

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from struct import Struct
-from typing import Final, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Final, Generic, Literal, Protocol, TypeVar
+
+import msgspec
 
 from blockstep.errors import ProtocolError
 from blockstep.nbd import constants as c
@@ -88,20 +89,17 @@ class State(enum.Enum):
     CLOSED = enum.auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     """Send these bytes."""
 
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StartTls:
+class StartTls(msgspec.Struct, frozen=True):
     """After all that was sent: begin TLS, then call `ServerHandshake.tls_started`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Go(Generic[E]):
+class Go(msgspec.Struct, Generic[E], frozen=True):
     """The transmission phase begins. What follows in `ServerHandshake.rest` belongs to it."""
 
     export: E
@@ -110,14 +108,13 @@ class Go(Generic[E]):
     contexts: tuple[str, ...]  #: selected metadata contexts; the index in it is the context id
 
 
-@dataclass(frozen=True, slots=True)
-class Close:
+class Close(msgspec.Struct, frozen=True):
     """After all that was sent: close. ``error`` is None when the client asked for it."""
 
     error: ProtocolError | None = None
 
 
-class _Rule(NamedTuple):
+class _Rule(msgspec.Struct, frozen=True):
     handler: str
     takes_data: bool = False
     before_tls: bool = False  # allowed in mode "required" before TLS

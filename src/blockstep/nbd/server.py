@@ -19,8 +19,9 @@ import socket
 import ssl
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Literal
+
+import msgspec
 
 from blockstep.aio.acceptor import Acceptor
 from blockstep.aio.names import resolve
@@ -38,8 +39,7 @@ _FIRST_PASSED_FD: Final = 3
 _UNIX_SEND_BUFFER: Final = 2 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class ClientEvent:
+class ClientEvent(msgspec.Struct, frozen=True):
     """Something happened to a client."""
 
     #: connected; ready: it has chosen ``export``; gone; refused: there were too many already.

@@ -41,8 +41,9 @@ import itertools
 import math
 import random
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
+
+import msgspec
 
 from blockstep.aio import Buffer
 from blockstep.aio.clock import Clock, Timer
@@ -58,8 +59,7 @@ T = TypeVar("T")
 State: TypeAlias = Literal["connected", "lost"]
 
 
-@dataclass(frozen=True, slots=True)
-class Backoff:
+class Backoff(msgspec.Struct, frozen=True):
     """The pauses between attempts to connect, in seconds."""
 
     first: float = 0.1

@@ -6,15 +6,20 @@
 
 TLS 1.2 is the least that is spoken. A server with ``verify_peer`` takes only clients with a certificate that its CA
 signed (mutual TLS). A client always checks the server's certificate against the CA, and its name unless told not to.
+
+A server takes renewed files without a restart: with each handshake it looks whether they are others than before, and
+goes on with the old ones as long as the new ones do not fit together.
 """
 
 from __future__ import annotations
 
 import os
 import ssl
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from blockstep.errors import OptionError
 
@@ -25,8 +30,7 @@ CLIENT_CERT, CLIENT_KEY = "client-cert.pem", "client-key.pem"
 OPTION = "tls-certificates"
 
 
-@dataclass(frozen=True, slots=True)
-class TlsCredentials:
+class TlsCredentials(msgspec.Struct, frozen=True):
     """One directory for one end of connections, and whether the peer must have a certificate of the same CA.
 
     ``password`` opens the private key, if it is encrypted.
@@ -35,7 +39,11 @@ class TlsCredentials:
     directory: str
     endpoint: Literal["client", "server"]
     verify_peer: bool = True
-    password: bytes | None = field(default=None, repr=False)
+    password: bytes | None = None
+
+    def __repr__(self) -> str:
+        """Without the password."""
+        return f"TlsCredentials({self.directory!r}, {self.endpoint!r}, verify_peer={self.verify_peer})"
 
     def context(self) -> ssl.SSLContext:
         """A new context for the endpoint. Raises OptionError as `server_context` does."""
@@ -52,15 +60,34 @@ def server_context(directory: str | os.PathLike[str], verify_peer: bool = False,
     """The context of a server. With ``verify_peer`` a client must have a certificate signed by ``ca-cert.pem``.
 
     ``password`` opens an encrypted key. Raises OptionError for ``option``, which is how the directory was given, that
-    names the file that is missing or that cannot be used.
+    names the file that is missing or that cannot be used. Files that are renewed are used from then on.
     """
     folder = Path(directory)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    _set_common(context)
-    _load_identity(context, folder, SERVER_CERT, SERVER_KEY, password, option)
-    if verify_peer:
-        _load_ca(context, folder, option)
-        context.verify_mode = ssl.CERT_REQUIRED
+    files = [folder / name for name in (SERVER_CERT, SERVER_KEY, *([CA_CERT] if verify_peer else []))]
+
+    def load() -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        _set_common(context)
+        _load_identity(context, folder, SERVER_CERT, SERVER_KEY, password, option)
+        if verify_peer:
+            _load_ca(context, folder, option)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    seen = _stamps(files)
+    context = newest = load()
+
+    def greeted(connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, _: ssl.SSLContext) -> None:
+        """Called in each handshake, whether a name was asked for or not."""
+        nonlocal seen, newest
+        stamps = _stamps(files)
+        if stamps != seen:
+            seen = stamps
+            with suppress(OptionError):  # not all of them have been renewed yet
+                newest = load()
+        connection.context = newest
+
+    context.sni_callback = greeted
     return context
 
 
@@ -82,6 +109,17 @@ def client_context(directory: str | os.PathLike[str] | None, check_hostname: boo
     if (folder / CLIENT_CERT).exists() or (folder / CLIENT_KEY).exists():
         _load_identity(context, folder, CLIENT_CERT, CLIENT_KEY, password, option)
     return context
+
+
+def _stamps(files: list[Path]) -> list[tuple[int, ...]]:
+    stamps: list[tuple[int, ...]] = []
+    for path in files:
+        try:
+            status = path.stat()
+            stamps.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+        except OSError:
+            stamps.append(())
+    return stamps
 
 
 def _set_common(context: ssl.SSLContext) -> None:

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
 from blockstep.errors import OptionError
 from blockstep.nbd.constants import DEFAULT_PORT, MAX_STRING
 
-_URI: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?://([^/?#]*))?([^?#]*)(?:\?([^#]*))?(#.*)?", re.DOTALL)
+_URI: Final = r"([A-Za-z][A-Za-z0-9+.-]*):(?://([^/?#]*))?([^?#]*)(?:\?([^#]*))?(#.*)?"
 _AUTHORITY: Final = re.compile(r"(?:([^@\[\]]*)@)?(\[[^\[\]]*\]|[^:@\[\]]*)(?::([0-9]{0,9}))?")
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _SCHEMES: Final = ("nbd", "nbds", "nbd+unix", "nbds+unix")
@@ -35,8 +34,7 @@ _PARAMETERS: Final = ("socket", "tls-type", "tls-hostname", "tls-verify-peer", "
                       "tls-psk-file", "tls-username")
 
 
-@dataclass(frozen=True, slots=True)
-class InetAddress:
+class InetAddress(NamedTuple):
     """A TCP server: a host name, an IPv4 or an IPv6 address (without brackets), and a port."""
 
     host: str
@@ -46,8 +44,7 @@ class InetAddress:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
-class UnixAddress:
+class UnixAddress(NamedTuple):
     """A unix socket: a path, or ``\\0`` and a name in the abstract namespace."""
 
     path: str
@@ -60,8 +57,7 @@ class UnixAddress:
 Address = InetAddress | UnixAddress
 
 
-@dataclass(frozen=True, slots=True)
-class NbdUri:
+class NbdUri(NamedTuple):
     """An NBD URI, taken apart. ``str()`` of it is the URI again."""
 
     address: Address
@@ -106,7 +102,7 @@ def parse_uri(text: str, option: str = "uri") -> NbdUri:
     def wrong(expected: str) -> OptionError:
         return OptionError(option, text, expected)
 
-    match = _URI.fullmatch(text)
+    match = re.fullmatch(_URI, text, re.DOTALL)
     if not match or match[1].lower() not in _SCHEMES:
         raise wrong("an NBD URI: nbd://, nbds://, nbd+unix:// or nbds+unix://")
     scheme = match[1].lower()

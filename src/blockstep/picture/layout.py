@@ -16,9 +16,10 @@ gives the same drawing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
+
+import msgspec
 
 #: Between boxes side by side, and between layers, in the unit of the sizes given; room for an edge that passes a layer.
 GAP_X: Final = 28.0
@@ -29,8 +30,7 @@ _SWEEPS: Final = 8
 Point = tuple[float, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Rect:
+class Rect(msgspec.Struct, frozen=True):
     """A place: its upper left corner and its size."""
 
     x: float
@@ -39,8 +39,7 @@ class Rect:
     height: float
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True):
     """Where everything is. ``routes``: as the edges were given, from the parent's lower to the child's upper rim."""
 
     places: dict[int, Rect]
@@ -49,8 +48,7 @@ class Layout:
     height: float
 
 
-@dataclass(slots=True, eq=False)
-class _Item:
+class _Item(msgspec.Struct, eq=False):
     """A box, or a waypoint of an edge."""
 
     layer: int

@@ -83,4 +83,4 @@ def letters(permissions: frozenset[str]) -> str:
 
 def natural(text: str) -> list[tuple[int, str]]:
     """A key that sorts ``children.10`` behind ``children.9``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]

@@ -14,15 +14,15 @@ Source: QMP specification, "Asynchronous events"; "Rate-limiting" in QEMU's refe
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+
+import msgspec
 
 from blockstep.qmp.schema import Event
 
 _Key = tuple[Hashable, ...]
 
 
-@dataclass(slots=True)
-class _Held:
+class _Held(msgspec.Struct):
     until: float
     event: Event | None = None
 

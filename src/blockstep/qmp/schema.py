@@ -33,7 +33,6 @@ import functools
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Protocol, TypeVar, get_type_hints
 
 import msgspec
@@ -79,8 +78,7 @@ class Monitor(Protocol):
         """Cut its connection off."""
 
 
-@dataclass(frozen=True, slots=True)
-class EventKind:
+class EventKind(msgspec.Struct, frozen=True):
     """An event's declaration."""
 
     name: str
@@ -90,8 +88,7 @@ class EventKind:
     doc: str
 
 
-@dataclass(frozen=True, slots=True)
-class Argument:
+class Argument(msgspec.Struct, frozen=True):
     """One argument of a command, as a reader of the reference wants it. ``type`` is the Python type."""
 
     name: str
@@ -111,9 +108,9 @@ class Command:
     def __init__(self, name: str, run: Callable[..., Awaitable[Any]], oob: bool = False,
                  features: Iterable[str] = ()) -> None:
         self.name, self.oob, self.features = name, oob, tuple(features)
-        self.doc, self.module = inspect.getdoc(run) or "", run.__module__
+        self.module = run.__module__
         self._run = run
-        parameters = list(inspect.signature(run).parameters)
+        parameters = run.__code__.co_varnames[:run.__code__.co_argcount + run.__code__.co_kwonlyargcount]
         if len(parameters) < 2:
             raise TypeError(f"{name}: a command takes (context, args), and monitor if it likes")
         self._wants_monitor = "monitor" in parameters
@@ -122,6 +119,11 @@ class Command:
     @functools.cached_property
     def _decoder(self) -> msgspec.json.Decoder[Any]:  # when it is needed: there are many, and programs start often
         return msgspec.json.Decoder(self.arguments_type)
+
+    @property
+    def doc(self) -> str:
+        """What it does, in words."""
+        return inspect.getdoc(self._run) or ""
 
     @property
     def result_type(self) -> Any:
@@ -152,7 +154,7 @@ class Command:
             raise CommandError(f"the arguments are no valid JSON: {error}") from None
         except RecursionError:
             raise CommandError("the arguments nest too deeply") from None
-        _check_ranges(decoded, "")
+        _check_values(decoded, "")
         return decoded
 
     def run(self, context: Any, args: Any, monitor: Monitor) -> Awaitable[Any]:
@@ -223,7 +225,7 @@ def _evaluated(run: Callable[..., Any], parameter: str) -> Any:
     """The annotation of one parameter; the others may name what exists only for the type checker."""
     annotation = run.__annotations__.get(parameter)
     if isinstance(annotation, str):
-        closure = inspect.getclosurevars(run).nonlocals
+        closure = inspect.getclosurevars(run).nonlocals if run.__closure__ else {}
         annotation = eval(annotation, run.__globals__, dict(closure))
     if annotation is None:
         raise TypeError(f"{run.__qualname__}: parameter '{parameter}' needs a type")
@@ -256,21 +258,24 @@ def explain(sentence: str) -> str:
     return f"{whose}: {what}"
 
 
-def _check_ranges(value: Any, path: str) -> None:
-    """Raises CommandError for an integer of more than the 64 bits that QMP's have: Python's go on and on."""
-    if isinstance(value, int):
+def _check_values(value: Any, path: str) -> None:
+    """Raises CommandError for what QMP does not have, and nobody can use: an integer of more than 64 bits, a NUL."""
+    if isinstance(value, str):
+        if "\0" in value:
+            raise CommandError(f"argument '{path}' must be a string without NUL")
+    elif isinstance(value, int):
         if not LEAST <= value <= MOST:
             raise CommandError(f"argument '{path}' must be an integer {'<= ' if value > 0 else '>= '}"
                                f"{MOST if value > 0 else LEAST}")
     elif isinstance(value, msgspec.Struct):
         for name, field in zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True):
-            _check_ranges(getattr(value, field), _joined(path, name))
+            _check_values(getattr(value, field), _joined(path, name))
     elif isinstance(value, Mapping):
         for name, item in value.items():
-            _check_ranges(item, _joined(path, name))
+            _check_values(item, _joined(path, name))
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            _check_ranges(item, f"{path}[{index}]")
+            _check_values(item, f"{path}[{index}]")
 
 
 def _joined(path: str, name: str) -> str:

@@ -21,7 +21,6 @@ execution".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, Literal
 
@@ -56,16 +55,14 @@ class Negotiation(Arguments):
     enable: list[Literal["oob"]] = msgspec.field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """Bytes to send. ``opens``: from here on the peer may get events."""
 
     data: bytes
     opens: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """A command to run. ``oob``: at once, before what is queued."""
 
     command: Command

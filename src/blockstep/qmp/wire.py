@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
@@ -66,8 +65,7 @@ _OPEN: Final = frozenset(b"{[")
 _CLOSE: Final = frozenset(b"}]")
 
 
-@dataclass(frozen=True, slots=True)
-class Malformed:
+class Malformed(msgspec.Struct, frozen=True):
     """Input that is no JSON. ``reason`` is a sentence for the peer; the stream goes on behind it."""
 
     reason: str

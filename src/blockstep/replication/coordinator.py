@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 
 class State(enum.Enum):
@@ -41,59 +42,51 @@ class State(enum.Enum):
 # --- events ---
 
 
-@dataclass(frozen=True, slots=True)
-class Attached:
+class Attached(msgspec.Struct, frozen=True):
     """The standby is there. ``full``: nothing is known of what it holds, so everything is copied."""
 
     attempt: int
     full: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Synced:
+class Synced(msgspec.Struct, frozen=True):
     """The standby holds what the primary's disks hold, and the links are on."""
 
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class Due:
+class Due(msgspec.Struct, frozen=True):
     """A checkpoint is wanted: by time, by bytes written, or by command."""
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(msgspec.Struct, frozen=True):
     """The standby has taken checkpoint ``epoch``."""
 
     attempt: int
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class NotCommitted:
+class NotCommitted(msgspec.Struct, frozen=True):
     """The standby could not take the checkpoint and says why. It is still at the old one, and the links are good."""
 
     attempt: int
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """The standby, or the way to it, failed: an action of ``attempt`` did, or (None) a link or the connection."""
 
     reason: str
     attempt: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """The standby does not take this primary any more: it was promoted."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """End replication."""
 
 
@@ -103,39 +96,34 @@ Event = Attached | Synced | Due | Committed | NotCommitted | Failed | Refused | 
 # --- actions ---
 
 
-@dataclass(frozen=True, slots=True)
-class Attach:
+class Attach(msgspec.Struct, frozen=True):
     """Connect to the standby, after ``delay`` seconds; answer Attached, Failed or Refused."""
 
     attempt: int
     delay: float
 
 
-@dataclass(frozen=True, slots=True)
-class Sync:
+class Sync(msgspec.Struct, frozen=True):
     """Copy everything (``full``) or what the standby lacks, switch the links on; answer Synced or Failed."""
 
     attempt: int
     full: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TakeCheckpoint:
+class TakeCheckpoint(msgspec.Struct, frozen=True):
     """Mark all links, settle, let the standby commit ``epoch``, release; answer Committed or Failed."""
 
     attempt: int
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class LetGo:
+class LetGo(msgspec.Struct, frozen=True):
     """Switch all links off, cut the connections."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(msgspec.Struct, frozen=True):
     """Tell the people and programs that listen: the state is a new one."""
 
     state: State

@@ -242,7 +242,6 @@ class HiddenDiskBuffer:
     async def _merged(self, error: BaseException | None) -> None:
         if error is None:
             self._finish()
-            self._filter.enter(Stage.DONE)
         else:
             # Drained, as on the way back: a write that goes past the active disk must not be in flight beside one
             # that copies its cluster up.
@@ -261,6 +260,7 @@ class HiddenDiskBuffer:
 
     def _finish(self) -> None:
         self._filter.buffer = None
+        self._filter.enter(Stage.DONE)
 
     async def merged(self) -> None:
         """See `DiskBuffer`."""

@@ -17,7 +17,7 @@ primary could have left.
 
 **What the standby may lack.** Two bitmaps, from the first byte on: `since` is what was written since the last mark,
 `closing` what was written before it and is not yet known to be durable on the standby. After a loss their union
-is what has to be copied.
+is what has to be copied. After the death of the process it is what `ledger` says, if there is one.
 
 **A checkpoint** holds writes back from the link, not from the guest::
 
@@ -64,6 +64,7 @@ Kind = Literal["pwrite", "write_zeroes", "discard", "barrier"]
 
 #: Bytes for each bit of what the standby may lack: 2 MiB of memory for a full bitmap over 1 TiB.
 GRANULARITY: Final = 65536
+_SHIFT: Final = GRANULARITY.bit_length() - 1
 
 
 class LinkOptions(NodeOptions, tag="link"):
@@ -111,6 +112,8 @@ class Link(Filter):
     async def open(self) -> None:
         self.since = Bitmap(self.length, GRANULARITY)
         self.closing = Bitmap(self.length, GRANULARITY)
+        #: The same as both of them, in memory that outlives the process: set before this disk is written.
+        self.ledger: Bitmap | None = None
         #: Whether writes go to the standby.
         self.on = False
         #: Bytes written since the last mark (a range written twice counts twice).
@@ -121,6 +124,11 @@ class Link(Filter):
         self.queue = self.options.queue
         #: Called once when the link lets go.
         self.on_fail: Callable[[OSError], None] = lambda error: None
+        #: How this side's disk failed the guest last; None again with the first `mark` before which it wrote, and
+        #: nothing failed. `on_trouble` is called when that changes, but for the same once more.
+        self.trouble: OSError | None = None
+        self.on_trouble: Callable[[], None] = lambda: None
+        self._failing = False  # since the last mark
         #: Called when more than `alarm` bytes were written since the last mark (0: never).
         self.on_written: Callable[[], None] = lambda: None
         self.alarm = 0
@@ -203,16 +211,24 @@ class Link(Filter):
         if self.queued > self.queue or not self._lock.idle:
             return self.pwrite(offset, data)
         length = len(data)
+        ledger = self.ledger
+        first, end = offset >> _SHIFT, (offset + length - 1 >> _SHIFT) + 1
+        if end - first == 1:  # as Bitmap.set does, without its calls
+            self.since.bits[first] = 1
+            if ledger is not None:
+                ledger.bits[first] = 1
+        else:
+            self.since.bits[first:end] = True
+            if ledger is not None:
+                ledger.bits[first:end] = True
         try:
             writing = self.file.begin_write(offset, data)
-        except OSError:
-            self.since.set(offset, length)
-            self._tore(offset, length)
+        except OSError as error:
+            self._tore(offset, length, error)
             raise
         if writing is not None:
             return self._write(offset, data, 0, writing, self._looks)
         # This disk has it, and nothing can have come in between: only the standby is left, in the queue's order.
-        self.since.set(offset, length)
         self.written += length
         done: Completion[None] | None = None
         if self.on:
@@ -254,8 +270,8 @@ class Link(Filter):
                     await here
                 finally:
                     await done
-        except OSError:
-            self._tore(offset, length)
+        except OSError as error:
+            self._tore(offset, length, error)
             raise
         finally:
             if marks != self._marks:  # the bit was taken away while the write was on its way to the disk
@@ -280,11 +296,11 @@ class Link(Filter):
 
     async def flush(self) -> None:
         if not self.on:
-            await self.file.flush()
+            await self._flush()
             return
         if self.options.ack == "local":
             self._put(_Request(self, "barrier", 0, 0, None, 0, None))
-            await self.file.flush()
+            await self._flush()
             return
         done: Completion[None] = Completion()
         self._flushing.add(done)
@@ -298,7 +314,7 @@ class Link(Filter):
 
         start(self.target.flush(), flushed)
         try:
-            await self.file.flush()
+            await self._flush()
         finally:
             await done
 
@@ -331,7 +347,7 @@ class Link(Filter):
                     await done
         except OSError as error:
             if not flags & FAST or error.errno != errno.ENOTSUP:
-                self._tore(offset, length)
+                self._tore(offset, length, error)
             raise
         finally:
             self.since.set(offset, length)
@@ -339,15 +355,31 @@ class Link(Filter):
 
     def _count(self, offset: int, length: int) -> None:
         self.since.set(offset, length)
+        if self.ledger is not None:
+            self.ledger.set(offset, length)
         self.written += length
         if self.alarm and self.written > self.alarm:
             self.on_written()
 
-    def _tore(self, offset: int, length: int) -> None:
+    async def _flush(self) -> None:
+        try:
+            await self.file.flush()
+        except OSError as error:
+            self._failed(error)
+            raise
+
+    def _failed(self, error: OSError) -> None:
+        self._failing = True
+        before, self.trouble = self.trouble, error
+        if before is None or before.errno != error.errno:
+            self.on_trouble()
+
+    def _tore(self, offset: int, length: int, error: OSError) -> None:
         """This disk failed a write, and may hold anything there; the standby may have taken it."""
         if self._torn is None:
             self._torn = Bitmap(self.length, GRANULARITY)
         self._torn.set(offset, length)
+        self._failed(error)
 
     # --- the queue ---
 
@@ -472,9 +504,13 @@ class Link(Filter):
             self.since.clear()
         else:
             self.since, self.closing = self.closing, self.since
-        self.written = 0
+        well = self.written > 0 and not self._failing
+        self.written, self._failing = 0, False
         self._marks += 1
         self._held = deque()
+        if well and self.trouble:
+            self.trouble = None
+            self.on_trouble()
 
     async def settle(self) -> None:
         """Wait until the standby has acknowledged what came before the mark. Raises ConnectionLost if it cannot."""
@@ -500,6 +536,8 @@ class Link(Filter):
             self.closing.set(first, end - first)
         if self._torn is not None:
             self.closing.merge(self._torn)
+        if self.ledger is not None:
+            self.ledger.bits[:] = self.since.bits | self.closing.bits
 
     async def drain_begin(self) -> None:
         if self._held is None and self.on:

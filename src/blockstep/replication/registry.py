@@ -231,4 +231,3 @@ class ReplicationRegistry:
             await buffer.fail_over()
         else:
             await buffer.drop()
-            filter.enter(Stage.DONE)

@@ -11,16 +11,16 @@ Source: QEMU's QMP reference, "QMP introspection".
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+import msgspec
 
 #: An entry of the schema.
 Entry = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(msgspec.Struct, frozen=True):
     """A member of an object: its name, the name of its type, and whether it may be left out."""
 
     name: str

@@ -19,8 +19,9 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
+
+import msgspec
 
 from blockstep.errors import BlockstepError
 from blockstep.shell.catalogue import Catalogue
@@ -43,17 +44,15 @@ class WordError(BlockstepError):
     """A line is no command: nothing was sent. Says where and why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """What a line says."""
 
     command: str
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = msgspec.field(default_factory=dict)
     out_of_band: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
+class _Text(msgspec.Struct, frozen=True):
     """A value without quotes: what it is, its type decides."""
 
     text: str

@@ -17,10 +17,10 @@ import asyncio
 import errno
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+import msgspec
 from hypothesis import strategies as st
 
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Buffer, Driver
@@ -29,13 +29,14 @@ from blockstep.block.io import Backend
 from blockstep.block.permissions import NONE, READ, RESIZE, WRITE
 from blockstep.units import KiB
 
+#: Bytes of a node under test, if it does not say another length: no whole sectors, pages or clusters.
+LENGTH: Final = 200 * KiB + 333
 #: Offsets and lengths that meet the borders of sectors, pages and clusters from both sides, and no border at all.
 ODD_RANGES: Final = ((0, 1), (1, 1), (511, 2), (512, 512), (4095, 4098), (4096, 4096), (65535, 3), (65536, 65536),
                      (12345, 54321), (131071, 65538))
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(msgspec.Struct, frozen=True):
     """A driver under test."""
 
     name: str
@@ -46,13 +47,12 @@ class Subject:
     #: What the node reads as after make_empty; None: it cannot be emptied.
     below: bytes | None = None
     resizes: bool = True
-    length: int = 200 * KiB + 333
+    length: int = LENGTH
     #: Let go of what `open` got besides the node (a server, say).
     close: Callable[[], Awaitable[None]] | None = None
 
 
-@dataclass
-class Case:
+class Case(msgspec.Struct):
     """One opened subject."""
 
     subject: Subject
@@ -62,7 +62,7 @@ class Case:
     user: Backend
     #: What the node must read as.
     model: bytearray
-    random: random.Random = field(default_factory=lambda: random.Random(1))
+    random: random.Random = msgspec.field(default_factory=lambda: random.Random(1))
 
     async def write(self, offset: int, data: bytes, flags: int = 0) -> None:
         """Write to node and model."""

@@ -14,15 +14,15 @@ While no such thing happens, it allows exactly one content.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 #: Bytes that are compared at once.
 _BLOCK: Final = 512
 
 
-@dataclass(eq=False)
-class Write:
+class Write(msgspec.Struct, eq=False):
     """A write that may, or may not, have reached its bytes."""
 
     offset: int
@@ -42,8 +42,7 @@ class Write:
         return self.offset < other.end and other.offset < self.end
 
 
-@dataclass(eq=False)
-class Read:
+class Read(msgspec.Struct, eq=False):
     """A read in flight: what it may return is what was possible at any time while it ran."""
 
     offset: int

@@ -216,7 +216,7 @@ class QMP:
                 self.events.append(message)
             elif "error" in message:
                 raise RuntimeError(f"{command}: {message['error']['class']}: {message['error']['desc']}")
-            else:
+            elif "return" in message:  # QEMU 7.2, connected to while it starts, may greet a second time
                 return message["return"]
 
     def close(self) -> None:

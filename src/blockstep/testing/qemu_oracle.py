@@ -15,18 +15,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
+
+import msgspec
 
 from blockstep.testing.processes import QMP, qemu_system, run
 
 #: Seconds until something that QEMU does in the background must have happened.
 LIMIT = 20.0
 
-@dataclass
-class Qemu:
+class Qemu(msgspec.Struct):
     """A running QEMU, and the verbs of its replication."""
 
     qmp: QMP

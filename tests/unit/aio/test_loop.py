@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import select
 import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import pytest
 
 from blockstep.aio.loop import Patience, WakefulSelector, run
 from blockstep.aio.pool import at_work, in_thread
+from blockstep.cli import signals
 
 
 class Looks(WakefulSelector):
@@ -27,12 +31,20 @@ class Looks(WakefulSelector):
 
 
 @pytest.fixture
-def pipe() -> tuple[int, int]:
-    return os.pipe()
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
 
 
-def test_what_comes_while_it_looks_out_is_reported_as_ever(pipe: tuple[int, int]) -> None:
-    selector = Looks(awake=60)
+@pytest.fixture
+def selector() -> Iterator[Looks]:
+    with Looks(awake=60) as selector:
+        yield selector
+
+
+def test_what_comes_while_it_looks_out_is_reported_as_ever(selector: Looks, pipe: tuple[int, int]) -> None:
     selector.register(pipe[0], select.EPOLLIN, "reader")
     threading.Timer(0.01, os.write, (pipe[1], b"x")).start()
     [(key, _)] = selector.select()
@@ -52,22 +64,18 @@ def test_a_program_to_which_nothing_comes_in_time_looks_out_less_and_less_often(
     assert patience.allows()
 
 
-def test_a_timer_is_not_late_for_the_looking(pipe: tuple[int, int]) -> None:
-    selector = Looks(awake=60)
+def test_a_timer_is_not_late_for_the_looking(selector: Looks, pipe: tuple[int, int]) -> None:
     selector.register(pipe[0], select.EPOLLIN)
     assert selector.select(0.001) == []
     assert selector.found == [False]
 
 
-def test_without_time_to_wait_nothing_is_looked_out_for() -> None:
-    selector = Looks(awake=60)
+def test_without_time_to_wait_nothing_is_looked_out_for(selector: Looks) -> None:
     assert selector.select(0) == []
     assert selector.found == []
 
 
-def test_while_a_thread_works_it_gets_the_interpreter(pipe: tuple[int, int]) -> None:
-    selector = Looks(awake=60)
-
+def test_while_a_thread_works_it_gets_the_interpreter(selector: Looks, pipe: tuple[int, int]) -> None:
     async def main() -> None:
         assert not at_work()
         waiting = asyncio.ensure_future(in_thread(os.read, pipe[0], 1))
@@ -93,3 +101,14 @@ def test_run_returns_and_raises_what_the_program_does() -> None:
     assert run(returns()) == 7
     with pytest.raises(OSError, match="x"):
         run(raises())
+
+
+@pytest.mark.parametrize("begin", [run, signals.run, signals.run_unless_told])
+def test_garbage_is_looked_for_once_a_loop_runs(begin: Callable[[Coroutine[Any, Any, bool]], bool]) -> None:
+    """The programs do not look while they import: see `blockstep.cli.main`."""
+
+    async def looked_for() -> bool:
+        return gc.isenabled()
+
+    gc.disable()
+    assert begin(looked_for())

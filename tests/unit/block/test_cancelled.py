@@ -16,9 +16,11 @@ from typing import Any, Literal
 import pytest
 
 import blockstep.drivers  # noqa: F401
+from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
 from blockstep.block.reopen import reopen
+from blockstep.drivers.blkdebug import Blkdebug
 from blockstep.drivers.create import CreateQcow2
 from blockstep.drivers.overlay_image import OverlayImage
 from blockstep.drivers.qcow2.format import AT_INCOMPATIBLE, DIRTY
@@ -215,5 +217,34 @@ def test_a_child_that_cannot_be_closed_in_order_does_not_keep_the_others_open(tm
             await graph.close(node)
         assert not graph.everything()
         assert descriptors() == before
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("cancels", [1, 3])
+def test_a_closing_that_has_begun_is_done_in_order_before_it_is_cancelled(cancels: int, tmp_path: Path) -> None:
+    qcow2(tmp_path, "image")
+
+    async def go() -> None:
+        graph = Graph()
+        debug = await graph.open({"driver": "blkdebug", "node-name": "debug", "file": file(tmp_path / "image")})
+        assert isinstance(debug, Blkdebug)
+        options = {"driver": "qcow2", "node-name": "image", "file": "debug"}
+        node = await graph.open(options)
+        DirtyBitmap(node, "kept", persistent=True)
+        debug.suspend("flush_to_disk", "slow")
+        closing = asyncio.ensure_future(graph.close(node))
+        await debug.suspended("slow")
+        for _ in range(cancels):
+            closing.cancel()
+            await asyncio.sleep(0)
+        assert "image" in graph.unfinished
+        debug.resume("slow")
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert not graph.unfinished
+        node = await graph.open(options)
+        assert not node.bitmaps["kept"].inconsistent
+        await graph.close(node)
 
     asyncio.run(go())

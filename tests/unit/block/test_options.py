@@ -45,6 +45,20 @@ def test_a_driver_that_only_qemu_has_is_refused_with_what_there_is_instead() -> 
         parse_options({"driver": "copy-on-read", "file": "disk"})
 
 
+@pytest.mark.parametrize(("options", "child"), [
+    ({"driver": "raw", "file": {}}, "file"), ({"driver": "throttle", "file": {}, "limits": {}}, "file"),
+    ({"driver": "blklog", "file": "disk", "log": {}}, "log"), ({"driver": "overlay", "size": 512, "backing": {}},
+                                                               "backing"),
+    ({"driver": "quorum", "vote-threshold": 1, "children": [{}]}, "children.0")])
+@scenario
+async def test_a_child_without_options_is_no_child(options: dict[str, Any], child: str) -> None:
+    graph = Graph()
+    await graph.open({"driver": "null", "node-name": "disk"})
+    with pytest.raises(OptionError, match=rf"^{child}\.driver should be given"):
+        await graph.open(options)
+    assert list(graph.nodes) == ["disk"]
+
+
 @pytest.mark.parametrize("driver", [None, 1, [], {"driver": "file"}])
 def test_a_driver_has_a_name(driver: Any) -> None:
     with pytest.raises(OptionError, match="the name of one: blkdebug"):

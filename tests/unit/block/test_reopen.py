@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from pathlib import Path
@@ -14,6 +15,8 @@ from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
 from blockstep.block.reopen import reopen
+from blockstep.drivers.blkdebug import Blkdebug
+from blockstep.drivers.create import CreateQcow2
 from blockstep.errors import GraphError, NodeNotFound, OperationBlocked, OptionError
 from tests.scenarios import scenario
 
@@ -290,3 +293,71 @@ async def test_a_throttle_node_moves_to_another_group() -> None:
     assert node.group.members == 2
     await close_all(graph)
     assert not graph.objects
+
+
+@pytest.mark.parametrize(("one", "two"), [(None, None), (None, "b"), ("b", "c")])
+@scenario
+async def test_of_two_at_a_time_the_second_sees_that_others_have_changed_the_child(
+        tmp_path: Path, one: str | None, two: str | None) -> None:
+    CreateQcow2(filename=str(tmp_path / "disk"), size=MiB).create()
+    graph = Graph()
+    for name in ("a", "b", "c"):
+        await graph.open({"driver": "memory", "node-name": name, "size": MiB})
+    options = {"driver": "qcow2", "node-name": "disk", "file": {"driver": "file", "filename": str(tmp_path / "disk")}}
+    node = await graph.open({**options, "backing": {"driver": "blkdebug", "node-name": "slow", "file": "a"}})
+    slow: Any = graph.find("slow")
+    user = graph.attach_backend(node, "user")
+    slow.suspend("read", "request")
+    reading = asyncio.ensure_future(user.pread(0, 512))
+    await slow.suspended("request")
+    changes = [asyncio.ensure_future(reopen(graph, [{**options, "backing": backing}])) for backing in (one, two)]
+    await asyncio.sleep(0)  # both wait for the request
+    slow.resume("request")
+    await reading
+    await changes[0]
+    with pytest.raises(GraphError, match="changed by others"):
+        await changes[1]
+    assert [edge.node.name for name, edge in node.children.items() if name == "backing"] == ([one] if one else [])
+    assert "slow" not in graph.nodes
+    await graph.detach_backend(user)
+    await close_all(graph)
+
+
+@scenario
+async def test_a_node_that_is_given_up_and_cannot_be_closed_keeps_no_other_from_going() -> None:
+    graph = Graph()
+    for name in ("a", "b"):
+        await graph.open({"driver": "memory", "node-name": f"new-{name}", "size": MiB})
+        await graph.open({"driver": "throttle", "node-name": name, "limits": {}, "file": {
+            "driver": "memory", "node-name": f"old-{name}", "size": MiB}})
+
+    async def fail() -> None:
+        raise OSError(errno.EIO, "it cannot be closed")
+
+    graph.find("old-a").close = fail  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="it cannot be closed"):
+        await reopen(graph, [{"driver": "throttle", "node-name": name, "limits": {}, "file": f"new-{name}"}
+                             for name in ("a", "b")])
+    assert sorted(graph.nodes) == ["a", "b", "new-a", "new-b"]
+    assert not graph.unfinished
+    await close_all(graph)
+
+
+@scenario
+async def test_a_node_is_not_closed_while_it_is_reopened(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(MiB))
+    graph = Graph()
+    node = await open_file(graph, tmp_path / "disk")
+    over = await graph.open({"driver": "blkdebug", "node-name": "over", "file": "disk"})
+    assert isinstance(over, Blkdebug)
+    over.suspend("flush", "reopening")
+    changes = [(node, {"read-only": True}), (over, {"read-only": True})]
+    reopening = asyncio.ensure_future(graph.reopen(changes))
+    await over.suspended("reopening")  # the file is prepared: it has a second descriptor
+    with pytest.raises(GraphError, match="in use by 'reopen'"):
+        await graph.close(over)
+    over.resume("reopening")
+    await reopening
+    assert node.read_only
+    await graph.close(over)
+    await graph.close(node)

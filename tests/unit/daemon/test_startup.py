@@ -37,6 +37,21 @@ async def test_nobody_is_answered_before_all_options_are_done(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@scenario
+async def test_a_monitor_in_one_takes_no_name_from_the_users_character_devices(tmp_path: Path) -> None:
+    program = StorageDaemon()
+    startup = Startup(program, {})
+    try:
+        await startup.run([("chardev", f"socket,id=qmp1,path={tmp_path}/a,server=on,wait=off"),
+                           ("qmp", f"unix:{tmp_path}/b"), ("qmp", f"unix:{tmp_path}/c"),
+                           ("chardev", f"socket,id=qmp2,path={tmp_path}/d,server=on,wait=off"), ("monitor", "qmp2")])
+        await startup.serve()
+        assert [str(listener.address) for listener in program.qmp.listeners] == [f"{tmp_path}/{name}" for name in "bcd"]
+    finally:
+        await program.close()
+        startup.close()
+
+
 def test_a_pidfile_that_is_no_file_is_refused_and_stays(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pid")
     with pytest.raises(BlockstepError, match="no regular file"):

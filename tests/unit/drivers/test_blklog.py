@@ -138,11 +138,14 @@ def test_after_a_failure_of_the_log_every_change_fails() -> None:
     async def main() -> None:
         rig = await Rig.make()
         await rig.node.pwrite(0, b"x" * 512)
+        await rig.node.flush()
         rig.log_door.fail("write", errno.ENOSPC, once=True)
         await fails(rig.node.pwrite(512, bytes(512)), errno.ENOSPC)
         await fails(rig.node.pwrite(512, bytes(512)), errno.EIO)
         await fails(rig.node.flush(), errno.EIO)
         assert await rig.node.pread(0, 1) == b"x"
+        await rig.graph.close(rig.node)
+        assert kinds(rig.entries()) == [(0, 512, 0), (0, 0, FLUSH_FLAG)]
 
     asyncio.run(main())
 
@@ -178,6 +181,18 @@ def test_a_log_can_be_continued() -> None:
         with pytest.raises(OptionError, match="log-append"):
             await rig.graph.open({"driver": "blklog", "file": "door", "log": "log", "log-append": True,
                                   "log-sector-size": 4096})
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("log", [b"", struct.pack("<QQQI", 0x6A736677736872, 1, 5, 512).ljust(512, b"\0")])
+def test_a_log_that_is_too_short_for_what_it_counts_is_not_continued(log: bytes) -> None:
+    async def main() -> None:
+        graph = Graph()
+        await faulty(graph, "door", SIZE)
+        await faulty(graph, "log", log)
+        with pytest.raises(OptionError, match="log-append"):
+            await graph.open({"driver": "blklog", "file": "door", "log": "log", "log-append": True})
 
     asyncio.run(main())
 

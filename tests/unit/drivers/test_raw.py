@@ -11,7 +11,8 @@ import blockstep.drivers  # noqa: F401
 from blockstep.block.driver import Driver, Extent
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
-from blockstep.errors import OptionError
+from blockstep.block.resize import resize
+from blockstep.errors import OptionError, PermissionConflict
 
 CHILD = {"driver": "memory", "size": 1 << 20, "node-name": "child"}
 
@@ -52,6 +53,28 @@ def test_without_a_size_it_follows_its_child() -> None:
         assert graph.find("child").length == 14_096
         assert node.length == 10_000
         await graph.close(node)
+
+    asyncio.run(scenario())
+
+
+def test_what_lies_under_a_window_of_fixed_size_keeps_its_length() -> None:
+    async def scenario() -> None:
+        graph = Graph()
+        child = await graph.open(CHILD)
+        fixed = await graph.open({"driver": "raw", "file": "child", "offset": 4096, "size": 100_000})
+        rest = await graph.open({"driver": "raw", "file": "child", "offset": 4096})
+        user = graph.attach_backend(fixed, "user", READ | WRITE)
+        with pytest.raises(PermissionConflict, match="resize"):
+            await resize(graph, child, 50_000)
+        assert child.length == 1 << 20
+        await graph.detach_backend(user)
+        await graph.close(fixed)
+        await resize(graph, child, 50_000)
+        assert rest.length == 50_000 - 4096
+        await resize(graph, child, 1000)
+        assert rest.length == 0
+        await graph.close(rest)
+        await graph.close(child)
 
     asyncio.run(scenario())
 

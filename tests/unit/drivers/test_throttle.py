@@ -172,6 +172,16 @@ def test_new_limits_hold_for_what_waits() -> None:
     assert rig.times() == [0] * 5
 
 
+@pytest.mark.parametrize(("limits", "option"), [
+    ({"iops_size": -1}, "limits.iops-size"), ({"bps_read": -1}, "limits.bps-read"),
+    ({"bps_read": 5, "bps_read_max": -3}, "limits.bps-read-max"),
+    ({"bps_read": 5, "bps_read_max_length": 0}, "limits.bps-read-max-length")])
+def test_the_limit_that_is_wrong_is_named(limits: dict[str, int], option: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Limits(**limits).check()
+    assert (caught.value.option, caught.value.value) == (option, min(limits.values()))
+
+
 def test_expedite_lets_all_pass_until_its_end() -> None:
     rig = Rig(iops_total=1)
     for number in range(5):
@@ -187,21 +197,24 @@ def test_expedite_lets_all_pass_until_its_end() -> None:
     assert rig.group.waiting(WRITES) > 0
 
 
-def test_a_drain_is_not_held_up_by_the_limit() -> None:
+@pytest.mark.parametrize("drained", ["disk", "throttle", "top"])
+def test_a_drain_is_not_held_up_by_the_limit_whatever_is_drained(drained: str) -> None:
     async def main() -> None:
         graph = Graph()
         disk = await ram(graph, "disk")
-        node = await graph.open({"driver": "throttle", "file": "disk", "limits": {"iops-total": 1}})
-        user = graph.attach_backend(node, "guest", READ | WRITE)
+        await graph.open({"driver": "throttle", "node-name": "throttle", "file": "disk", "limits": {"iops-total": 1}})
+        top = await graph.open({"driver": "raw", "node-name": "top", "file": "throttle"})
+        user = graph.attach_backend(top, "guest", READ | WRITE)
         loop = asyncio.get_running_loop()
         begin = loop.time()
         writes = [asyncio.create_task(user.pwrite(0, b"x")) for _ in range(50)]
         await asyncio.sleep(0)
         assert len(disk.requests) < 50
-        async with graph.drained(disk):
+        async with graph.drained(graph.find(drained)):
             assert len(disk.requests) == 50
         await asyncio.gather(*writes)
         assert loop.time() - begin < 5
+        assert not graph.find("throttle").group._passing  # type: ignore[attr-defined]
 
     asyncio.run(main())
 

@@ -111,6 +111,25 @@ def test_what_is_read_is_not_written_to(tmp_path: Path, create: bool) -> None:
     assert source.read_bytes() == before
 
 
+@pytest.mark.parametrize("target", ['{{"driver": "file", "filename": "{}"}}', 'driver=raw,file.filename={}'])
+def test_what_is_read_is_not_written_to_as_a_node_either(tmp_path: Path, target: str) -> None:
+    source = disk(tmp_path / "source")
+    before = source.read_bytes()
+    into = ImageName(target.format(source), image_opts=True)
+    with pytest.raises(OptionError, match="another file than those that are read"):
+        asyncio.run(convert(Conversion([name(source)], into, create=False)))
+    assert source.read_bytes() == before
+
+
+def test_what_is_read_is_not_the_new_images_data_file(tmp_path: Path) -> None:
+    source = disk(tmp_path / "source")
+    before = source.read_bytes()
+    with pytest.raises(OptionError, match="another file than those that are read"):
+        asyncio.run(convert(Conversion([name(source)], name(tmp_path / "new", "qcow2"),
+                                       options={"data_file": "source"})))
+    assert source.read_bytes() == before
+
+
 def test_a_rate_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     sleep = asyncio.sleep

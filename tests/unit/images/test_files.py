@@ -50,6 +50,12 @@ def test_a_replaced_file_keeps_its_mode_and_a_link_stays_a_link(tmp_path: Path) 
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "\N{LATIN SMALL LETTER E WITH ACUTE}" * 127])
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path, name: str) -> None:
+    make(tmp_path / name, b"new")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_file_that_somebody_writes_to_is_left_to_him(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"old")
     writer = OpenFile(str(tmp_path / "a"), writable=True)

@@ -321,6 +321,52 @@ def test_an_error_is_told_in_words() -> None:
     assert job.reason == "job 'work': no"
 
 
+@pytest.mark.parametrize(("step", "ends"), [("commit", "commit"), ("abort", "abort"), ("clean", "commit")])
+def test_a_last_step_that_fails_against_its_promise_is_told_and_keeps_nobody_waiting(step: str, ends: str) -> None:
+    async def main() -> None:
+        one = Work("one", todo=[1])
+        jobs = [one, Work("two", todo=[1], transaction=one.transaction), Work("three", transaction=one.transaction)]
+        jobs[1].fail_in = {step: RuntimeError("a bug")}
+        if ends == "abort":
+            jobs[2].fail_in["prepare"] = OSError(errno.EIO, "broken")
+        for job in jobs:
+            await job.create()
+        for job in jobs:
+            job.start()
+        errors = [str(await asyncio.wait_for(job.wait(), 10)) for job in jobs]
+        assert errors[1] == "a bug"
+        assert [job.log[-2:] for job in jobs] == [[ends, "clean"]] * 3
+        assert errors[0] == ("None" if ends == "commit" else str(OSError(errno.ECANCELED, "Operation canceled")))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("step", ["commit", "clean"])
+def test_what_is_committed_is_not_cancelled_any_more(step: str) -> None:
+    async def scenario() -> None:
+        listener, begun, may_end = Listener(), asyncio.Event(), asyncio.Event()
+        transaction = JobTransaction()
+        jobs = [Work(id, transaction=transaction, on_event=listener) for id in ("one", "two")]
+
+        async def slowly() -> None:
+            begun.set()
+            await may_end.wait()
+
+        setattr(jobs[1], step, slowly)
+        for job in jobs:
+            await job.launch()
+        await begun.wait()
+        for job in jobs:
+            with pytest.raises(JobError, match="its changes are made"):
+                job.cancel()
+            job.end(force=True)
+        may_end.set()
+        assert [await job.wait() for job in jobs] == [None, None]
+        assert listener.names.count("BLOCK_JOB_COMPLETED") == 2
+
+    asyncio.run(scenario())
+
+
 def test_jobs_of_a_transaction_commit_together() -> None:
     async def main() -> None:
         together = JobTransaction()

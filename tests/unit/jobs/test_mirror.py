@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
+from blockstep.block.resize import resize
 from blockstep.errors import OperationBlocked, OptionError, PermissionConflict
 from blockstep.jobs.mirror import MirrorJob
 from blockstep.units import KiB, MiB
@@ -485,5 +486,33 @@ def test_a_job_whose_filter_has_no_users_any_more_goes_on() -> None:
         assert await job.wait() is None
         assert p.copy.content == p.disk.content
         assert sorted(p.graph.nodes) == sorted({*p.graph.nodes} - {"#mirror-top-mirror"})
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_the_source_keeps_its_length_while_it_is_mirrored(below: bool) -> None:
+    async def main() -> None:
+        p = await Pair().open()
+        node = p.disk if below else p.source
+        job = p.job()
+        await job.launch()
+        with pytest.raises((PermissionConflict, OperationBlocked)):
+            await resize(p.graph, node, MiB)
+        await reach(job, "ready")
+        job.cancel(force=True)
+        await job.wait()
+        p.source.suspend("read", "hangs")
+        reading = asyncio.ensure_future(p.guest.pread(0, 512))
+        await p.source.suspended("hangs")
+        resizing = asyncio.ensure_future(resize(p.graph, node, MiB))
+        await settle()  # it waits for the request; its new length is still to come
+        with pytest.raises(PermissionConflict):
+            await p.job().launch()
+        with pytest.raises(PermissionConflict):
+            await resize(p.graph, node, 2 * MiB)
+        p.source.resume("hangs")
+        await asyncio.gather(reading, resizing)
+        assert p.guest.length == MiB
 
     asyncio.run(main())

@@ -274,6 +274,8 @@ LAYERS = [Extent(100, True, False, True, 1), Extent(50, False, True, True, 1), E
 
 
 class Bitmap:
+    length = 1 << 40
+
     def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         return [(min(length, 10), True)] + ([(length - 10, False)] if length > 10 else [])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 import struct
@@ -23,6 +24,54 @@ from tests.unit.nbd.storage import Storage, info, option_bytes
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return certificates.make(tmp_path_factory.mktemp("tls") / "pki", "server", "client")
+
+
+def shown(server: ssl.SSLContext, client: ssl.SSLContext) -> str:
+    """The serial number of the certificate that the server shows in a handshake. Raises ssl.SSLError of either side."""
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [server.wrap_bio(up, down, server_side=True), client.wrap_bio(down, up, server_hostname="localhost")]
+    for _ in range(6):
+        for end in ends:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        ends[0].read(1)  # the last word on the client's certificate
+    found = ends[1].getpeercert()
+    assert found
+    return str(found["serialNumber"])
+
+
+def copy(source: Path, target: Path, *names: str) -> None:
+    for name in names:
+        (target / "new").write_bytes((source / name).read_bytes())
+        (target / "new").replace(target / name)
+
+
+def test_a_server_takes_renewed_files_with_the_next_handshake_once_they_fit_together(tmp_path: Path) -> None:
+    old, new = (certificates.make(tmp_path / name, "server", "client") for name in ("old", "new"))
+    files = tmp_path / "files"
+    files.mkdir()
+    copy(old, files, "ca-cert.pem", "server-cert.pem", "server-key.pem")
+    server, before, after = server_context(files, verify_peer=True), client_context(old), client_context(new)
+    first = shown(server, before)
+    copy(new, files, "server-cert.pem")
+    assert shown(server, before) == first
+    (files / "server-key.pem").unlink()
+    assert shown(server, before) == first
+    copy(new, files, "server-key.pem", "ca-cert.pem")
+    assert shown(server, after) != first
+    with pytest.raises(ssl.SSLError):
+        shown(server, before)
+
+
+def test_a_client_of_an_authority_that_was_replaced_is_refused(tmp_path: Path) -> None:
+    old, new = (certificates.make(tmp_path / name, "server", "client") for name in ("old", "new"))
+    server, stranger = server_context(old, verify_peer=True), client_context(old)
+    shown(server, stranger)
+    stranger.load_verify_locations(new / "ca-cert.pem")  # it trusts the server, and not the other way round
+    copy(new, old, "ca-cert.pem", "server-cert.pem", "server-key.pem")
+    with pytest.raises(ssl.SSLError):
+        shown(server, stranger)
 
 
 @pytest.mark.parametrize("name", ["server-cert.pem", "server-key.pem", "ca-cert.pem"])

@@ -178,14 +178,17 @@ async def test_a_transaction_stores_its_bitmaps_or_does_not(tmp_path: Path) -> N
     async with daemon(tmp_path) as d:
         await image(d, path)
         await bitmap(d, "add", "map", "img", persistent=True)
-        before = path.read_bytes(), await shown(d)
+        before, crashed = await shown(d), tmp_path / "crashed.qcow2"
         for wrong in (add("bad", granularity=700), {"type": "abort", "data": {}}):
             with refused():
                 await d.qmp("transaction", actions=[add("new"), remove, wrong])
-            assert (path.read_bytes(), await shown(d)) == before
+            assert await shown(d) == before
+            crashed.write_bytes(path.read_bytes())
+            await image(d, crashed, "crashed")
+            assert [each["name"] for each in await shown(d, "crashed")] == ["map"]
+            await d.qmp("blockdev-del", {"node-name": "crashed"})
         await d.qmp("transaction", actions=[add("new"), remove])
         assert [each["name"] for each in await shown(d)] == ["new"]
-        crashed = tmp_path / "crashed.qcow2"
         crashed.write_bytes(path.read_bytes())
         await image(d, crashed, "crashed")
         [lost] = await shown(d, "crashed")

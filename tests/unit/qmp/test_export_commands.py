@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from blockstep.block.bitmap import DirtyBitmap
+from blockstep.drivers.blkdebug import Blkdebug
+from blockstep.drivers.create import CreateQcow2
 from blockstep.errors import BlockstepError, ConnectionLost, PeerRefused
 from blockstep.inventory import inventory
 from blockstep.inventory.exports import InetSocket
@@ -86,12 +89,18 @@ async def test_the_server_starts_once_and_stops_with_all_exports(tmp_path: Path)
 async def test_a_server_that_cannot_start_leaves_nothing(tmp_path: Path) -> None:
     async with daemon(tmp_path) as d:
         unix = {"type": "unix", "data": {"path": str(tmp_path / "s")}}
+        no_socket = os.open(os.devnull, os.O_RDONLY)
+        before = sorted(os.listdir("/proc/self/fd"))
         for arguments, match in (
                 ({"addr": {"type": "unix", "data": {"path": str(tmp_path / "none" / "s")}}}, "none/s"),
                 ({"addr": {"type": "inet", "data": {"host": "127.0.0.1", "port": "nbd!"}}}, "addr.port"),
                 ({"addr": {"type": "inet", "data": {"host": "192.0.2.1", "port": "0"}}}, "192.0.2.1"),
                 ({"addr": {"type": "inet", "data": {"host": "nobody.invalid", "port": "1"}}}, "nobody.invalid"),
+                ({"addr": {"type": "inet", "data": {"host": "127.0.0.1", "port": "\N{SUPERSCRIPT TWO}"}}}, "addr.port"),
+                ({"addr": {"type": "inet", "data": {"host": "127.0.0.1", "port": "1" * 5000}}}, "addr.port"),
                 ({"addr": {"type": "fd", "data": {"str": "x"}}}, "addr.str"),
+                ({"addr": {"type": "fd", "data": {"str": "9" * 20}}}, "addr.str"),
+                ({"addr": {"type": "fd", "data": {"str": str(no_socket)}}}, "addr.str"),
                 ({"addr": {"type": "vsock", "data": {"cid": "1", "port": "2"}}}, "'addr.type' cannot be 'vsock'"),
                 ({"addr": {"type": "unix", "path": "s"}}, "addr"),
                 ({"addr": unix, "tls-creds": "nobody"}, "tls-creds"),
@@ -100,7 +109,9 @@ async def test_a_server_that_cannot_start_leaves_nothing(tmp_path: Path) -> None
             with refused(match=match):
                 await d.qmp("nbd-server-start", arguments)
             assert not d.inventory.exports.running
+            assert sorted(os.listdir("/proc/self/fd")) == before
         await d.qmp("nbd-server-start", addr=unix)
+        os.close(no_socket)
 
 
 @scenario
@@ -301,6 +312,23 @@ async def test_a_bitmap_is_shown_and_busy_as_long_as_it_is_exported(tmp_path: Pa
 
 
 @scenario
+async def test_what_lies_beyond_a_bitmap_of_a_shorter_backing_node_may_be_dirty(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        await ram(d.inventory.graph, "base", 1000)
+        await d.qmp("blockdev-add", {"driver": "overlay", "node-name": "top", "size": 4096, "backing": "base"})
+        await d.qmp("block-dirty-bitmap-add", {"node": "base", "name": "map", "granularity": 512})
+        address = await start(d)
+        await add(d, "e", "top", writable=True, bitmaps=["map"])
+        context = c.QEMU_DIRTY_BITMAP + "map"
+        client = await Client.connect(address, "top", contexts=(context,))
+        assert await client.block_status(0, 4096, context) == [(1000, 0), (3096, c.STATE_DIRTY)]
+        assert await client.block_status(2048, 512, context) == [(512, c.STATE_DIRTY)]
+        d.inventory.graph.find("base").bitmaps["map"].wrote(600, 1)
+        assert await client.block_status(100, 3000, context) == [(412, 0), (2588, c.STATE_DIRTY)]
+        await client.close()
+
+
+@scenario
 async def test_writethrough_makes_every_write_durable(tmp_path: Path) -> None:
     async with daemon(tmp_path) as d:
         disk = await ram(d.inventory.graph, "node")
@@ -381,6 +409,30 @@ async def test_the_end_does_not_wait_for_a_server_that_does_not_answer(
         debug.resume("hangs")
 
 
+@scenario
+async def test_the_end_does_not_wait_for_a_server_either_that_a_command_waits_for_to_close_a_node(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory, "CLOSE_DEADLINE", 0.05)
+    CreateQcow2(filename=str(tmp_path / "image"), size=1 << 20).create()
+    os.truncate(tmp_path / "image", 4 << 20)  # an export does not grow
+    async with daemon(tmp_path, "far") as far:
+        debug = await far.inventory.graph.open({"driver": "blkdebug", "node-name": "disk", "file": {
+            "driver": "file", "filename": str(tmp_path / "image")}})
+        assert isinstance(debug, Blkdebug)
+        address = await start(far)
+        await add(far, "e", "disk", writable=True)
+        async with daemon(tmp_path, "near") as d:
+            await d.qmp("blockdev-add", {"driver": "qcow2", "node-name": "near", "file": {
+                "driver": "nbd", "export": "disk", "server": {"type": "unix", "path": address.path}}})
+            await d.qmp("block-dirty-bitmap-add", node="near", name="kept", persistent=True)
+            debug.suspend("flush_to_disk", "hangs")
+            deleting = asyncio.ensure_future(d.qmp("blockdev-del", {"node-name": "near"}))
+            await debug.suspended("hangs")
+        debug.resume("hangs")
+        with pytest.raises(ConnectionLost):
+            await deleting
+
+
 async def goes_with_its_export(d: Daemon, name: str, error: str = "") -> Ram:
     """An export with the name of its node, which belongs to nobody else; ``error``: why it cannot be closed."""
     node = await d.inventory.graph.open({"driver": "test-ram", "node-name": name}, owned=False)
@@ -393,6 +445,13 @@ async def goes_with_its_export(d: Daemon, name: str, error: str = "") -> Ram:
         node.close = fail  # type: ignore[method-assign]
     await add(d, name, name, writable=True)
     return node
+
+
+async def fails_and_notes() -> None:
+    """A closing in which two things fail."""
+    error = OSError(errno.EIO, "broken")
+    error.add_note("and then: its file")
+    raise error
 
 
 @scenario
@@ -417,5 +476,31 @@ async def test_a_node_that_cannot_be_closed_keeps_nothing_else_from_its_end(tmp_
         await start(d)
         await goes_with_its_export(d, "a", "broken")
         b, rest = await goes_with_its_export(d, "b"), await ram(d.inventory.graph, "rest")
-        assert [error.strerror for error in await d.program.close()] == ["node 'a': broken"]
-        assert (b.closed, rest.requests, rest.closed) == (True, [("flush", 0, 0)], True)
+        rest.close = fails_and_notes  # type: ignore[method-assign]
+        assert [error.strerror for error in await d.program.close()] == ["node 'a': broken",
+                                                                         "node 'rest': broken; and then: its file"]
+        assert (b.closed, rest.requests) == (True, [("flush", 0, 0)])
+
+
+@pytest.mark.parametrize("command", ["nbd-server-stop", "block-export-del"])
+@scenario
+async def test_exports_that_a_command_takes_away_go_also_if_it_is_cancelled(command: str, tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        await start(d)
+        a, b = await goes_with_its_export(d, "a"), await goes_with_its_export(d, "b")
+        begun, slow = asyncio.Event(), asyncio.Event()
+
+        async def flush() -> None:
+            begun.set()
+            await slow.wait()
+
+        a.flush = flush  # type: ignore[method-assign]
+        asking = asyncio.ensure_future(d.qmp(command, {"id": "a"} if command == "block-export-del" else None))
+        await begun.wait()
+        await d.program.qmp.finish(grace=0.0)
+        slow.set()
+        async with asyncio.timeout(5):
+            assert await d.program.close() == []
+        assert (a.closed, b.closed) == (True, True)
+        with pytest.raises(ConnectionLost):
+            await asking

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
+from blockstep.block.permissions import READ, WRITE
 from blockstep.nbd.uri import InetAddress
+from blockstep.qmp.commands.qemu_io import qemu_io
 from tests.daemon import Daemon, daemon, refused
+from tests.disks import faulty
 from tests.scenarios import scenario
 
 MiB = 1 << 20
@@ -83,6 +87,7 @@ async def test_a_drive_without_an_id_gets_one(tmp_path: Path) -> None:
     ("drive_add buddy", f"drive_add: string expected\n{try_help('drive_add')}"),
     ("drive_add -x buddy a=b", f"drive_add: unsupported option -x\n{try_help('drive_add')}"),
     ("drive_add -n buddy driver=null-co", "'node-name' needs to be specified\n"),
+    ("drive_add 0 if=none,id.x=there,driver=null-co", "Parameter 'id' expects an identifier\n"),
     ("drive_add 0 if=none,id=there,driver=null-co", "Duplicate ID 'there' for drive\n"),
     ("drive_del", f"drive_del: block device name expected\n{try_help('drive_del')}"),
     ("drive_del a b", f"drive_del: extraneous characters at the end of line\n{try_help('drive_del')}"),
@@ -195,6 +200,8 @@ async def test_qemu_io_writes_and_reads(tmp_path: Path) -> None:
     ("write -u 0 1k", "-u requires -z to be specified\n"),
     ("write -c 0 1k", "write failed: Operation not supported\n"),
     ("write -P 1 0 3G", "length cannot exceed 2147483136 without -n, given 3G\n"),
+    ("readv 0 512 512G", "Argument '512G' exceeds maximum size 2147483136\n"),
+    ("writev 0 1G 1G", "The total number of bytes exceed the maximum size 2147483136\n"),
     ("write 1M 1k", "write failed: Input/output error\n"),
     ("read 2M 1k", "read failed: Input/output error\n"),
     ("discard 2M 4k", "discard failed: Input/output error\n"),
@@ -221,6 +228,28 @@ async def test_qemu_io_says_what_the_disk_says(tmp_path: Path) -> None:
         await d.qmp("blockdev-add", {"driver": "null", "node-name": "ro", "read-only": True})
         assert "read-only" in await hmp(d, 'qemu-io ro "write 0 1k"')
         assert await hmp(d, 'qemu-io nobody "write 0 1k"') == "Device 'nobody' not found\n"
+
+
+@scenario
+async def test_qemu_io_changes_the_length_as_block_resize_does(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        graph = d.inventory.graph
+        debug, disk = await faulty(graph, "disk", MiB)
+        guest = graph.attach_backend(debug, "guest", READ | WRITE)
+        debug.suspend("write", "slow")
+        writing = asyncio.ensure_future(guest.pwrite(MiB - 512, bytes(512)))
+        await debug.suspended("slow")
+        changing = asyncio.ensure_future(qemu_io(graph, debug, "truncate 4k"))
+        await asyncio.sleep(0)
+        debug.resume("slow")
+        assert [await writing, await changing] == [None, ""]
+        assert (len(disk.content), [what for what, *_ in disk.requests]) == (4096, ["write", "truncate"])
+        lift = debug.block_operations("job 'x' uses it")
+        assert await hmp(d, 'qemu-io disk "truncate 8k"') == (
+            "'resize' on node 'disk' is not possible now: job 'x' uses it\n")
+        lift()
+        await graph.detach_backend(guest)
+        assert [edge.parent.description for edge in debug.parents] == []
 
 
 @scenario

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from blockstep.aio.posix import OpenFile
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE
 from blockstep.drivers.quorum import Quorum
-from blockstep.inventory.limits import limits_of
+from blockstep.drivers.throttle import Limits, Throttle
+from blockstep.inventory.limits import limits_of, set_limits
+from blockstep.qmp.commands.nodes import ChangeArguments, x_blockdev_change
 from tests.daemon import Daemon, daemon, refused
-from tests.disks import ram
+from tests.disks import faulty, ram
 from tests.scenarios import scenario
 
 MiB = 1 << 20
@@ -158,15 +163,31 @@ async def test_a_file_that_cannot_be_made_is_the_jobs_error(tmp_path: Path) -> N
         assert "No such file" in d.inventory.jobs.find("make").info()["error"]
 
 
+@pytest.mark.parametrize("read_only", [False, True])
 @scenario
-async def test_a_file_in_use_is_left_alone(tmp_path: Path) -> None:
+async def test_a_file_in_use_is_left_alone(tmp_path: Path, read_only: bool) -> None:
     async with daemon(tmp_path) as d:
-        await d.qmp("blockdev-add", {"driver": "file", "node-name": "disk", "filename": disk(tmp_path / "disk")})
-        for driver in ("file", "overlay"):
-            await d.qmp("blockdev-create", {"job-id": driver, "options": {
-                "driver": driver, "filename": str(tmp_path / "disk"), "size": 1}})
-            await d.event("JOB_STATUS_CHANGE", id=driver, status="concluded")
-            assert "error" in d.inventory.jobs.find(driver).info()
+        await d.qmp("blockdev-add", {"driver": "file", "node-name": "disk", "filename": disk(tmp_path / "disk"),
+                                     "read-only": read_only})
+        (tmp_path / "link").symlink_to("disk")
+        image = {"driver": "qcow2", "size": 512, "filename": str(tmp_path / "new"), "data-file": "link"}
+        for options in ({"driver": "file", "filename": str(tmp_path / "disk"), "size": 1},
+                        {"driver": "overlay", "filename": str(tmp_path / "link"), "size": 1}, image):
+            with refused(match="another file"):
+                await d.qmp("blockdev-create", {"job-id": "make", "options": options})
+        assert not d.inventory.jobs.list()
+        assert (tmp_path / "disk").stat().st_size == MiB
+        assert not (tmp_path / "new").exists()
+
+
+@scenario
+async def test_a_file_that_another_program_writes_to_is_left_alone(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        with closing(OpenFile(disk(tmp_path / "disk"), writable=True)):
+            await d.qmp("blockdev-create", {"job-id": "make", "options": {
+                "driver": "file", "filename": str(tmp_path / "disk"), "size": 1}})
+            await d.event("JOB_STATUS_CHANGE", id="make", status="concluded")
+            assert "writing" in d.inventory.jobs.find("make").info()["error"]
         assert (tmp_path / "disk").stat().st_size == MiB
 
 
@@ -211,6 +232,29 @@ async def test_a_quorum_gets_a_child_and_loses_it(tmp_path: Path) -> None:
             await d.qmp("x-blockdev-change", {"parent": "colo-disk0", "child": "children.1"})
             assert [*node.children] == ["children.0"]
         await d.inventory.graph.detach_backend(user)
+
+
+@scenario
+async def test_a_node_that_two_monitors_add_at_a_time_is_added_once(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        graph = d.inventory.graph
+        debug, _ = await faulty(graph, "local")
+        await ram(graph, "standby")
+        await d.qmp("blockdev-add", {"driver": "quorum", "node-name": "q", "vote-threshold": 1, "children": ["local"],
+                                     "read-pattern": "fifo"})
+        user = client(d, "q")
+        debug.suspend("write", "slow")
+        writing = asyncio.ensure_future(user.pwrite(0, bytes(512)))
+        await debug.suspended("slow")
+        adding = [asyncio.ensure_future(x_blockdev_change(d.program, ChangeArguments(parent="q", node="standby")))
+                  for _ in range(2)]
+        await asyncio.sleep(0)  # both have begun, and wait for the write
+        debug.resume("slow")
+        await writing
+        one, other = await asyncio.gather(*adding, return_exceptions=True)
+        assert (one, str(other)) == (None, "node 'standby' is in use by 'q'")
+        assert [*graph.find("q").children] == ["children.0", "children.1"]
+        await graph.detach_backend(user)
 
 
 @pytest.mark.parametrize(("arguments", "match"), [
@@ -296,7 +340,7 @@ async def test_limits_hold_for_those_who_are_there_and_those_who_come(tmp_path: 
         await d.qmp("block_set_io_throttle", {**NONE, "device": "disk", "iops_wr": 10, "iops_wr_max": 20})
         after = client(d, "disk")
         job = graph.attach_backend(graph.find("disk"), "job", READ)
-        assert before.node is after.node is graph.accounts.entrances["disk"]
+        assert before.node is after.node is graph.accounts.entrance(graph.find("disk"))
         assert job.node is graph.find("disk")
         group = limits_of(graph, graph.find("disk"))
         assert group is not None
@@ -343,7 +387,7 @@ async def test_the_filter_that_holds_limits_goes_with_them_only(tmp_path: Path) 
         graph = d.inventory.graph
         await memory(d, "disk", "other")
         await d.qmp("block_set_io_throttle", {**NONE, "id": "disk", "iops": 10})
-        entrance = graph.accounts.entrances["disk"]
+        [entrance] = graph.accounts.entrances
         with refused(match="limits of disk 'disk'"):
             await d.qmp("blockdev-del", {"node-name": entrance.name})
         with graph.change() as change:  # a snapshot: another node takes the disk's place
@@ -352,9 +396,74 @@ async def test_the_filter_that_holds_limits_goes_with_them_only(tmp_path: Path) 
         assert user.node is graph.find("disk")
         await graph.detach_backend(user)
         await d.qmp("blockdev-del", {"node-name": "disk"})
-        assert graph.accounts.entrances == {"other": entrance}
+        assert graph.accounts.entrance(graph.find("other")) is entrance
         await d.qmp("block_set_io_throttle", {**NONE, "id": "other"})
         assert [*graph.nodes] == ["other"]
+
+
+async def limited(d: Daemon, name: str, guest: Backend) -> list[int]:
+    """What holds a guest, one after the other, in operations a second; it is what the server shows."""
+    [shown] = [each["inserted"]["iops"] for each in await d.qmp("query-block") if each["device"] == name]
+    found = [node.group.limits.iops_total for node in guest.node.chain() if isinstance(node, Throttle)]
+    assert [shown] == (found or [0])
+    return found
+
+
+@scenario
+async def test_limits_stay_with_the_guest_when_a_snapshot_takes_the_disks_place(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        await memory(d, "disk")
+        await d.qmp("blockdev-add", {"driver": "overlay", "node-name": "top", "size": MiB})
+        guest = client(d, "disk")
+        await d.qmp("block_set_io_throttle", {**NONE, "id": "disk", "iops": 10})
+        await d.qmp("blockdev-snapshot", {"node": "disk", "overlay": "top"})
+        later = client(d, "top")
+        for iops in (10, 20):
+            assert await limited(d, "top", guest) == await limited(d, "top", later) == [iops]
+            await d.qmp("block_set_io_throttle", {**NONE, "id": "top", "iops": 20})
+        await d.qmp("block_set_io_throttle", {**NONE, "id": "top"})
+        assert guest.node is later.node is d.inventory.graph.find("top")
+        for user in (guest, later):
+            await d.inventory.graph.detach_backend(user)
+
+
+@pytest.mark.parametrize("name", [{}, {"filter-node-name": "named"}], ids=["a filter without a name", "one with"])
+@scenario
+async def test_limits_hold_a_guest_whose_disk_is_being_backed_up(name: dict[str, str], tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        await memory(d, "disk", "target")
+        guest = client(d, "disk")
+        await d.qmp("blockdev-backup", {"job-id": "job", "device": "disk", "target": "target", "sync": "none", **name})
+        await d.qmp("block_set_io_throttle", {**NONE, "id": "disk", "iops": 10})
+        assert [each["device"] for each in await d.qmp("query-block")] == ["disk", "target"]
+        assert await limited(d, "disk", guest) == [10]
+        await d.qmp("job-cancel", {"id": "job"})
+        await d.event("JOB_STATUS_CHANGE", id="job", status="null")
+        assert await limited(d, "disk", guest) == [10]
+        await d.qmp("block_set_io_throttle", {**NONE, "id": "disk"})
+        assert guest.node is d.inventory.graph.find("disk")
+        await d.inventory.graph.detach_backend(guest)
+
+
+@scenario
+async def test_limits_that_two_monitors_set_at_a_time_are_set_one_after_the_other(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as d:
+        graph = d.inventory.graph
+        debug, _ = await faulty(graph, "disk")
+        guest = client(d, "disk")
+        for limits in ((10, 20), (0, 0)):
+            debug.suspend("read", "slow")
+            reading = asyncio.ensure_future(guest.pread(0, 512))
+            await debug.suspended("slow")
+            setting = [asyncio.ensure_future(set_limits(graph, debug, Limits(iops_total=iops), f"g{iops}"))
+                       for iops in limits]
+            await asyncio.sleep(0)  # both have begun, and the first waits for the read
+            debug.resume("slow")
+            await asyncio.gather(reading, *setting)
+            held = [iops for iops in limits[1:] if iops]
+            assert await limited(d, "disk", guest) == held
+            assert list(graph.objects) == [f"g{iops}" for iops in held]
+        await graph.detach_backend(guest)
 
 
 @scenario

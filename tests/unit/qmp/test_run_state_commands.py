@@ -90,10 +90,13 @@ async def test_a_stop_waits_for_what_is_in_flight(tmp_path: Path) -> None:
 async def test_a_flush_that_fails_is_told_and_guests_wait_all_the_same(tmp_path: Path) -> None:
     async with daemon(tmp_path) as d:
         debug, _ = await faulty(d.inventory.graph, "disk")
-        (guest,) = await served(d, "disk")
+        other = await ram(d.inventory.graph, "other")
+        guest, client = await served(d, "disk", "other")
         debug.fail("flush", once=True)
-        with refused(match="Input/output error"):
+        with refused(match="node 'disk': Input/output error"):
             await d.qmp("stop")
+        assert other.requests == [("flush", 0, 0)]
+        await client.close()
         assert (await d.qmp("query-status"))["status"] == "paused"
         await d.qmp("cont")
         await guest.pread(0, 512)

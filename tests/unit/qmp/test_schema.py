@@ -56,6 +56,7 @@ async def add(context: Any, args: File | Raw) -> None:
     ("all", b'{"node-name": null}', "argument 'node-name' must be a string, not null"),
     ("all", b'{"node-name": "a", "node_name": "b"}', "argument 'node_name' is not known"),
     ("all", b'{"node-name": "a", "sizes": [1, "x"]}', "argument 'sizes[1]' must be an integer, not a string"),
+    ("all", b'{"node-name": "a\\u0000"}', "argument 'node-name' must be a string without NUL"),
     ("all", b'{"node-name": "a", "sizes": [1, 9223372036854775808]}',
      "argument 'sizes[1]' must be an integer <= 9223372036854775807"),
     ("all", b'{"node-name": "a", "either": -9223372036854775809}',

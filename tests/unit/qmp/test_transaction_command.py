@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import msgspec
 import pytest
 
 from blockstep.drivers.blkdebug import Blkdebug
+from blockstep.drivers.create import CreateQcow2
+from blockstep.qmp.client import connect
 from blockstep.qmp.commands.transaction import TransactionArguments, transaction
-from tests.daemon import daemon, refused
+from blockstep.qmp.errors import CommandRefused
+from tests.daemon import Daemon, daemon, refused
+from tests.disks import faulty
 from tests.scenarios import scenario
 from tests.unit.jobs.support import settle
 from tests.unit.qmp.disks import MiB, client, content, disks, everything, overlay
@@ -152,3 +157,72 @@ async def test_an_empty_transaction_does_nothing(tmp_path: Path) -> None:
     async with daemon(tmp_path) as d:
         for mode in ("individual", "grouped"):
             await d.qmp("transaction", {"actions": [], "properties": {"completion-mode": mode}})
+
+
+async def slow_disk(d: Daemon, name: str) -> Blkdebug:
+    """A disk whose flush is held back, under the tag "slow"."""
+    debug, _ = await faulty(d.inventory.graph, name, MiB)
+    debug.suspend("flush_to_disk", "slow")
+    return debug
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("first", "command", "arguments"), [
+    (snapshot("a", "top"), "blockdev-del", {"node-name": "top"}),
+    (snapshot("a", "top"), "block-export-del", {"id": "e"}),
+    (backup("job", "a", "b"), "job-cancel", {"id": "job"}),
+    (bitmap("add"), "block-dirty-bitmap-remove", {"node": "a", "name": "map"}),
+    (bitmap("clear", "old"), "block-dirty-bitmap-remove", {"node": "a", "name": "old"}),
+])
+@scenario
+async def test_another_monitor_finds_all_of_a_transaction_or_nothing(
+        tmp_path: Path, first: Action, command: str, arguments: dict[str, str], fails: bool) -> None:
+    async with daemon(tmp_path) as d, connect(d.path) as other:
+        await disks(d, "a", "b")
+        for name in ("top", "over"):
+            await overlay(d, name)
+        await d.qmp("block-dirty-bitmap-add", {"node": "a", "name": "old"})
+        await d.qmp("nbd-server-start", addr={"type": "unix", "data": {"path": str(tmp_path / "nbd")}})
+        await d.qmp("block-export-add", {"type": "nbd", "id": "e", "node-name": "a", "writable": True})
+        slow = await slow_disk(d, "slow")
+        if fails:
+            slow.fail("flush_to_disk", once=True)
+        taking = asyncio.ensure_future(d.qmp("transaction", {"actions": [first, snapshot("slow", "over")]}))
+        await slow.suspended("slow")
+        before = everything(d)
+        with contextlib.suppress(CommandRefused):
+            await other.execute(command, arguments)
+        without = everything(d)
+        slow.resume("slow")
+        answer, = await asyncio.gather(taking, return_exceptions=True)
+        if isinstance(answer, CommandRefused):
+            assert everything(d) == without
+            assert "internal" not in answer.description
+        else:
+            assert not fails
+            assert everything(d) not in (before, without)
+
+
+@scenario
+async def test_a_persistent_bitmap_that_cannot_be_stored_is_not_added_and_nothing_else_is_done(tmp_path: Path) -> None:
+    CreateQcow2(filename=str(tmp_path / "image"), size=MiB).create()
+    async with daemon(tmp_path) as d:
+        await disks(d, "a", "b")
+        debug = await d.inventory.graph.open({"driver": "blkdebug", "node-name": "debug", "file": {
+            "driver": "file", "filename": str(tmp_path / "image")}})
+        assert isinstance(debug, Blkdebug)
+        await d.qmp("blockdev-add", {"driver": "qcow2", "node-name": "image", "file": "debug"})
+        before, actions = everything(d), [bitmap("add", node="image", persistent=True), backup("job", "a", "b")]
+        debug.fail("pwritev")
+        with refused(match="injected"):
+            await d.qmp("transaction", {"actions": actions})
+        assert everything(d) == before
+        debug.clear_rules()
+        with refused(match="abort"):
+            await d.qmp("transaction", {"actions": [*actions, ABORT]})
+        assert everything(d) == before
+        await d.qmp("blockdev-del", {"node-name": "image"})
+        await d.qmp("blockdev-add", {"driver": "qcow2", "node-name": "image", "file": "debug"})
+        assert everything(d) == before
+        await d.qmp("transaction", {"actions": actions})
+        assert list(d.inventory.graph.find("image").bitmaps) == ["map"]

@@ -50,6 +50,7 @@ class Pair:
                                           "queue": queue}))
         assert isinstance(opened.value, Link)
         self.link: Link = opened.value
+        self.link.ledger = Bitmap(length, GRANULARITY)
         self.guest: Backend = self.graph.attach_backend(self.link, "guest", READ | WRITE)
         self.connect(self.remote)
         self.failures: list[OSError] = []
@@ -75,8 +76,10 @@ class Pair:
         return union
 
     def check_bitmaps_cover(self) -> None:
-        """Every byte in which the two disks differ lies in a cluster that would be copied."""
+        """Every byte in which the two disks differ lies in a cluster that would be copied, also after a crash."""
         union = self.lacks()
+        assert self.link.ledger
+        assert self.link.ledger.bits & union.bits == union.bits
         for begin in range(0, LENGTH, GRANULARITY):
             end = begin + GRANULARITY
             if self.local.data[begin:end] != self.remote.data[begin:end]:
@@ -443,6 +446,28 @@ def test_a_write_that_this_disk_fails_counts_as_what_the_standby_may_lack_until_
     pair.link.settled()
     pair.link.release()
     pair.check_bitmaps_cover()
+
+
+@pytest.mark.parametrize("ack", ["local", "both"])
+@pytest.mark.parametrize("what", ["write", "write_zeroes", "discard", "flush"])
+def test_what_this_disk_fails_is_told_once_and_until_a_checkpoint_of_which_all_was_done(what: str, ack: str) -> None:
+    pair = Pair(ack)
+    told: list[int | None] = []
+    pair.link.on_trouble = lambda: told.append(pair.link.trouble and pair.link.trouble.errno)
+    requests = {"write": lambda: pair.guest.pwrite(0, bytes(9)), "discard": lambda: pair.guest.discard(0, 9),
+                "write_zeroes": lambda: pair.guest.write_zeroes(0, 9), "flush": pair.guest.flush}
+    for code in (errno.ENOSPC, errno.ENOSPC, errno.EIO):
+        pair.gates.fail("local", what, code)
+        assert Request(requests[what]()).error is not None
+    assert told == [errno.ENOSPC, errno.EIO]
+    pair.link.mark()  # a checkpoint of which some have failed
+    pair.link.release()
+    pair.link.mark()  # and one before which nothing was written, so that nothing is known
+    pair.link.release()
+    assert told == [errno.ENOSPC, errno.EIO]
+    assert pair.write(0, b"well").error is None
+    pair.link.mark()
+    assert told == [errno.ENOSPC, errno.EIO, None]
 
 
 @pytest.mark.parametrize("operation", ["pwrite", "write_zeroes", "discard"])

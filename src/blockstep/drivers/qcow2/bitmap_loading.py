@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Final, NamedTuple
+
+import msgspec
 
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.node import Child
@@ -41,13 +42,12 @@ class Kept(NamedTuple):
     clusters: array[int]
 
 
-@dataclass
-class Found:
+class Found(msgspec.Struct):
     """All bitmaps of an image. ``bits``: of those that can be used."""
 
     directory: range = range(0)  #: clusters
-    kept: dict[str, Kept] = field(default_factory=dict)
-    bits: dict[str, Bitmap] = field(default_factory=dict)
+    kept: dict[str, Kept] = msgspec.field(default_factory=dict)
+    bits: dict[str, Bitmap] = msgspec.field(default_factory=dict)
 
     def clusters(self) -> Iterable[int]:
         """All clusters that they take."""

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
 
 from blockstep.block.bitmap import Bitmap
 from blockstep.drivers.qcow2.bitmap_limits import MOST_BITS, bitmap_bytes, check_directory, check_entries
@@ -47,8 +48,7 @@ from blockstep.drivers.qcow2.repair import Sync, Write
 from blockstep.errors import ImageError, OptionError
 
 
-@dataclass(frozen=True)
-class StoredBitmap:
+class StoredBitmap(msgspec.Struct, frozen=True):
     """A bitmap as an image has it."""
 
     name: str
@@ -118,7 +118,7 @@ def _load(checker: Checker, entry: BitmapEntry, bits: bool) -> StoredBitmap:
         tail = -(-header.size // found.granularity) & 7
         if tail and size:
             view[size - 1] &= (1 << tail) - 1
-    return replace(found, bitmap=bitmap)
+    return msgspec.structs.replace(found, bitmap=bitmap)
 
 
 def mark_in_use(read: Read, length: int, write: Write, sync: Sync) -> None:
@@ -159,7 +159,7 @@ def store(read: Read, length: int, write: Write, sync: Sync, bitmaps: Sequence[S
     editor.write(AT_AUTOCLEAR, others.to_bytes(8, "big"))
     editor.sync()
     extension = BitmapsExtension(len(entries), len(directory), place)
-    editor.set_header(replace(editor.header, autoclear=others).with_extension(
+    editor.set_header(editor.header._replace(autoclear=others).with_extension(
         EXT_BITMAPS, build_bitmaps_extension(extension) if entries else None))
     editor.sync()
     if entries:

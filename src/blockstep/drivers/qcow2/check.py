@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from dataclasses import replace
 from itertools import chain
 from typing import Final
 
@@ -213,7 +212,7 @@ class Checker(TableChecker):
         while good + 1 < bad:
             middle = (good + bad) // 2
             try:
-                best = parse_snapshots(replace(self.header, snapshot_count=middle), data)
+                best = parse_snapshots(self.header._replace(snapshot_count=middle), data)
                 good = middle
             except ImageError:
                 bad = middle

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Final
+from typing import Final, NamedTuple
 
 from bitarray import bitarray
 
@@ -54,23 +53,23 @@ _RUN: Final = 64
 _ALLOCATED: Final = (1 << 32) - 1
 
 
-@dataclass(slots=True)
 class CheckResult:
     """What a check found. Without corruptions, leaks and check errors the image is clean."""
 
-    #: The end of the last cluster in use, bytes.
-    image_end_offset: int = 0
-    #: Clusters of the disk; of them allocated, compressed, and not where the one before would lead to.
-    total_clusters: int = 0
-    allocated_clusters: int = 0
-    compressed_clusters: int = 0
-    fragmented_clusters: int = 0
-    corruptions: int = 0
-    leaks: int = 0
-    #: What could not be checked.
-    check_errors: int = 0
-    corruptions_fixed: int = 0
-    leaks_fixed: int = 0
+    def __init__(self, total_clusters: int) -> None:
+        #: The end of the last cluster in use, bytes.
+        self.image_end_offset = 0
+        #: Clusters of the disk; of them allocated, compressed, and not where the one before would lead to.
+        self.total_clusters = total_clusters
+        self.allocated_clusters = 0
+        self.compressed_clusters = 0
+        self.fragmented_clusters = 0
+        self.corruptions = 0
+        self.leaks = 0
+        #: What could not be checked.
+        self.check_errors = 0
+        self.corruptions_fixed = 0
+        self.leaks_fixed = 0
 
     @property
     def clean(self) -> bool:
@@ -89,8 +88,7 @@ class CheckResult:
         return found
 
 
-@dataclass(slots=True)
-class Fixer:
+class Fixer(NamedTuple):
     """How a `Checker` changes what it finds wrong in tables."""
 
     #: (offset, data); nothing is durable before the caller says so.
@@ -101,7 +99,7 @@ class Fixer:
     #: The marks of exclusive use are set as the stored refcounts say.
     marks: bool = False
     #: L2 entries that point into these clusters are cleared.
-    taken: frozenset[int] = field(default=frozenset())
+    taken: frozenset[int] = frozenset()
 
 
 class TableChecker:
@@ -114,7 +112,7 @@ class TableChecker:
         if self.header.crypt_method:
             raise ImageError("crypt_method", self.header.crypt_method, "0: encrypted images are not supported")
         header = self.header
-        self.result: Final = CheckResult(total_clusters=-(-header.size >> header.cluster_bits))
+        self.result: Final = CheckResult(-(-header.size >> header.cluster_bits))
         self.end: Final = -(-length >> header.cluster_bits)  #: clusters of the file
         self.counts: Final = Counts(header)
         self.stored: Final = Counts(header)

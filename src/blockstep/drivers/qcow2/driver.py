@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 import msgspec
 
 from blockstep.aio.rangelock import RangeLock
-from blockstep.block.driver import Prepared
+from blockstep.block.driver import Driver, Prepared
 from blockstep.block.node import LIVE_OPTIONS, NodeOptions, NodeRef
 from blockstep.block.permissions import Role
 from blockstep.block.registry import register
@@ -91,14 +90,22 @@ class Qcow2(Emptier, Packer):
         filename = getattr(node.options, "filename", None)
         return filename if isinstance(filename, str) and node.name.startswith("#") else node.name
 
+    def shown_as(self) -> Driver:
+        return self.file.node
+
+    def occupied(self) -> int | None:
+        return self.file.node.occupied()
+
     async def implied_children(self) -> list[tuple[str, Role, NodeRef]]:
         """The backing node and the external data file that the header names, where the options do not say."""
         try:
-            header = await self._load_header()
-            backing = backing_options(header, self.file.node) if self.options.backing == {} else None
-            data = data_file_options(header, self.file.node) if self.options.data_file == {} else None
+            return self._implied_by(await self._load_header())
         except ImageError as error:
             raise OptionError("file", self._image_name, f"a qcow2 image that can be used: {error}") from error
+
+    def _implied_by(self, header: Header) -> list[tuple[str, Role, NodeRef]]:
+        backing = backing_options(header, self.file.node) if self.options.backing == {} else None
+        data = data_file_options(header, self.file.node) if self.options.data_file == {} else None
         found: list[tuple[str, Role, NodeRef]] = []
         if backing is not None:
             found.append(("backing", Role.BACKING, backing))
@@ -170,12 +177,13 @@ class Qcow2(Emptier, Packer):
     async def _mark_corrupt(self, what: str, offset: int | None, length: int | None) -> None:
         """Let everybody repair the image before it is written to again. What is in order can be used meanwhile."""
         if self.header.version >= 3 and not self.header.incompatible & CORRUPT:
-            self.header = replace(self.header, incompatible=self.header.incompatible | CORRUPT)
+            self.header = self.header._replace(incompatible=self.header.incompatible | CORRUPT)
             try:
-                await self.file.pwrite(AT_INCOMPATIBLE, self.header.incompatible.to_bytes(8, "big"))
-                await self.file.flush()
+                async with self._saving:
+                    await self.file.pwrite(AT_INCOMPATIBLE, self.header.incompatible.to_bytes(8, "big"))
+                    await self.file.flush()
             except OSError:  # the next one tries again
-                self.header = replace(self.header, incompatible=self.header.incompatible & ~CORRUPT)
+                self.header = self.header._replace(incompatible=self.header.incompatible & ~CORRUPT)
                 return
             self._tell_broken(what, offset, length, fatal=True)
 
@@ -225,7 +233,7 @@ class Qcow2(Emptier, Packer):
         if self.header.autoclear != known:
             await self.file.pwrite(AT_AUTOCLEAR, known.to_bytes(8, "big"))
             await self.file.flush()
-            self.header = replace(self.header, autoclear=known)
+            self.header = self.header._replace(autoclear=known)
 
     async def close(self) -> None:
         """As of all drivers; the metadata is written, so that an image that was closed in order has no leaks."""
@@ -280,8 +288,10 @@ class Qcow2(Emptier, Packer):
         changed = OptionError("read-only", False, f"on: the image of '{self.name}' was changed by others, in a way "
                                                   "that only opening it anew takes account of")
         header = await self._load_header()
+        self._check_readable(header)
         self._check_writable(header)
-        if header.incompatible & DIRTY:
+        check_data_file(header, self.file, self.data_file, self.backing)
+        if header.incompatible & DIRTY or self._implied_by(header) != self._implied_by(self.header):
             raise changed
         fresh = await self._load_tables(header, guarded=True)
         unknown = header.autoclear & ~(BITMAPS | RAW_EXTERNAL)

@@ -18,7 +18,6 @@ import struct
 import sys
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from blockstep.errors import ImageError
@@ -100,8 +99,7 @@ class Extension(NamedTuple):
     data: bytes
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """The header of an image, checked. `parse_header` and `build_header` are its two directions."""
 
     version: int
@@ -122,7 +120,7 @@ class Header:
     compression_type: int = ZLIB
     backing_file: str | None = None
     extensions: tuple[Extension, ...] = ()
-    more: bytes = field(default=b"", repr=False)  #: fields after compression_type that are not known here, as they are
+    more: bytes = b""  #: fields after compression_type that are not known here, as they are
 
     @property
     def cluster_size(self) -> int:
@@ -173,11 +171,11 @@ class Header:
     def with_extension(self, kind: int, data: bytes | None) -> Header:
         """The same header with that extension in the place of the one of its kind, or behind all (None: without)."""
         if data is None:
-            return replace(self, extensions=tuple(each for each in self.extensions if each.kind != kind))
+            return self._replace(extensions=tuple(each for each in self.extensions if each.kind != kind))
         new = Extension(kind, data)
         if self.extension(kind) is None:
-            return replace(self, extensions=(*self.extensions, new))
-        return replace(self, extensions=tuple(new if each.kind == kind else each for each in self.extensions))
+            return self._replace(extensions=(*self.extensions, new))
+        return self._replace(extensions=tuple(new if each.kind == kind else each for each in self.extensions))
 
 
 def entries_for(size: int, cluster_bits: int, l2_bits: int) -> int:
@@ -445,8 +443,7 @@ class Subclusters(NamedTuple):
 # --- snapshots ---
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """An internal snapshot: an entry of the snapshot table."""
 
     l1_table_offset: int
@@ -553,8 +550,7 @@ AUTO: Final = 2
 EXTRA_COMPATIBLE: Final = 4
 
 
-@dataclass(frozen=True)
-class BitmapEntry:
+class BitmapEntry(NamedTuple):
     """An entry of the bitmap directory."""
 
     table_offset: int

@@ -6,16 +6,16 @@ known to have one user is *claimed*, and can be claimed only once:
 
     when                                      claimed are
     the image is opened                       header, L1, refcount table and blocks, snapshot table, L1 of snapshots,
-                                              bitmaps, and the L2 tables that L1 says are exclusive
+                                              bitmaps, and the L2 tables that one L1 entry leads to
     an L2 table is loaded, the first time     the clusters that its entries say are exclusive
     a cluster is given out                    that one; it must not be claimed, whatever its refcount says
     a cluster is free (its refcount falls)    it no longer is
 
 A table with an entry for a claimed cluster is refused, entries without the mark too: a write would take one from the
-refcount of what is not its own. So is one that claims what is about to become free. L2 tables that are shared, or
-belong to snapshots, may be met more than once, but not as data (`Guard.shared`), and those of snapshots never become
-free (`Guard.kept`). So no table is ever written to as data, overwritten by another, or given out as free. A cluster of
-data that two L2 entries claim is found as well.
+refcount of what is not its own. So is one that claims what an entry without the mark has left (`Guard.leave`): that
+becomes free, or is a snapshot's. L2 tables that are shared, or belong to snapshots, may be met more than once, but not
+as data (`Guard.shared`), and those of snapshots never become free (`Guard.kept`). So no table is ever written to as
+data, overwritten by another, or given out as free. A cluster of data that two L2 entries claim is found as well.
 
 Bits are kept in chunks that come into being with the first claim, at most `MOST_CHUNKS`. A table is looked at once
 while the image is open, however often it leaves the cache: nobody else writes to the image.
@@ -26,7 +26,9 @@ from __future__ import annotations
 import errno
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 from bitarray import bitarray
@@ -135,6 +137,8 @@ class Guard:
         #: L2 tables that more than one L1 entry may lead to; of them those of snapshots.
         self.shared = Clusters()
         self.kept = Clusters()
+        #: Data that entries without the mark referred to, and do not any more: no other table has it to itself.
+        self._left = Clusters()
 
     def taken(self, first: int, count: int = 1) -> bool:
         """Whether one of these clusters is claimed, or a shared L2 table."""
@@ -146,10 +150,14 @@ class Guard:
             raise ImageError(what, hex(first << self._bits), "where nothing else is: repair it first")
         self.claimed.add(first, count)
 
-    def claim_entries(self, table: array[int], external: bool, going: set[int]) -> Wrong | None:
+    def leave(self, clusters: range) -> None:
+        """An entry without the mark refers to them no more. They become free, unless a snapshot has them too."""
+        with suppress(OSError):  # more than can be noted
+            self._left.add(clusters.start, len(clusters))
+
+    def claim_entries(self, table: array[int], external: bool) -> Wrong | None:
         """Claim what the entries of an L2 table that was loaded say is exclusive.
 
-        ``going``: clusters that become free soon, as nothing refers to them any more, and this table should not either.
         Returns what is wrong; if something is then nothing is claimed.
         """
         if external:  # their data is elsewhere
@@ -159,9 +167,10 @@ class Guard:
         exclusive = sorted([(entry & OFFSET) >> bits for entry in table
                             if entry > COPIED and entry & OFFSET and not entry & COMPRESSED])
         try:
-            if going and not going.isdisjoint(exclusive):
-                return Wrong("it refers to clusters that nothing else refers to any more")
             for first, count in _rows(exclusive):
+                if self._left.any(first, count):
+                    wrong = Wrong("it refers to clusters that nothing else refers to any more")
+                    break
                 if self.taken(first, count):
                     wrong = self._met(first, count)
                     break
@@ -190,8 +199,8 @@ class Guard:
 
     def start_again(self, used: Iterable[int]) -> None:
         """The image was emptied: only these clusters are in use."""
-        self.claimed.clear()
-        self.shared.clear()
+        for each in (self.claimed, self.shared, self._left):
+            each.clear()
         for cluster in used:
             self.claimed.add(cluster)
 
@@ -218,9 +227,12 @@ async def guard_of(file: Child, header: Header, l1: array[int], refcount_table: 
     exclusive = [(entry & OFFSET) >> bits for entry in l1 if entry & COPIED and entry & OFFSET]
     for cluster in exclusive:
         guard.claim(cluster, 1, "L2 table")
-    for entry in l1:
-        if entry & OFFSET and not entry & COPIED:
-            _share(guard, (entry & OFFSET) >> bits)
+    others = Counter((entry & OFFSET) >> bits for entry in l1 if entry & OFFSET and not entry & COPIED)
+    for cluster, times in others.items():
+        if times > 1 or guard.kept.any(cluster):
+            _share(guard, cluster)
+        else:  # only the mark is missing; nobody else stops the table from becoming free
+            guard.claim(cluster, 1, "L2 table")
     return guard
 
 

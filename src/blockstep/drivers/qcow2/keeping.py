@@ -17,7 +17,6 @@ import errno
 import os
 from array import array
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import chain
 from typing import Any, Final
 
@@ -267,13 +266,15 @@ class Keeper(Saver):
             await self._refcounts.release(offset, count)
 
     async def _change_header(self, extension: BitmapsExtension | None) -> None:
-        raw = await read_file(self.file, 0, self.cluster_size)
-        old = parse_header(raw)
-        for offset, data in bitmap_steps(raw, old, None if extension is None else build_bitmaps_extension(extension)):
-            await self.file.pwrite(offset, data)
-            await self.file.flush()
-        new = _with_bitmaps(old, extension)
-        self.header = replace(self.header, extensions=new.extensions, autoclear=new.autoclear)
+        data = None if extension is None else build_bitmaps_extension(extension)
+        async with self._saving:
+            raw = await read_file(self.file, 0, self.cluster_size)
+            old = parse_header(raw)
+            for offset, piece in bitmap_steps(raw, old, data):
+                await self.file.pwrite(offset, piece)
+                await self.file.flush()
+            new = _with_bitmaps(old, extension)
+            self.header = self.header._replace(extensions=new.extensions, autoclear=new.autoclear)
 
     # --- what cannot be marked must not be written ---
 
@@ -304,7 +305,7 @@ class Keeper(Saver):
 
 
 def _in_use(kept: Kept) -> Kept:
-    return Kept(replace(kept.entry, flags=kept.entry.flags | IN_USE), kept.clusters)
+    return Kept(kept.entry._replace(flags=kept.entry.flags | IN_USE), kept.clusters)
 
 
 def _directory(kept: dict[str, Kept]) -> bytes:
@@ -312,5 +313,5 @@ def _directory(kept: dict[str, Kept]) -> bytes:
 
 
 def _with_bitmaps(header: Header, extension: BitmapsExtension | None) -> Header:
-    return replace(header, autoclear=header.autoclear & ~BITMAPS | (BITMAPS if extension else 0)).with_extension(
+    return header._replace(autoclear=header.autoclear & ~BITMAPS | (BITMAPS if extension else 0)).with_extension(
         EXT_BITMAPS, None if extension is None else build_bitmaps_extension(extension))

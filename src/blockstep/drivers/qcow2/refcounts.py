@@ -19,7 +19,7 @@ import asyncio
 import errno
 import os
 from array import array
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from blockstep.block.node import Child
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 #: The file grows in steps; `Refcounts.trim` takes back what was not needed.
 _STEP: Final = 16 << 20
+#: Runs of clusters whose refcounts are lowered in one turn of the event loop.
+_AT_ONCE: Final = 256
 
 
 async def read_file(file: Child, offset: int, length: int) -> bytes:
@@ -85,8 +87,6 @@ class Refcounts:
         self.running = [0, 0]
         self.turn = 0
         self.retired: list[int] = []
-        self.retiring: list[int] = []  #: those of the save that is at work
-        self._lowering: list[int] = []
         self._durable: list[int] = []
         self._waiting: list[int] = []  # durable, and the turns have changed since
         #: Called with (offset, length) of clusters that are about to be free.
@@ -423,10 +423,6 @@ class Refcounts:
             async with self._lock:
                 await self._reclaim()
 
-    def going(self) -> set[int]:
-        """The clusters that are on their way to be free."""
-        return {*self.retired, *self.retiring, *self._durable, *self._waiting, *self._lowering}
-
     async def _reclaim(self) -> None:
         for _ in range(2):
             if not (self._durable or self._waiting) or self.running[1 - self.turn]:
@@ -434,31 +430,41 @@ class Refcounts:
             free, self._waiting, self._durable = self._waiting, self._durable, []
             self.turn = 1 - self.turn
             if free:
-                self._lowering = free
                 await self._lower(free)
-                self._lowering = []
 
-    async def _lower(self, clusters: list[int] | range) -> None:
-        free: list[int] = []
-        mask = (1 << self._per) - 1
-        for cluster in clusters:
-            block = await self.block(cluster >> self._per)
-            if block is not None and (count := block[cluster & mask]):
-                if self.guard is not None and count == 1:
-                    if self.guard.kept.any(cluster):  # a snapshot's, with a refcount that is wrong
-                        continue
-                    self.guard.claimed.remove(cluster)
-                block[cluster & mask] = count - 1
-                self.touched(cluster >> self._per, cluster & mask, (cluster & mask) + 1)
-                if count == 1:
-                    free.append(cluster)
-                    if cluster == self._packing >> self._bits:
-                        self._packing = 0
+    async def _lower(self, clusters: Iterable[int]) -> None:
+        free: list[tuple[int, int]] = []
+        for number, (first, count) in enumerate(_runs(clusters, 1 << self._per), 1):
+            block = await self.block(first >> self._per)
+            if block is not None:
+                free += self._lower_run(first, count, block)
+            if not number % _AT_ONCE:
+                await asyncio.sleep(0)
         if self.on_free is not None:
-            for first, count in rows(free):
+            for first, count in merged(free):
                 await self.on_free(first << self._bits, count << self._bits)
         if free:
-            self._cursor = max(1, min(self._cursor, min(free)))
+            self._cursor = max(1, min(self._cursor, min(first for first, _ in free)))
+
+    def _lower_run(self, first: int, count: int, block: array[int]) -> list[tuple[int, int]]:
+        """Lower the refcounts of neighbours in one block. Returns what is free now."""
+        at, guard = first & ((1 << self._per) - 1), self.guard
+        if count > 1:
+            if block[at:at + count] != array(block.typecode, [1]) * count or (
+                    guard is not None and guard.kept.any(first, count)):
+                return [each for cluster in range(first, first + count) for each in self._lower_run(cluster, 1, block)]
+        elif not block[at] or (guard is not None and block[at] == 1 and guard.kept.any(first)):
+            return []  # or a snapshot's, with a refcount that is wrong
+        self.touched(first >> self._per, at, at + count)
+        if block[at] > 1:
+            block[at] -= 1
+            return []
+        block[at:at + count] = array(block.typecode, bytes(block.itemsize * count))
+        if guard is not None:
+            guard.claimed.remove(first, count)
+        if first <= self._packing >> self._bits < first + count:
+            self._packing = 0
+        return [(first, count)]
 
     async def trim(self) -> None:
         """Take back the end of the file that was not needed."""
@@ -520,12 +526,30 @@ class Refcounts:
         return self.table[index] + (first << self._header.refcount_order >> 3), data
 
 
-def rows(clusters: list[int]) -> list[tuple[int, int]]:
+def rows(clusters: Iterable[int]) -> list[tuple[int, int]]:
     """Neighbours together: (first, count)."""
+    return merged([(cluster, 1) for cluster in clusters])
+
+
+def merged(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs that follow each other together, in their order."""
     found: list[tuple[int, int]] = []
-    for cluster in sorted(clusters):
-        if found and found[-1][0] + found[-1][1] == cluster:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
+    for first, count in sorted(runs):
+        if found and found[-1][0] + found[-1][1] == first:
+            found[-1] = (found[-1][0], found[-1][1] + count)
         else:
-            found.append((cluster, 1))
+            found.append((first, count))
     return found
+
+
+def _runs(clusters: Iterable[int], per: int) -> Iterator[tuple[int, int]]:
+    """Those that follow each other, as (first, count), none across a multiple of ``per``."""
+    first = end = -1
+    for cluster in clusters:
+        if cluster != end or not cluster % per:
+            if first >= 0:
+                yield first, end - first
+            first = cluster
+        end = cluster + 1
+    if first >= 0:
+        yield first, end - first

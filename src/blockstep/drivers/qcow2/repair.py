@@ -21,7 +21,6 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final, Literal
 
 from blockstep.drivers.qcow2.check import Checker, CheckResult, Fixer, Read, Report
@@ -121,7 +120,7 @@ class _Repair:
         header, table = checker.header, b""
         if checker.snapshots:
             table = build_snapshots([each if each.disk_size is not None or header.version == 2 else
-                                     replace(each, disk_size=header.size) for each in checker.snapshots])
+                                     each._replace(disk_size=header.size) for each in checker.snapshots])
         place = self._new_place(header, len(table)) if table else 0
         if table:
             self._write(place, table)

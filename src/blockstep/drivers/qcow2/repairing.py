@@ -3,6 +3,9 @@
 QEMU does so where an image has lazy refcounts; its dirty bit says that refcounts may be too low, so that a cluster in
 use could be given out again. They are counted anew, by `repair`, in a thread that has the event loop read and write
 for it. Killed in the middle, the image is still dirty: the next one who opens it goes on.
+
+Repairs take turns, because of the memory that each may take, and in a thread of their own: those of the pool are what
+their requests wait for.
 """
 
 from __future__ import annotations
@@ -11,14 +14,17 @@ import asyncio
 import errno
 import os
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
 
-from blockstep.aio.pool import in_thread, wait_out
+from blockstep.aio.pool import wait_out
 from blockstep.block.node import Child
 from blockstep.drivers.qcow2.check_tables import CheckResult
 from blockstep.drivers.qcow2.repair import repair
 
 T = TypeVar("T")
+
+_repairs: Final = ThreadPoolExecutor(1, "blockstep-repair")
 
 
 async def repair_file(file: Child) -> CheckResult:
@@ -47,14 +53,15 @@ async def repair_file(file: Child) -> CheckResult:
     async def flush() -> None:
         await file.flush()
 
-    work = asyncio.ensure_future(in_thread(
+    turn = _repairs.submit(
         repair, lambda offset, length: ask(pread(offset, length)), file.node.length,
-        lambda offset, data: ask(pwrite(offset, data)), lambda: ask(flush()), "all"))
+        lambda offset, data: ask(pwrite(offset, data)), lambda: ask(flush()), "all")
+    work = asyncio.wrap_future(turn)
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         given_up = True
-        await wait_out(work)
-        if not work.cancelled():
+        if not turn.cancel():  # it is at work
+            await wait_out(work)
             work.exception()
         raise

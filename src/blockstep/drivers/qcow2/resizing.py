@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import replace
 from typing import Final
 
 from blockstep.block.driver import MAY_UNMAP, not_supported
@@ -97,16 +96,20 @@ class Resizer(Writer):
 
     async def _write_size(self, length: int) -> None:
         """Durable at return. If it fails the disk keeps its length, and the next save puts the header right."""
-        try:
-            await self.file.pwrite(AT_SIZE, length.to_bytes(8, "big"))
-            await self.file.flush()
-        except BaseException:
-            self._header_in_doubt = True
-            raise
+        await self._write_field(AT_SIZE, length.to_bytes(8, "big"))
         self.length = length
-        self.header = replace(self.header, size=length, l1_size=len(self._tables.l1),
+        self.header = self.header._replace(size=length, l1_size=len(self._tables.l1),
                               l1_table_offset=self._tables.l1_offset)
         self._header_in_doubt = False
+
+    async def _write_field(self, offset: int, data: bytes) -> None:
+        async with self._saving:
+            try:
+                await self.file.pwrite(offset, data)
+                await self.file.flush()
+            except BaseException:
+                self._header_in_doubt = True
+                raise
 
     async def _lengthen_data(self, data: Child, before: int, length: int) -> None:
         """Let the external data file reach to the disk's new end; a raw one reads as zeroes there."""
@@ -146,12 +149,7 @@ class Resizer(Writer):
         except BaseException:
             await refcounts.release(offset, clusters)
             raise
-        try:
-            await self.file.pwrite(AT_L1, TABLES.pack(needed, offset, 0, 0)[:12])
-            await self.file.flush()
-        except BaseException:
-            self._header_in_doubt = True
-            raise
+        await self._write_field(AT_L1, TABLES.pack(needed, offset, 0, 0)[:12])
         old = range(tables.l1_offset >> bits, (tables.l1_offset >> bits) + -(-len(tables.l1) * 8 >> bits))
         tables.l1, tables.l1_offset = grown, offset
         refcounts.made_durable(list(old))

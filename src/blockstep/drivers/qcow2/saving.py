@@ -24,6 +24,7 @@ from blockstep.drivers.qcow2.reading import Reader
 class Saver(Reader):
     """The part of the driver that saves."""
 
+    #: Held by a save, and by whoever else changes the header: what is read of it, or known, is as it is on the disk.
     _saving: asyncio.Lock
     #: How many saves have begun; the last that went well.
     _saves: int
@@ -67,8 +68,7 @@ class Saver(Reader):
                             len(refcounts.table) * 8 >> self._bits)
         tables.saving, refcounts.saving = tables.dirty, refcounts.dirty
         tables.dirty, tables.l1_dirty = {}, set()
-        refcounts.dirty, refcounts.table_dirty, refcounts.retired = {}, set(), []
-        refcounts.retiring = kept[4]
+        refcounts.dirty, refcounts.table_dirty, refcounts.table_moved, refcounts.retired = {}, set(), False, []
         try:
             if in_doubt:
                 fields = SIZE.pack(self.length, 0) + place[:12]  # one write: they have to fit together
@@ -96,19 +96,16 @@ class Saver(Reader):
                     await self.file.flush()
         except BaseException:
             self._put_back(*kept)
-            refcounts.retiring = []
+            refcounts.table_moved |= table_moved
             raise
         finally:
             tables.saving, refcounts.saving = {}, {}
-        if table_moved:
-            refcounts.table_moved = False
         if in_doubt:
             self._header_in_doubt = False
+        refcounts.made_durable(kept[4])
+        self._good_save = number
         if moving:
             await self._moved()
-        refcounts.made_durable(kept[4])
-        refcounts.retiring = []
-        self._good_save = number
 
     async def _flush_all(self) -> None:
         """Make durable what was written, data as well."""
@@ -153,9 +150,11 @@ class Saver(Reader):
     async def _moved(self) -> None:
         """The header refers to the new set of `emptying`: what was in use before is free."""
         self._moving = False
-        for first, count in self._refcounts.dropped() if self.options.discard == "unmap" else ():
-            await self._pass_discard(first << self._bits, count << self._bits)
-        self._refcounts.start_is_durable()
+        try:
+            for first, count in self._refcounts.dropped() if self.options.discard == "unmap" else ():
+                await self._pass_discard(first << self._bits, count << self._bits)
+        finally:  # also when the flush is cancelled here: what is to be spared next time is this set
+            self._refcounts.start_is_durable()
 
     async def _pass_discard(self, offset: int, length: int) -> None:
         """Of what is free. That it cannot be done is no error of the request that happens to find it free."""

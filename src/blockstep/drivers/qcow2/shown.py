@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 from blockstep.block.node import Child
@@ -43,7 +42,7 @@ async def show(file: Child, header: Header, wanted: str | None) -> Header:
         return header
     found = find_snapshot(await read_snapshots(file, header) if header.snapshot_count else [], wanted)
     size = header.size if found.disk_size is None else found.disk_size
-    shown = replace(header, size=size, l1_size=found.l1_size, l1_table_offset=found.l1_table_offset,
+    shown = header._replace(size=size, l1_size=found.l1_size, l1_table_offset=found.l1_table_offset,
                     autoclear=header.autoclear & ~BITMAPS).with_extension(EXT_BITMAPS, None)
     if shown.l1_size < shown.l1_needed:
         raise ImageError("snapshot l1_size", found.l1_size, f"from {shown.l1_needed}, for a disk of {size} bytes")

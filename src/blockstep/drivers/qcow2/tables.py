@@ -121,8 +121,7 @@ class Tables:
                 if self.l1[index] == entry and index not in self.l2:
                     guard = self._refcounts.guard
                     if guard is not None and not self._is_known(index):
-                        wrong = guard.claim_entries(loaded[::2] if self.extended else loaded, self.external,
-                                                    self._refcounts.going())
+                        wrong = guard.claim_entries(loaded[::2] if self.extended else loaded, self.external)
                         if wrong:
                             await self._refcounts.damaged(f"L2 table {index}: {wrong.what}", wrong.offset, wrong.length)
                         self._known[index] = 1
@@ -242,8 +241,11 @@ class Tables:
         if self.external:  # there nothing is counted
             return
         clusters, guard = clusters_of(entry, self.bits), self._refcounts.guard
-        if entry & COPIED or guard is None or not guard.taken(clusters.start, len(clusters)):
-            self._refcounts.retired.extend(clusters)  # else it is another's, and stays
+        if guard is not None and clusters and not entry & COPIED:
+            if guard.taken(clusters.start, len(clusters)):
+                return  # it is another's, and stays
+            guard.leave(clusters)
+        self._refcounts.retired.extend(clusters)
 
     def dirty_bytes(self, index: int) -> tuple[int, bytes]:
         """Where in the file, and what, is to be written of an L2 table that changed."""

@@ -60,6 +60,18 @@ def prepare_add(context: Holder, args: BitmapAdd) -> Prepared:
                                    persistent=args.persistent)
 
 
+async def add(context: Holder, args: BitmapAdd) -> Prepared:
+    """The same, and that there is such a persistent bitmap is durable."""
+    prepared = prepare_add(context, args)
+    if args.persistent:
+        try:
+            await keep(context, args.node)
+        except BaseException:
+            prepared.abort()
+            raise
+    return prepared
+
+
 def prepare_merge(context: Holder, args: BitmapMerge) -> Prepared:
     """The first half of block-dirty-bitmap-merge."""
     others = [BitmapName(node=args.node, name=other) if isinstance(other, str) else other for other in args.bitmaps]
@@ -80,14 +92,7 @@ async def block_dirty_bitmap_add(context: Holder, args: BitmapAdd) -> None:
 
     That there is a persistent one is durable at return; if that fails, there is none.
     """
-    prepared = prepare_add(context, args)
-    prepared.commit()
-    if args.persistent:
-        try:
-            await keep(context, args.node)
-        except BaseException:
-            prepared.abort()
-            raise
+    (await add(context, args)).commit()
 
 
 @commands.command("block-dirty-bitmap-remove")

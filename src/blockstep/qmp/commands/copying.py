@@ -20,7 +20,7 @@ from blockstep.block.driver import Driver
 from blockstep.block.names import check_name
 from blockstep.block.permissions import Role
 from blockstep.block.status import backing_of
-from blockstep.errors import OptionError
+from blockstep.errors import OptionError, noting
 from blockstep.jobs import backup
 from blockstep.jobs.commit import CommitJob
 from blockstep.jobs.job import Job, JobOptions
@@ -201,8 +201,9 @@ async def drive_mirror(context: Holder, args: DriveMirrorArguments) -> None:
     target = await graph.open(target_options(args.target, args.node_name, args.unmap), owned=False)
     try:
         await _start_mirror(context, args, target)
-    except BaseException:
-        await graph.close_unused(target)
+    except BaseException as error:
+        with noting(error):
+            await graph.close_unused(target)
         raise
 
 

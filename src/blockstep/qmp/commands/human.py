@@ -170,6 +170,8 @@ def _drive(context: Holder, given: dict[str, Any]) -> dict[str, Any]:
         options.pop(name, None)
     nodes = context.inventory.graph.nodes
     id = options.pop("id", None) or next(name for number in count() if (name := f"none{number}") not in nodes)
+    if not isinstance(id, str):
+        raise _Complaint("Parameter 'id' expects an identifier")
     if id in nodes:
         raise _Complaint(f"Duplicate ID '{id}' for drive")
     options["node-name"] = id

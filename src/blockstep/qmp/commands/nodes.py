@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from blockstep.aio.pool import in_thread
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.block.names import check_name
@@ -25,7 +26,7 @@ from blockstep.drivers.create import CreateOptions
 from blockstep.drivers.quorum import Quorum
 from blockstep.drivers.throttle import Limits
 from blockstep.errors import NodeNotFound
-from blockstep.inventory.limits import set_limits
+from blockstep.inventory.limits import set_limits, throttle_name
 from blockstep.inventory.nodes import remove_node
 from blockstep.jobs.create import CreateJob
 from blockstep.qmp.commands.holder import Holder
@@ -223,9 +224,13 @@ async def blockdev_reopen(context: Holder, args: ReopenArguments) -> None:
 
 @commands.command("blockdev-create")
 async def blockdev_create(context: Holder, args: CreateArguments) -> None:
-    """Make an image file, in a job that has to be dismissed (job-dismiss). No node is opened."""
+    """Make an image file, in a job that has to be dismissed (job-dismiss). No node is opened.
+
+    A file that a node has, also one that only reads it, is left alone.
+    """
     check_name("job-id", args.job_id)
     args.options.check()
+    await in_thread(args.options.check_unused, context.inventory.graph)
     await context.inventory.jobs.create(CreateJob(args.job_id, args.options.create))
 
 
@@ -245,9 +250,10 @@ async def x_blockdev_change(context: Holder, args: ChangeArguments) -> None:
         await parent.remove_child(graph, args.child)
         return
     node = find(graph, args.node)
-    if node.parents:
-        raise CommandError(f"node '{node.name}' is in use by '{node.parents[0].parent.description}'")
-    await parent.add_child(graph, node)
+    async with graph.drained(parent):  # from here on nothing waits: nobody else begins to use the node
+        if node.parents:
+            raise CommandError(f"node '{node.name}' is in use by '{node.parents[0].parent.description}'")
+        await parent.add_child(graph, node)
 
 
 @commands.command("x-blockdev-set-iothread")
@@ -308,16 +314,6 @@ class ThrottleArguments(Arguments, kw_only=True):
         """The limits in our names."""
         given = {name: getattr(self, name) for name in self.__struct_fields__ if name.startswith(("bps", "iops"))}
         return Limits(**{throttle_name(name): value for name, value in given.items()})
-
-
-def throttle_name(name: str) -> str:
-    """The name of a limit of block_set_io_throttle (``bps_wr_max``) as a throttle group has it (``bps_write_max``)."""
-    if name == "iops_size":
-        return name
-    unit, _, rest = name.partition("_")
-    what, _, more = rest.partition("_")
-    words = {"rd": "read", "wr": "write"}
-    return "_".join(part for part in ((unit, words[what], more) if what in words else (unit, "total", rest)) if part)
 
 
 class ThresholdArguments(Arguments):

@@ -17,13 +17,15 @@ import getopt
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from blockstep.block.driver import FAST, FUA, MAY_UNMAP, Buffer, Driver
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
-from blockstep.block.permissions import READ, RESIZE, WRITE, Permission
+from blockstep.block.permissions import READ, WRITE, Permission
+from blockstep.block.resize import resize
 from blockstep.errors import BlockstepError, OptionError
 from blockstep.units import parse_size
 
@@ -36,8 +38,7 @@ class _Complaint(Exception):
     """The command makes no sense; the text says why."""
 
 
-@dataclass(frozen=True)
-class _Command:
+class _Command(msgspec.Struct, frozen=True):
     run: Callable[[_Call], Awaitable[str]]
     usage: str
     options: str
@@ -70,6 +71,7 @@ class _Call:
         if len(self.words) < found.least or (found.exact and len(self.words) > found.least):
             raise _Complaint(self.usage)
         self.options = dict(options)
+        self.graph: Graph
         self.backend: Backend
         self.began = time.perf_counter()
 
@@ -87,6 +89,17 @@ class _Call:
         if length > _MOST and "-n" not in self:
             raise _Complaint(f"length cannot exceed {_MOST} without -n, given {text}")
         return length
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the pieces of a vector."""
+        found = [number(word) for word in self.words[1:]]
+        for text, length in zip(self.words[1:], found, strict=True):
+            if length > _MOST:
+                raise _Complaint(f"Argument '{text}' exceeds maximum size {_MOST}")
+        if sum(found) > _MOST:
+            raise _Complaint(f"The total number of bytes exceed the maximum size {_MOST}")
+        return found
 
     @property
     def pattern(self) -> int | None:
@@ -130,10 +143,10 @@ async def qemu_io(graph: Graph, node: Driver, line: str) -> str:
         backend = graph.attach_backend(node, "qemu-io", call.command.permission)
     except (_Complaint, BlockstepError) as error:
         return f"{error}\n"
-    call.backend = backend
+    call.graph, call.backend = graph, backend
     try:
         return await call.command.run(call)
-    except _Complaint as error:
+    except (_Complaint, BlockstepError) as error:
         return f"{error}\n"
     except OSError as error:
         return f"{call.name.removesuffix('v')} failed: {os.strerror(error.errno or 5)}\n"
@@ -156,7 +169,7 @@ async def _read(call: _Call) -> str:
 
 
 async def _readv(call: _Call) -> str:
-    lengths = [number(word) for word in call.words[1:]]
+    lengths = call.lengths
     return await _read_and_show(call, call.offset, lengths, call.pattern, 0, sum(lengths))
 
 
@@ -199,7 +212,7 @@ async def _write(call: _Call) -> str:
 
 
 async def _writev(call: _Call) -> str:
-    offset, length = call.offset, sum(number(word) for word in call.words[1:])
+    offset, length = call.offset, sum(call.lengths)
     call.inside(offset, length)
     filling = _FILLING if call.pattern is None else call.pattern
     await call.backend.pwrite(offset, bytes([filling]) * length, FUA if "-f" in call else 0)
@@ -223,7 +236,7 @@ async def _length(call: _Call) -> str:
 
 
 async def _truncate(call: _Call) -> str:
-    await call.backend.truncate(call.offset)
+    await resize(call.graph, call.backend.node, call.offset)
     return ""
 
 
@@ -308,7 +321,7 @@ _COMMANDS: Final[dict[str, _Command]] = {
     "discard": _Command(_discard, "[-Cq] off len", "Cq", 2, None, READ | WRITE,
                         "the range is not needed any more", exact=True),
     "length": _Command(_length, "", "", 0, 0, READ, "the length of the disk"),
-    "truncate": _Command(_truncate, "off", "", 1, 1, READ | WRITE | RESIZE, "change the length of the disk"),
+    "truncate": _Command(_truncate, "off", "", 1, 1, READ | WRITE, "change the length of the disk"),
     "alloc": _Command(_alloc, "offset [count]", "", 1, 2, READ, "how much of a range the top layer holds"),
     "map": _Command(_map, "", "", 0, 0, READ, "which ranges the top layer holds"),
 }

@@ -18,7 +18,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from blockstep.block.accounting import Account
+from blockstep.block.accounting import Account, is_inserted
 from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
@@ -26,11 +26,10 @@ from blockstep.block.node import Child, Parent
 from blockstep.block.permissions import Permission
 from blockstep.block.write_threshold import write_threshold
 from blockstep.drivers.throttle import Limits
-from blockstep.inventory.filenames import actual_size, filename_of
+from blockstep.inventory.filenames import filename_of
 from blockstep.inventory.inventory import Inventory
-from blockstep.inventory.limits import limits_of
+from blockstep.inventory.limits import limits_of, throttle_name
 from blockstep.qmp.commands.holder import Holder
-from blockstep.qmp.commands.nodes import throttle_name
 from blockstep.qmp.schema import Arguments, Registry, Result
 
 commands = Registry()
@@ -149,15 +148,15 @@ async def query_named_block_nodes(context: Holder, args: FlatArguments) -> list[
 def disks(graph: Graph) -> list[Driver]:
     """The nodes that are shown as disks; see the module."""
     return [node for node in graph.nodes.values()
-            if node.owned and node not in graph.accounts.entrances.values()
+            if node.owned and not is_inserted(node)
             and (graph.accounts.of(node) is not None or not any(above.owned for above in _above(graph, node)))]
 
 
 def _above(graph: Graph, node: Driver) -> Iterator[Driver]:
-    """All nodes above; a filter that only holds limits does not count, and hides nothing above it."""
+    """All nodes above; the filters of jobs and limits do not count, and hide nothing above them."""
     for edge in node.parents:
         if isinstance(edge.parent, Driver):
-            if edge.parent not in graph.accounts.entrances.values():
+            if not is_inserted(edge.parent):
                 yield edge.parent
             yield from _above(graph, edge.parent)
 
@@ -202,7 +201,7 @@ def _show_limits(info: NodeInfo, limits: Limits) -> None:
 
 def image_info(node: Driver, flat: bool = False) -> ImageInfo:
     """What a node stands for, and unless ``flat`` all that it stands on."""
-    backing, occupied = _own_backing(node), actual_size(node)
+    backing, occupied = _own_backing(node), node.occupied()
     info = ImageInfo(filename=filename_of(node), image_format=node.driver, virtual_size=node.length,
                      actual_size=UNSET if occupied is None else occupied)
     if node.can_be_emptied:

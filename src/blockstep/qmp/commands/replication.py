@@ -31,7 +31,8 @@ class DiskStatus(Result):
     state: str
     #: What the standby lacks (on the primary): in the queue, or to be copied by a resync.
     behind: int
-    #: What the standby's disk buffer holds, and may hold (0: no limit). 0 on the primary.
+    #: What the standby's disk buffer holds, and can hold: in memory, and in what is free in its directory (0: no limit
+    #: is known). 0 on the primary.
     buffer_used: int
     buffer_limit: int
     #: What is wrong with it; empty if nothing is.
@@ -191,7 +192,7 @@ class ReplicationEnded(Event):
 
 @commands.event("REPLICATION_IO_ERROR", rate_limit=1.0, per=("pair", "disk"))
 class ReplicationIoError(Event):
-    """A request failed of which no guest is told."""
+    """A request failed: of the primary's, on a standby; on a primary, the guest's, when it is the first to fail so."""
 
     pair: str
     disk: str
@@ -289,6 +290,13 @@ class CommitArguments(Arguments):
     epoch: Annotated[int, Meta(ge=1)]
 
 
+class DurableArguments(Arguments):
+    """Arguments of pair-durable. ``prefix``: of the attach to which the connection belongs."""
+
+    epoch: Annotated[int, Meta(ge=1)]
+    prefix: str
+
+
 class PairResizeArguments(Arguments):
     """Arguments of pair-resize. ``size`` and ``now``, what the primary's disk has now: in bytes."""
 
@@ -318,6 +326,7 @@ class Peer(Protocol):
 
     async def attach(self, args: AttachArguments, monitor: Monitor) -> Attached: ...
     async def commit(self, epoch: int, monitor: Monitor) -> None: ...
+    async def durable(self, args: DurableArguments) -> None: ...
     async def resize_for_primary(self, args: PairResizeArguments, monitor: Monitor) -> None: ...
     def heard(self, args: PairQueryArguments, monitor: Monitor) -> PairStatus: ...
 
@@ -335,6 +344,16 @@ async def pair_checkpoint(context: Peer, args: CommitArguments, monitor: Monitor
     The first one starts the replication: from then on the views stay at their checkpoint.
     """
     await context.commit(args.epoch, monitor)
+
+
+@peer_commands.command("pair-durable")
+async def pair_durable(context: Peer, args: DurableArguments, monitor: Monitor) -> None:
+    """The checkpoint, the last one, is durable on all disks: the standby writes down that they follow it.
+
+    After the answer the primary forgets what it wrote before it: a standby that comes back after a crash lacks what
+    was written since, and no more. An error says that this standby would get everything.
+    """
+    await context.durable(args)
 
 
 @peer_commands.command("pair-resize")

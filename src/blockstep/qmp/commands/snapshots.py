@@ -26,14 +26,21 @@ class SnapshotArguments(Arguments):
         "An open node without a backing node, best an empty one, that nobody uses and that is long enough."))]
 
 
-async def prepare(context: Holder, args: SnapshotArguments) -> Prepared:
-    """The first half of the command; ``args.node`` is drained."""
-    node, overlay = node_named(context, args.node), node_named(context, args.overlay)
-    return await prepare_snapshot(node, overlay)
+async def flush(context: Holder, args: SnapshotArguments) -> None:
+    """What comes before the command's halves; ``args.node`` is drained, from here on."""
+    node = node_named(context, args.node)
+    if not node.read_only:
+        await node.flush()
+
+
+def prepare(context: Holder, args: SnapshotArguments) -> Prepared:
+    """The first half of the command."""
+    return prepare_snapshot(node_named(context, args.node), node_named(context, args.overlay))
 
 
 @commands.command("blockdev-snapshot", features=["allow-write-only-overlay"])
 async def blockdev_snapshot(context: Holder, args: SnapshotArguments) -> None:
     """Put an overlay in the place of a node, which becomes its backing node: what is written goes to the overlay."""
     async with context.inventory.graph.drained(node_named(context, args.node)):
-        (await prepare(context, args)).commit()
+        await flush(context, args)
+        prepare(context, args).commit()

@@ -1,9 +1,11 @@
 """``transaction``: several changes as one.
 
 All nodes that the actions name are drained from before the first action until after the last: so what several backups
-copy, and what bitmaps begin to record, is of one moment. Each action does all of it that can fail; if one of them
-fails, those before it are taken back, last first, and nothing was changed. Only then the jobs start, and bitmaps are
-really removed.
+copy, and what bitmaps begin to record, is of one moment. What waits for disks comes first: nodes are flushed, and new
+persistent bitmaps stored. Then each action does all of it that can fail, at once, so that no other monitor's command
+finds half a transaction; if one of them fails, those before it are taken back, last first, and nothing was changed.
+Only then the jobs start, and bitmaps are really removed. Removed persistent bitmaps go from their images last: if that
+fails the command does, and the rest has been done.
 
 ``completion-mode=grouped`` also ties the jobs together to their end: they succeed, or none of them does.
 
@@ -19,6 +21,7 @@ import msgspec
 from msgspec import Meta
 
 from blockstep.block.driver import Prepared
+from blockstep.errors import noting
 from blockstep.jobs.job import Job
 from blockstep.jobs.transaction import JobTransaction
 from blockstep.qmp.commands import bitmaps, copying, snapshots
@@ -122,9 +125,11 @@ async def transaction(context: Holder, args: TransactionArguments) -> None:
     async with context.inventory.graph.drained(*(node for node in nodes if node is not None)):
         try:
             for action in args.actions:
+                await steps.begin(action)
+            for action in args.actions:
                 await steps.prepare(action)
-        except BaseException:
-            await steps.abort()
+        except BaseException as error:
+            await steps.abort(error)
             raise
         steps.commit()
         for name in steps.stored:
@@ -139,11 +144,22 @@ class _Steps:
         self._together = JobTransaction() if grouped else None
         self._commit: list[Callable[[], None]] = []
         self._abort: list[Callable[[], Awaitable[None] | None]] = []
-        #: Nodes whose persistent bitmaps come or go.
+        #: Nodes whose persistent bitmaps go.
         self.stored: set[str] = set()
 
+    async def begin(self, action: AnyAction) -> None:
+        """What waits for a disk."""
+        context = self._context
+        if self._together is not None:  # what is no job is refused in its turn
+            return
+        if isinstance(action, SnapshotAction):
+            await snapshots.flush(context, action.data)
+        elif isinstance(action, BitmapAddAction) and action.data.persistent:
+            prepared, node = await bitmaps.add(context, action.data), action.data.node
+            self._abort += [lambda: bitmaps.keep(context, node), prepared.abort]
+
     async def prepare(self, action: AnyAction) -> None:
-        """All of an action that can fail."""
+        """All of an action that can fail; nothing in it waits."""
         if isinstance(action, BackupAction):
             job = await copying.create_backup(self._context, action.data, self._together)
             self._commit.append(job.start)
@@ -154,18 +170,16 @@ class _Steps:
         if self._together is not None:
             raise CommandError(f"action '{action.__struct_config__.tag}' is no job, and cannot be one of a transaction "
                                "with completion-mode=grouped")
-        prepared = await self._prepare_change(action)
+        prepared = self._prepare_change(action)
         self._commit.append(prepared.commit)
         self._abort.append(prepared.abort)
 
-    async def _prepare_change(self, action: AnyAction) -> Prepared:
+    def _prepare_change(self, action: AnyAction) -> Prepared:
         context = self._context
         if isinstance(action, SnapshotAction):
-            return await snapshots.prepare(context, action.data)
+            return snapshots.prepare(context, action.data)
         if isinstance(action, BitmapAddAction):
-            if action.data.persistent:
-                self.stored.add(action.data.node)
-            return bitmaps.prepare_add(context, action.data)
+            return Prepared() if action.data.persistent else bitmaps.prepare_add(context, action.data)
         if isinstance(action, BitmapMergeAction):
             return bitmaps.prepare_merge(context, action.data)
         if isinstance(action, DriveBackupAction | Abort | BackupAction):
@@ -184,12 +198,13 @@ class _Steps:
         for commit in self._commit:
             commit()
 
-    async def abort(self) -> None:
-        """Take everything back, last first."""
+    async def abort(self, error: BaseException) -> None:
+        """Take everything back, last first, because of ``error``."""
         while self._abort:
-            waiting = self._abort.pop()()
-            if waiting is not None:
-                await waiting
+            with noting(error):
+                waiting = self._abort.pop()()
+                if waiting is not None:
+                    await waiting
 
 
 async def _forget(job: Job) -> None:

@@ -106,9 +106,8 @@ def test_any_bytes_give_a_value_or_an_error_and_are_repaired(data: bytes) -> Non
         # What no repair can help: the active L1 table is not there, or more users than a refcount can say.
         header = parse_header(bytes(file.data[:1 << 21]))
         assert header.refcount_order < 4 or header.l1_table_offset + header.l1_size * 8 > len(data) \
-            or header.l1_table_offset < header.cluster_size, result
-    assert file.check() == CheckResult(**{**{name: getattr(result, name) for name in result.__slots__},
-                                          "corruptions_fixed": 0, "leaks_fixed": 0})
+            or header.l1_table_offset < header.cluster_size, vars(result)
+    assert vars(file.check()) == {**vars(result), "corruptions_fixed": 0, "leaks_fixed": 0}
 
 
 @given(_damaged())
