@@ -49,3 +49,8 @@ def small_file_system(directory: Path, size: int) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def make_room(place: Path) -> None:
+    """Make such a file system large."""
+    subprocess.run(["mount", "-o", "remount,size=256m", str(place)], check=True)

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from blockstep.errors import BlockstepError
+from blockstep.images.convert import Conversion, convert
+from blockstep.images.opened import ImageName
 from blockstep.testing.pair import Pair
 from blockstep.units import KiB, MiB
-from tests.scenarios import limit_files, scenario, small_file_system
+from tests.scenarios import limit_files, make_room, scenario, small_file_system
 
 
 @scenario
@@ -113,6 +115,40 @@ def room(place: Path) -> int:
 
 
 @scenario
+@pytest.mark.parametrize("kind", ["overlay", "qcow2"])
+async def test_a_checkpoint_is_taken_before_the_file_system_of_the_buffers_is_full(tmp_path: Path, kind: str) -> None:
+    with small_file_system(tmp_path, 2 * MiB) as place:
+        async with Pair(tmp_path, disks=2, size=4 * MiB) as pair:
+            await pair.start(standby=["--buffer-memory", "16k", "--buffer-dir", str(place), "--buffer-format", kind])
+            epoch = (await pair.primary.until(health="healthy"))["checkpoint"]["epoch"]
+            for _ in range(8):
+                await pair.write(300)  # 10 MB in all, of random places in 8 MiB
+            status = await pair.primary.status()
+            assert status["health"] == "healthy"
+            assert status["checkpoint"]["epoch"] >= epoch + 3
+            assert not [event for event in pair.standby.events if event["event"] == "REPLICATION_IO_ERROR"]
+            await pair.checkpoint_shows()
+
+
+@scenario
+async def test_what_others_put_into_the_file_system_of_the_buffers_makes_a_checkpoint_due(tmp_path: Path) -> None:
+    with small_file_system(tmp_path, 8 * MiB) as place:
+        async with Pair(tmp_path, disks=2, size=4 * MiB) as pair:
+            await pair.start("--max-stall", "200ms", standby=["--buffer-memory", "16k", "--buffer-dir", str(place)])
+            epoch = (await pair.primary.until(health="healthy"))["checkpoint"]["epoch"]
+            async with pair.primary.clients() as (guest, _):
+                await guest.pwrite(0, b"!" * MiB)
+            saved = await pair.standby.until(lambda status: status["disks"][0]["buffer-used"] == MiB)
+            # An even share each of what is free, and what it holds already.
+            assert [disk["buffer-limit"] for disk in saved["disks"]] == [
+                pytest.approx(limit, abs=64 * KiB) for limit in (4.5 * MiB, 3.5 * MiB)]
+            (place / "others").write_bytes(bytes(room(place) - MiB))
+            await pair.primary.until(lambda status: status["checkpoint"]["epoch"] > epoch)
+            assert (await pair.primary.status())["health"] == "healthy"
+            assert (await pair.standby.status())["disks"][0]["buffer-used"] == 0
+
+
+@scenario
 async def test_buffers_that_are_images_and_have_filled_their_file_system_give_it_back_and_the_pair_recovers(
     tmp_path: Path,
 ) -> None:
@@ -120,10 +156,12 @@ async def test_buffers_that_are_images_and_have_filled_their_file_system_give_it
         async with Pair(tmp_path, size=4 * MiB) as pair:
             await pair.start(standby=["--buffer-format", "qcow2", "--buffer-dir", str(place)])
             await pair.primary.until(health="healthy")
-            async with pair.writing() as writes:
+            async with pair.primary.clients() as (guest,):
+                await guest.pwrite(0, b"!" * 3 * MiB)
+                await pair.primary.execute("replication-checkpoint")
+                await guest.write_zeroes(0, 3 * MiB)  # before it no checkpoint is due, and after it none can come
                 await pair.primary.heard("REPLICATION_STATE", state="offline")
-                await pair.written(50)
-            assert writes.error is None
+                await guest.pwrite(0, pair.originals[0].read_bytes()[:3 * MiB])
             await pair.primary.until(lambda status: status["health"] == "healthy" and room(place) > MiB)
             await pair.write(20)
             await pair.checkpoint()
@@ -159,6 +197,44 @@ async def test_a_standby_ends_in_good_order_without_room_for_the_metadata_of_its
         pair.standby.send(signal.SIGTERM)
         assert await pair.standby.ended() == 0, pair.standby.printed
         assert await pair.file("standby") == pair.originals[0].read_bytes()
+
+
+@pytest.mark.parametrize("ack", ["local", "both"])
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+@scenario
+async def test_the_file_system_of_a_primarys_disk_is_full_and_later_it_has_room_again(
+    tmp_path: Path, kind: str, ack: str,
+) -> None:
+    with small_file_system(tmp_path, 2 * MiB) as place:
+        async with Pair(tmp_path, size=4 * MiB, format=kind) as pair:
+            file = tmp_path / "disk0.primary"
+            await convert(Conversion([ImageName(str(file), kind)], ImageName(str(place / "disk"), kind)))
+            file.unlink()
+            file.symlink_to(place / "disk")
+            await pair.start("--ack", ack)
+            await pair.primary.until(health="healthy")
+            async with pair.primary.clients() as (guest,):
+                with pytest.raises(OSError, match="No space left"):
+                    for offset in range(0, 4 * MiB, 64 * KiB):
+                        await guest.pwrite(offset, b"!" * 64 * KiB)
+                told = await pair.primary.heard("REPLICATION_IO_ERROR", disk="disk0")
+                assert told["reason"] == f"{file}: No space left on device"
+                status = await pair.primary.status()
+                assert (status["state"], status["health"]) == ("replicating", "degraded")
+                assert status["disks"][0]["reason"] == told["reason"]
+                assert status["reason"] == f"disk 'disk0': {told['reason']}"
+                await guest.pwrite(0, b"what has a place goes on")
+                await pair.primary.execute("replication-checkpoint")
+                assert (await pair.primary.status())["health"] == "degraded"  # of what came before nothing is known
+                make_room(place)
+                for offset in range(0, 4 * MiB, MiB):
+                    await guest.pwrite(offset, b"?" * MiB)
+                await guest.flush()
+            events = len(pair.primary.events)
+            await pair.primary.execute("replication-checkpoint")
+            await pair.primary.heard("REPLICATION_STATE", since=events, health="healthy", state="replicating")
+            assert (await pair.primary.status())["disks"][0]["reason"] == ""
+            assert await pair.standby.read_disks() == await pair.primary.read_disks()
 
 
 @scenario

@@ -6,8 +6,6 @@ import asyncio
 import time
 from pathlib import Path
 
-import pytest
-
 from blockstep.testing.pair import Pair
 from blockstep.testing.proxy import Proxy
 from blockstep.units import KiB, MiB
@@ -39,28 +37,6 @@ async def test_a_cut_costs_no_write_and_is_mended_by_itself(tmp_path: Path) -> N
                 await pair.checkpoint_shows()
                 assert writes.error is None
                 assert writes.slowest < MARGIN
-
-
-@pytest.mark.parametrize("ack", ["local", "both"])
-@scenario
-async def test_a_half_open_link_is_noticed_within_max_stall(tmp_path: Path, ack: str) -> None:
-    async with Pair(tmp_path) as pair:
-        await pair.start_standby()
-        async with proxy_to(pair) as proxy:
-            await pair.start_primary("--max-stall", f"{MAX_STALL}s", "--ack", ack, to=proxy.address)
-            await pair.primary.until(health="healthy")
-            async with pair.writing() as writes:
-                await pair.written(50)
-                low, high = await pair.checkpoint()
-                proxy.half_open()
-                await pair.primary.until(state="offline", limit=MAX_STALL + MARGIN)
-                await pair.written(50)
-                assert writes.slowest < MAX_STALL + MARGIN
-                proxy.heal()
-                await pair.primary.until(health="healthy")
-                low, high = await pair.checkpoint()
-                assert low <= await pair.proven(pair.standby) <= high
-                assert writes.error is None
 
 
 @scenario

@@ -184,6 +184,7 @@ class Checks:
             disk.view.resize(len(got))
             wrong = disk.view.differs(got)
             assert not wrong, f"file of {name}: {wrong}"
+            disk.view.adopt(got)
 
     async def content_of(self, name: str) -> bytes:
         """What the file of a standby's disk reads as."""

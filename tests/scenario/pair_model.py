@@ -136,11 +136,14 @@ class Pair:
         """The standby's guest writes: if that goes well, its disks are no checkpoint when it ends."""
         self.written = True
 
-    def standby_ended(self, kept: bool) -> None:
-        """And begins again: its disks are the views, if they were ``kept``, in good order."""
+    def standby_ended(self, kept: bool, noted: bool) -> None:
+        """And begins again: its disks are the views, if they were ``kept``, in good order.
+
+        Else there is no checkpoint; but if it was ``noted`` it is known what the disks follow.
+        """
         if not kept:
             self.give_up()
-            self.known = False
+            self.known = self.known if noted else False
         elif self.written and self.known:
             self.known = None
 

@@ -11,6 +11,7 @@ A `Request` is begun and not waited for, so that those that follow, and the step
     cut, hang      the connections are reset; they live on and carry nothing any more
     down, slow, up the network: new connections are reset; it carries little; it is as in the beginning
     bounce-standby, bounce-primary     the program ends in good order and begins again
+    crash-standby, crash-primary       the program dies, and begins again
     recover        everything is mended, and the pair has to be healthy in the end
 
 After each step that is no request `Checks.check` says what must hold. A trace ends with a recovery, an end of both
@@ -273,9 +274,35 @@ class Player(Checks):
                 return
             raise AssertionError("a standby that was promoted is one again")
         self.ended = ""
-        self.model.standby_ended(kept)
+        self.model.standby_ended(kept, world.follows)
         await world.start_standby()
         assert world.standby.situation.running == kept, world.standby.status()
+
+    async def crash_standby(self, step: Do) -> None:
+        world = self.world
+        if self.ended or not world.standby_running:
+            return
+        self.calm = False
+        await world.crash_standby()
+        if world.primary.standby.known_as != world.standby.following.instance:  # it was just being attached
+            self.model.known = self.model.known and None
+        self.model.standby_ended(False, world.follows)
+        await world.start_standby()
+        assert not world.standby.situation.running, world.standby.status()
+
+    async def crash_primary(self, step: Do) -> None:
+        world = self.world
+        await self.wait(step)
+        if not world.primary_running:
+            return
+        self.calm = False
+        await world.crash_primary()
+        if not world.keeps_books:
+            self.model.known = False
+        elif world.primary.standby.known_as != world.standby.situation.instance:  # it was just attaching
+            self.model.known = self.model.known and None
+        await world.start_primary()
+        self.was_ended = bool(self.ended)
 
     async def bounce_primary(self, step: Do) -> None:
         self.calm = False
@@ -385,10 +412,18 @@ class Player(Checks):
             await self.replicating()
             if primary.status().health != "healthy" or standby.status().health != "healthy":
                 await primary.checkpoint()
+            if troubled := [number for number, disk in enumerate(primary.disks.values()) if disk.link.trouble]:
+                for number in troubled:  # what has failed is forgotten when the guest has written again
+                    self.request(Request("write", number))
+                await self.wait(step)
+                await primary.checkpoint()
             await until(lambda: primary.coordinator.state is State.REPLICATING and primary.status().health
                         == standby.status().health == "healthy", RECOVERS)
         except TimeoutError:
             raise AssertionError(f"the pair does not recover:\n{primary.status()}\n{standby.status()}") from None
+        await primary.checkpoints.settled()
+        assert world.keeps_books is (self.shape.format == "raw"), "the books are not kept"
+        assert world.follows or not self.shape.ample, "whom the standby follows is not written down"
         self.failing.clear()
         self.was_ended = False
         self.calm = self.shape.ample
@@ -402,7 +437,6 @@ class Player(Checks):
             if advice := re.search(r"blockstep resize (\w+) (\d+)", primary.coordinator.reason):
                 await primary.resize(advice[1], int(advice[2]))
                 await asyncio.sleep(RECOVERS / 10)
-        self.learn_lengths()
 
     async def finish(self) -> None:
         """Whatever has happened: mended, the pair is what the model says; then both programs end in good order."""

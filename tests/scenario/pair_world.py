@@ -12,11 +12,13 @@ know of the programs' insides is here: when links are marked, when views move, w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from blockstep.daemon.primary import Primary, PrimaryConfig
 from blockstep.daemon.service import Service
 from blockstep.daemon.standby import Standby, StandbyConfig
 from blockstep.drivers.blkdebug import Blkdebug
+from blockstep.errors import BlockstepError
 from blockstep.images.opened import ImageName
 from blockstep.nbd.client import Client
 from blockstep.nbd.uri import InetAddress, UnixAddress
@@ -149,6 +152,7 @@ class World:
         for name, disk in self.primary.disks.items():
             _before(disk.link, "settled", self.model.disks[name].settled)
             _before(disk.link, "switch_on", self.model.disks[name].synced)
+            _after(disk.link, "truncate", partial(self._grown, name))
         _before(self.primary.sync, "begin", self._sync_begins)
         _after(self.primary.sync, "ended", self._synced)
         await self._dial("guest", "export")
@@ -185,6 +189,54 @@ class World:
             await self._hang_up("view")
             await self.standby.close()
 
+    async def crash_standby(self) -> None:
+        """It ends as if it were killed: nothing is merged or written down. What it had in flight may be done."""
+        if self.standby_running:
+            self.standby_running = False
+            await self._hang_up("view")
+
+            async def no_merge() -> list[Exception]:
+                with contextlib.suppress(BlockstepError, OSError):
+                    await self.standby.registry.give_up_all()
+                return []
+
+            async def no_end() -> None:
+                return None
+
+            self.standby.ends.close = no_merge  # type: ignore[method-assign]
+            self.standby._end = no_end  # type: ignore[method-assign]
+            with contextlib.suppress(BlockstepError, OSError):
+                await self.standby.close()
+
+    async def crash_primary(self) -> None:
+        """It ends as if it were killed, but that the kernel has what it was told in between."""
+        if self.primary_running:
+            self.primary_running = False
+            await self._hang_up("guest")
+            primary = self.primary
+
+            async def dead() -> qmp.Committed:
+                raise BlockstepError("the primary is dead")
+
+            async def no_forgetting() -> None:
+                await primary.ledger._pulse.close()
+
+            primary.checkpoint = dead  # type: ignore[method-assign]
+            primary._end = lambda: None  # type: ignore[method-assign]
+            primary.ledger.close = no_forgetting  # type: ignore[method-assign]
+            with contextlib.suppress(BlockstepError, OSError):
+                await primary.close()
+
+    @property
+    def keeps_books(self) -> bool:
+        """Whether what the standby may lack outlives the primary."""
+        return (self.directory / "p.lacks").exists()
+
+    @property
+    def follows(self) -> bool:
+        """Whether the standby's host knows whom its disks follow."""
+        return (self.hosts[1] / "p.follows").exists()
+
     async def turn_round(self) -> None:
         """Exchange the roles of the two hosts. Both programs have ended; a promotion is not to be remembered."""
         self.hosts.reverse()
@@ -202,6 +254,10 @@ class World:
                 await self.stop_standby()
             finally:
                 await self.proxy.__aexit__(None, None, None)
+
+    def _grown(self, name: str) -> None:
+        self.model.view_written()  # what is new in the view counts as that
+        self.model.disks[name].resize(self.primary.disks[name].link.length)
 
     # --- syncs copy the difference, and no more ---
 

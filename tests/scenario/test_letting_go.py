@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ import pytest
 from blockstep.block.io import leave
 from blockstep.daemon.primary import Primary
 from blockstep.daemon.standby import Standby
+from blockstep.nbd import dial
+from blockstep.nbd.uri import Address, UnixAddress
 from blockstep.replication import coordinator as c
 from blockstep.replication.catch_up import CatchUp
-from blockstep.replication.link import Link
+from blockstep.replication.link import LOOKS, Link
+from blockstep.testing import clock
 from tests.scenario.pair import SIZE, turns, until, with_pair
+from tests.scenario.pair_world import MAX_STALL, Shape, World
 
 pytestmark = pytest.mark.usefixtures("four_disks")
 
@@ -83,6 +88,77 @@ def test_a_sync_that_fails_does_not_wait_for_those_of_the_other_disks(
         await until(lambda: primary.coordinator.protected)
 
     with_pair(tmp_path, test)
+
+
+@pytest.mark.parametrize("ack", ["local", "both"])
+def test_a_half_open_link_is_noticed_within_max_stall_and_no_write_waits_for_longer(tmp_path: Path, ack: Any) -> None:
+    longest = MAX_STALL * (1 + 2 / LOOKS)
+
+    async def test() -> None:
+        time = asyncio.get_running_loop().time
+        world = World(tmp_path, Shape(sizes=(SIZE,), ack=ack))
+        await world.open()
+        guest, stop, waited = world.clients["guest", "a"], asyncio.Event(), [0.0]
+
+        async def write() -> None:
+            while not stop.is_set():
+                began, offset, data = time(), len(waited) % 16 * 65536, bytes([len(waited) % 256]) * 65536
+                known = world.model.disks["a"].begin("guest", offset, data)
+                world.written(offset, len(data))
+                await guest.pwrite(offset, data)
+                if known:
+                    world.model.disks["a"].end("guest", known, True)
+                waited.append(time() - began)
+                await asyncio.sleep(0.01)
+
+        try:
+            await clock.until(lambda: world.primary.coordinator.protected, 5.0)
+            writer = asyncio.create_task(write())
+            await clock.until(lambda: len(waited) > 50, 5.0)
+            world.proxy.half_open()
+            await clock.until(lambda: world.primary.coordinator.state is c.State.OFFLINE, longest)
+            before = len(waited)
+            await clock.until(lambda: len(waited) > before + 50, 5.0)
+            world.proxy.heal()
+            await clock.until(lambda: world.primary.coordinator.protected, 10.0)
+            stop.set()
+            await writer
+            assert max(waited) <= longest
+            assert max(waited) > MAX_STALL / 2  # else nothing has been held up
+            await world.primary.checkpoint()
+            both = [bytes(await world.clients[side, "a"].pread(0, SIZE)) for side in ("guest", "view")]
+            assert len(set(both)) == 1, "the two ends differ"
+        finally:
+            await world.close()
+
+    clock.run(test())
+
+
+def test_a_connection_that_hangs_in_an_attach_is_given_up_after_max_stall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent: list[socket.socket] = []
+    connected = dial.open_socket
+
+    async def hung(address: Address) -> socket.socket:
+        if isinstance(address, UnixAddress) or silent:
+            return await connected(address)
+        silent.extend(socket.socketpair())
+        silent[0].setblocking(False)
+        return silent[0]
+
+    async def test() -> None:
+        world = World(tmp_path, Shape())
+        await world.open()
+        try:
+            await clock.until(lambda: "does not answer" in world.primary.coordinator.reason, MAX_STALL + 0.1)
+            await clock.until(lambda: world.primary.coordinator.protected, 2.0)
+        finally:
+            await world.close()
+
+    monkeypatch.setattr(dial, "open_socket", hung)
+    clock.run(test())
+    silent[1].close()
 
 
 def test_a_disk_that_grows_while_its_standby_is_attached_is_copied_to_its_end(tmp_path: Path) -> None:

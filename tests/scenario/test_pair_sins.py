@@ -9,6 +9,7 @@ import pytest
 
 from blockstep.block.driver import Buffer
 from blockstep.daemon import promotion
+from blockstep.daemon.following import Following
 from blockstep.daemon.primary_status import PrimaryStatus
 from blockstep.daemon.primary_sync import Sync
 from blockstep.daemon.standby_link import PrimarysSide
@@ -120,6 +121,20 @@ def takes_a_written_view_for_a_checkpoint(patch: Patch) -> None:
     patch.setattr(HiddenDiskBuffer, "view_is_written", never)
 
 
+def still_follows_after_it_has_merged(patch: Patch) -> None:
+    async def never(self: Following) -> None:
+        pass
+
+    patch.setattr(Following, "forget", never)
+
+
+def does_not_remember_whom_it_follows(patch: Patch) -> None:
+    async def never(self: Following, *_: Any) -> None:
+        pass
+
+    patch.setattr(Following, "keep", never)
+
+
 def is_always_healthy(patch: Patch) -> None:
     patch.setattr(PrimaryStatus, "_health", lambda self: ("healthy", ""))
 
@@ -154,6 +169,9 @@ SINS: list[tuple[Callable[[Patch], None], str, list[Step]]] = [
     (copies_nothing_at_all, "a differs at|view of a", [Do("down"), WRITE, Do("recover")]),
     (takes_a_written_view_for_a_checkpoint, "a differs at|view of a",
      [Request("write", side="view"), Do("wait"), Do("bounce-standby"), Do("recover")]),
+    (still_follows_after_it_has_merged, "view of a",
+     [Request("write", side="view"), Do("wait"), Do("bounce-standby"), Do("crash-standby"), Do("recover")]),
+    (does_not_remember_whom_it_follows, "is not written down", []),
     (is_always_healthy, "state='offline', health='healthy'", [Do("down"), Do("sleep", amount=10.0)]),
     (acknowledges_what_it_has_not_written, "primary's a: byte 0", [Request("write", length=77), Do("wait")]),
 ]

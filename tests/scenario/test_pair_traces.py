@@ -33,7 +33,8 @@ SIZES: Final = ((MiB + 777, 200_001), (300_001,), (65_536, 3 * 65_536 + 1, 2 * M
 #: What happens, and how often.
 EVENTS: Final = {
     "checkpoint": 6, "resize": 2, "stuck": 1, "wait": 3, "sleep": 2, "turn": 3, "cut": 3, "hang": 1, "down": 1,
-    "slow": 1, "up": 1, "recover": 3, "bounce-standby": 1, "bounce-primary": 1, "fault": 2}
+    "slow": 1, "up": 1, "recover": 3, "bounce-standby": 1, "bounce-primary": 1, "crash-standby": 1,
+    "crash-primary": 1, "fault": 2}
 AMOUNTS: Final[dict[str, Sequence[float]]] = {
     "turn": (1, 2, 3, 5, 8, 13, 21, 34), "sleep": (0.1, 1.0, 10.0), "resize": (1, 512, 65_536, 100_000),
     "stuck": (0, 1)}

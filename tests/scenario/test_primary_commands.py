@@ -8,10 +8,10 @@ import gc
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from blockstep.block.driver import Driver
 from blockstep.daemon import good_end, promotion
@@ -50,13 +50,13 @@ def test_a_primary_that_is_told_to_end_at_once_ends_quietly(tmp_path: Path, turn
     assert [str(one.message) for one in told if issubclass(one.category, RuntimeWarning)] == []
 
 
-@pytest.mark.parametrize(("last", "asked", "full"), [(0, 0, False), (-1, 0, False), (-2, 0, False),
+@pytest.mark.parametrize(("durable", "asked", "full"), [(0, 0, False), (-1, 0, False), (-2, 0, False),
                                                       (1, 1, True), (0, 1, False), (-1, -1, True), (-2, -1, True)])
-def test_a_standby_at_another_checkpoint_than_the_last_one_gets_everything(
-        tmp_path: Path, last: int, asked: int, full: bool) -> None:
+def test_a_standby_at_a_checkpoint_that_is_forgotten_or_was_never_asked_for_gets_everything(
+        tmp_path: Path, durable: int, asked: int, full: bool) -> None:
     """It says that this primary has committed, and it was another one: one of the hosts was put back to a snapshot.
 
-    One after the last, up to that which was asked for last, is a checkpoint whose answer was lost.
+    After one that is older than the last that is durable the primary does not know any more what was written.
     """
     syncs: list[bool] = []
 
@@ -72,7 +72,8 @@ def test_a_standby_at_another_checkpoint_than_the_last_one_gets_everything(
         await until(lambda: primary.coordinator.protected)
         for _ in range(3):
             await primary.checkpoint()
-        primary.coordinator.epoch += last
+        await primary.checkpoints.settled()
+        primary.checkpoints.durable += durable
         primary.coordinator.asked += asked
         primary.disks["a"].link.fail(OSError(errno.EIO, "cut"))
         await until(lambda: primary.coordinator.protected)

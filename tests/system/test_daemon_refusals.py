@@ -60,6 +60,8 @@ WRONG: list[tuple[tuple[str, ...], str, str]] = [
     (("--nbd-server", "addr.type=unix,addr.path={tmp}/nbd,tls-authz=nobody"), "tls-authz", "verify-peer"),
     (("--nbd-server", "max-connections=1"), "addr", "given"),
     (("--nbd-server", "addr.type=fd,addr.str=web"), "addr.str", "handed over"),
+    (("--nbd-server", "addr.type=fd,addr.str=99999999999"), "addr.str", "handed over"),
+    (("--nbd-server", "addr.type=inet,addr.host=localhost,addr.port=\N{SUPERSCRIPT TWO}"), "addr.port", "0 to 65535"),
     (("--nbd-server", "addr.type=unix,addr.path={tmp}/nbd", "--nbd-server", "addr.type=unix,addr.path={tmp}/nbd2"),
      "nbd2", "already"),
     (("--export", "nbd,id=e,node-name=n"), "n", ""),

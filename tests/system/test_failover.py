@@ -232,7 +232,8 @@ async def test_the_buffers_of_a_standby_that_has_ended_as_one_take_no_room_any_m
             pair.primary.kill()
             await pair.standby.execute("replication-failover", to=end)
             await pair.standby.heard("REPLICATION_FAILOVER", stage="done")
-        assert not unlinked(pair.standby)
+        while unlinked(pair.standby):  # what a checkpoint emptied is freed when nobody else wants the processor
+            await pair.standby.status()
 
 
 @of_any_kind

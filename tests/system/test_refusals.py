@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from blockstep.nbd.client import Client
 from blockstep.nbd.uri import parse_address
 from blockstep.qmp.client import Connection, open_connection
 from blockstep.testing.pair import Pair, Side
+from blockstep.testing.proxy import Proxy
 from blockstep.units import MiB
 from tests import certificates
 from tests.scenarios import scenario
@@ -132,6 +134,32 @@ async def plain_is_refused(pair: Pair) -> None:
         await Client.connect(address, "disk0")
     with pytest.raises((BlockstepError, OSError)):
         await open_connection((address.host, address.port + 1), timeout=0.5)
+
+
+@scenario
+async def test_certificates_that_expire_are_told_and_renewed_ones_are_taken_without_a_restart(tmp_path: Path) -> None:
+    hour = datetime.timedelta(hours=1)
+    keys = certificates.make(tmp_path / "keys", "server", "client", host="127.0.0.1", left=hour)
+    renewed = certificates.make(tmp_path / "renewed", "server", "client", host="127.0.0.1")
+    async with Pair(tmp_path) as pair:
+        await pair.start_standby("--tls", str(keys))
+        host, _, port = pair.link.rpartition(":")
+        async with Proxy(host, int(port)) as proxy:
+            await pair.start_primary("--tls", str(keys), to=proxy.address)
+            for side, name in ((pair.primary, "client"), (pair.standby, "server")):
+                status = await side.until(state="replicating", health="degraded")
+                assert status["reason"].startswith(f"the certificate {keys / name}-cert.pem expires on ")
+                await side.heard("REPLICATION_STATE", reason=status["reason"])
+            for file in renewed.iterdir():
+                shutil.copyfile(file, keys / file.name)
+            events = len(pair.primary.events)
+            proxy.cut()
+            await pair.primary.heard("REPLICATION_STATE", since=events, state="offline")
+            for side in (pair.primary, pair.standby):
+                await side.until(state="replicating", health="healthy")
+            async with pair.writing():
+                await pair.written(20)
+                await pair.checkpoint_shows()
 
 
 @pytest.mark.parametrize("stranger", ["plain", "other CA"])

@@ -1,11 +1,16 @@
-"""Programs that end in good order and are started again: the checkpoint is there, and only the difference is copied."""
+"""Programs that end and are started again: after an end in good order the checkpoint is there; what is copied is the
+difference, also to a standby that was killed."""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator
+import re
+import shutil
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -172,24 +177,188 @@ async def test_both_can_be_stopped_and_exchange_their_roles_without_a_copy(tmp_p
             assert proxy.up < LITTLE
 
 
-@pytest.mark.parametrize("role", ["primary", "standby"])
-@scenario
-async def test_after_sigkill_everything_is_copied_though_there_was_a_good_end_before(tmp_path: Path, role: str) -> None:
-    async with pair_behind_proxy(tmp_path, disks=1) as (pair, proxy):
-        for end in (quit, killed):
-            await end(pair.primary if role == "primary" else pair.standby)
-            before = proxy.up
-            if role == "primary":
-                await pair.start_primary(to=proxy.address)
-            else:
-                await pair.start_standby(link=pair.link)
-            await pair.primary.until(health="healthy")
-            assert (proxy.up - before < LITTLE) == (end is quit)
-            await pair.checkpoint_shows()
-
-
 async def killed(side: Side) -> None:
     side.kill()
+
+
+def written_long_after(note: Path, disk: Path) -> None:
+    """Somebody writes to the disk of a program that was killed a minute ago."""
+    os.utime(note, (then := os.stat(note).st_mtime - 60, then))
+    with open(disk, "r+b") as file:
+        file.write(b"somebody")
+
+
+def replaced(disk: Path) -> None:
+    """Another file has the disk's name, its content and its times."""
+    copy = shutil.copy2(disk, disk.with_name("copy"))
+    os.replace(copy, disk)
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    with TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+@scenario
+async def test_a_primary_that_was_killed_copies_the_difference(in_memory: Path) -> None:
+    """Again and again, and after its disk has grown. Its books are where its sockets are."""
+    async with pair_behind_proxy(in_memory) as (pair, proxy):
+        await pair.primary.execute("replication-checkpoint")
+        before = proxy.up
+        for _ in range(3):
+            await pair.write(2)  # few: each start may copy again what the one before it has copied
+            pair.primary.kill()
+            await pair.start_primary(to=proxy.address)
+            await pair.write(1)
+        await pair.primary.until(health="healthy")
+        await pair.primary.execute("block_resize", device="disk1", size=pair.size + 64 * KiB)
+        pair.primary.kill()
+        await pair.start_primary(to=proxy.address)
+        await pair.primary.until(health="healthy")
+        await pair.checkpoint()
+        assert proxy.up - before < LITTLE
+        assert await pair.standby.read_disks() == await pair.primary.read_disks()
+
+
+@scenario
+async def test_a_pair_that_was_killed_copies_the_difference(in_memory: Path) -> None:
+    async with pair_behind_proxy(in_memory) as (pair, proxy):
+        await pair.primary.execute("replication-checkpoint")
+        await pair.write(10)
+        pair.primary.kill()
+        pair.standby.kill()
+        before = proxy.up
+        await pair.start_standby(link=pair.link)
+        await pair.start_primary(to=proxy.address)
+        await pair.primary.until(health="healthy")
+        await pair.checkpoint_shows()
+        assert proxy.up - before < LITTLE
+
+
+@pytest.mark.parametrize("what", ["written to", "replaced", "another kernel's", "of a format", "ended in good order"])
+@scenario
+async def test_a_primary_that_was_killed_and_whose_disk_is(in_memory: Path, what: str) -> None:
+    """... may differ anywhere, and everything is copied; but for an end in good order before that."""
+    books, disk = in_memory / "test.lacks", in_memory / "disk0.primary"
+    async with Pair(in_memory, size=20 * MiB, format="qcow2" if what == "of a format" else "raw") as pair:
+        await pair.start_standby()
+        host, _, port = pair.link.rpartition(":")
+        async with Proxy(host, int(port)) as proxy:
+            await pair.start_primary(to=proxy.address)
+            await pair.primary.until(health="healthy")
+            await pair.write(30)
+            await pair.primary.execute("replication-checkpoint")
+            if what == "ended in good order":
+                await quit(pair.primary)
+                assert not books.exists()
+                await pair.start_primary(to=proxy.address)
+                await pair.primary.until(health="healthy")
+            pair.primary.kill()
+            if what == "written to":
+                written_long_after(books, disk)
+            elif what == "replaced":
+                replaced(disk)
+            elif what == "another kernel's":
+                line, _, bits = books.read_bytes().partition(b"\n")
+                books.write_bytes(re.sub(rb'"boot":"[^"]*"', b'"boot":"another"', line) + b"\n" + bits)
+            assert books.exists() == (what != "of a format")
+            sent = proxy.up
+            await pair.start_primary(to=proxy.address)
+            await pair.primary.until(health="healthy")
+            assert (proxy.up - sent > LITTLE) == (what != "ended in good order")
+            await pair.checkpoint()
+            assert await pair.standby.read_disks() == await pair.primary.read_disks()
+
+
+@of_any_kind
+@scenario
+async def test_a_standby_that_was_killed_gets_the_difference(tmp_path: Path) -> None:
+    """In the middle of writes of its primary, and of its own guest, whose writes are gone."""
+    async with pair_behind_proxy(tmp_path) as (pair, proxy):
+        await pair.primary.execute("replication-checkpoint")  # that the one before it is durable
+        async with pair.standby.clients() as (view, _):
+            await view.pwrite(MiB + 1, b"mine")
+        await pair.write(10)
+        writing = asyncio.create_task(pair.write(20))
+        await asyncio.sleep(0)
+        pair.standby.kill()
+        await writing
+        proxy.closed = True
+        await pair.start_standby(link=pair.link)
+        assert checkpoint(await pair.standby.status()) == 0
+        before, proxy.closed = proxy.up, False
+        await pair.primary.until(health="healthy")
+        await pair.write(10)
+        await pair.checkpoint_shows()
+        assert proxy.up - before < LITTLE
+        assert await pair.standby.read_disks() == await pair.primary.read_disks()
+
+
+@scenario
+async def test_a_standby_that_is_killed_again_and_again_gets_the_difference_of_all_of_it(tmp_path: Path) -> None:
+    """Also when it ends in good order before it had a checkpoint again, and when its primary was not there."""
+    async with pair_behind_proxy(tmp_path, disks=1) as (pair, proxy):
+        await pair.primary.execute("replication-checkpoint")
+        before = proxy.up
+        for end in (killed, quit, killed, killed):
+            proxy.closed = end is quit
+            await pair.write(3)
+            await end(pair.standby)
+            await pair.start_standby(link=pair.link)
+        proxy.closed = False
+        await pair.primary.until(health="healthy")
+        await pair.checkpoint_shows()
+        assert proxy.up - before < LITTLE
+        assert await pair.standby.read_disks() == await pair.primary.read_disks()
+
+
+@pytest.mark.parametrize("what", ["written to", "replaced", "merged", "of another primary"])
+@scenario
+async def test_a_standby_that_was_killed_and_whose_disk_was_then(tmp_path: Path, what: str) -> None:
+    """... may differ anywhere, and gets everything."""
+    async with pair_behind_proxy(tmp_path, disks=1) as (pair, proxy):
+        await pair.primary.execute("replication-checkpoint")
+        note, disk = tmp_path / "test.follows", tmp_path / "disk0.standby"
+        if what == "merged":
+            await pair.standby.execute("replication-failover")
+            await pair.standby.until(state="promoted")
+        pair.standby.kill()
+        if what == "written to":
+            written_long_after(note, disk)
+        elif what == "replaced":
+            replaced(disk)
+        elif what == "of another primary":
+            await pair.start_standby(link=pair.link)
+            pair.primary.kill()
+            await pair.start_primary(to=proxy.address)
+            await pair.primary.until(state="syncing")
+            pair.standby.kill()
+        else:
+            (tmp_path / "standby.promoted").unlink()
+            pair.primary.kill()
+            await pair.start_primary(to=proxy.address)
+        sent = proxy.up
+        await pair.start_standby(link=pair.link)
+        assert not note.exists()
+        await pair.primary.until(health="healthy")
+        assert proxy.up - sent > LITTLE
+        await pair.checkpoint()
+        assert await pair.standby.read_disks() == await pair.primary.read_disks()
+
+
+@scenario
+async def test_a_standby_that_cannot_write_down_whom_it_follows_says_what_that_means(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "test.follows.new"
+    in_the_way.mkdir()
+    async with pair_behind_proxy(tmp_path, disks=1) as (pair, _):
+        status = await pair.standby.until(health="degraded")
+        assert "a crash would cost a copy of everything" in status["reason"]
+        assert "test.follows.new" in status["reason"]
+        in_the_way.rmdir()
+        await pair.checkpoint_shows()
+        await pair.standby.until(health="healthy")
+        assert (tmp_path / "test.follows").exists()
 
 
 @pytest.mark.parametrize("role", ["primary", "standby"])

@@ -28,14 +28,14 @@ import stat
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from blockstep.aio.pool import in_thread
-from blockstep.aio.posix import sync_parent
+from blockstep.aio.posix import replace_file, sync_parent
 from blockstep.block.bitmap import Bitmap
 from blockstep.block.driver import Driver
 from blockstep.daemon.disks import DiskSpec
@@ -47,7 +47,7 @@ _WRITTEN: Final = (4, 6, 11, 13)
 
 
 class DiskEnd(msgspec.Struct):
-    """A disk: where and what it was."""
+    """A disk in a note: where and what it was."""
 
     path: str
     format: str
@@ -67,6 +67,8 @@ class GoodEnd(msgspec.Struct):
     asked: int
     age: float
     disks: dict[str, DiskEnd]
+    #: What a disk ``lacks`` is what was written since this checkpoint; that of a standby is its last one.
+    durable: int
     #: Seconds of the Unix epoch. `write` puts it in.
     ended: float = 0.0
 
@@ -129,10 +131,14 @@ def _stamp(status: os.stat_result) -> str:
     if not stat.S_ISBLK(status.st_mode) or (disk / "queue/iostats").read_text().strip() != "1":
         raise OSError(errno.ENOTSUP, "nothing is counted")
     counts = (device / "stat").read_text().split()
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     # A growth writes nothing, and what is new may hold anything.
     known = [(disk / "diskseq").read_text().strip(), (device / "size").read_text().strip()]
-    return " ".join([boot, *known, *(counts[at] for at in _WRITTEN)])
+    return " ".join([boot(), *known, *(counts[at] for at in _WRITTEN)])
+
+
+def boot() -> str:
+    """Which boot of the kernel this is. Raises OSError."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def tick(changed: int) -> float:
@@ -184,18 +190,10 @@ def write(note: Path, end: GoodEnd) -> None:
         said = msgspec.json.encode(end) + b"\n"
     except UnicodeEncodeError:  # the name of a file is not text
         return
-    new = note.with_name(note.name + ".new")
     try:
         note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(said)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, note)
-        sync_parent(note)
+        replace_file(note, said)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
         code = error.errno or errno.EIO
         raise OSError(code, explained(code, "all has ended in good order, but the next start will copy everything"),
                       str(note)) from None
@@ -216,16 +214,18 @@ def read(note: Path, pair: str, disks: Sequence[DiskSpec]) -> GoodEnd | None:
         end = msgspec.json.decode(note.read_bytes(), type=GoodEnd)
     except (OSError, msgspec.MsgspecError, UnicodeError):
         return None
-    mine = {disk.name: (os.path.abspath(disk.path), disk.format) for disk in disks}
-    theirs = {name: (disk.path, disk.format) for name, disk in end.disks.items()}
-    same = (end.pair, theirs) == (pair, mine) and all(stamps(disk.files) == disk.files for disk in end.disks.values())
-    return end if same else None
+    same = end.pair == pair and same_disks(end.disks, disks)
+    return end if same and all(stamps(disk.files) == disk.files for disk in end.disks.values()) else None
+
+
+def same_disks(said: Mapping[str, DiskEnd], disks: Sequence[DiskSpec]) -> bool:
+    """Whether a note is of these disks, by their names, places and formats."""
+    return ({name: (disk.path, disk.format) for name, disk in said.items()}
+            == {disk.name: (os.path.abspath(disk.path), disk.format) for disk in disks})
 
 
 def forget(note: Path) -> None:
-    """From here on the note is not true any more; it is gone, durably, when this returns. Raises OSError."""
-    try:
-        note.unlink()
-    except FileNotFoundError:
-        return
-    sync_parent(note)
+    """From here on a note is not true any more; it is gone, durably, when this returns. Raises OSError."""
+    note.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        sync_parent(note)  # also where it is gone: that may not have been durable

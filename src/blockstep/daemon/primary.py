@@ -24,9 +24,12 @@ from functools import partial
 from typing import Any, Literal
 
 from blockstep.aio.pool import in_thread
-from blockstep.daemon import good_end, promotion
+from blockstep.block.bitmap import Bitmap
+from blockstep.daemon import following, good_end, ledger, promotion
+from blockstep.daemon.certificates import Certificates, of_client, of_server
 from blockstep.daemon.disks import missing_last, serve, uris
 from blockstep.daemon.files import Files
+from blockstep.daemon.ledger import Ledger
 from blockstep.daemon.primary_checkpoints import Checkpoints, ended
 from blockstep.daemon.primary_setup import PrimaryConfig, PrimaryDisk, open_disk
 from blockstep.daemon.primary_standby import StandbySide
@@ -40,6 +43,7 @@ from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
 from blockstep.nbd.tls import server_context
 from blockstep.nbd.uri import Address
+from blockstep.places import FOLLOWS_SUFFIX, LACKS_SUFFIX
 from blockstep.qmp.client import Connection
 from blockstep.qmp.commands import looking
 from blockstep.qmp.commands import replication as qmp
@@ -63,11 +67,14 @@ class Primary(Service):
         self.graph, self.jobs = self.inventory.graph, self.inventory.jobs
         self.disks: dict[str, PrimaryDisk] = {}
         self.coordinator = c.Coordinator()
-        self._files = Files(self._report)
-        self.standby = StandbySide(config, self.graph, self.disks, self._files, self._post, self._spawn, self._report)
+        self._files = Files(self._files_changed, Certificates([*of_client(config.tls), *of_server(config.export_tls)]))
+        self.ledger = Ledger(config.qmp.with_name(f"{config.pair}{LACKS_SUFFIX}"), config.pair, self.graph, self.disks,
+                             self._files)
+        self.standby = StandbySide(config, self.graph, self.disks, self._files, self.ledger, self._post, self._spawn,
+                                   self._report)
         self.sync = Sync(self.graph, self.jobs, self.disks)
-        self.checkpoints = Checkpoints(config, self.disks, self.standby, self._post, lambda: self.coordinator.state,
-                                       self.emit, clock)
+        self.checkpoints = Checkpoints(config, self.disks, self.standby, self.ledger, self._post,
+                                       lambda: self.coordinator.state, self.emit, clock)
         self._status = PrimaryStatus(config, self.disks, self.coordinator, self.standby, self.checkpoints, self.sync,
                                      self._files, clock)
         self._server: NbdServer | None = None
@@ -93,13 +100,23 @@ class Primary(Service):
                 disk = await open_disk(self.graph, self.config, spec)
                 disk.link.on_fail = partial(self._link_failed, spec.name)
                 disk.link.on_written = self.checkpoints.written
+                disk.link.on_trouble = partial(self._trouble, disk)
                 self.disks[spec.name] = disk
                 self._files.watch(spec.name, self.graph.find(f"{spec.name}-disk"))
             for spec in self.config.disks:  # in the user's order
                 self.disks[spec.name] = self.disks.pop(spec.name)
+            # Now that no other process has the disks any more that may have kept them.
+            left = None if end else await in_thread(ledger.read, self.ledger.path, self.config.pair, self.config.disks)
             if end:
                 self._go_on(end)
+            elif left and await self._lost_nothing():
+                self._go_on_with(*left)
+            await in_thread(following.forget_if_of, self.config.state.with_name(f"{self.config.pair}{FOLLOWS_SUFFIX}"),
+                            self.config.disks)
             self._informed = True
+            self.ledger.note(instance=self.standby.known_as, durable=self.checkpoints.durable,
+                             asked=self.coordinator.asked)
+            await self._keep_books()
             folder = self.config.export_tls
             tls = server_context(folder, verify_peer=True, option="--export-tls") if folder else None
             await in_thread(good_end.forget, self.config.state)
@@ -126,7 +143,28 @@ class Primary(Service):
                 disk.link.since.merge(lacks)
         self.standby.go_on(end.instance)
         self.coordinator.epoch, self.coordinator.asked = end.epoch, end.asked
+        self.checkpoints.durable = end.durable
         self.checkpoints.committed_before = self._clock() - end.age_now
+
+    def _go_on_with(self, books: ledger.Books, bits: dict[str, Bitmap]) -> None:
+        """Likewise, after the death of the process: see `blockstep.daemon.ledger`."""
+        if books.lengths == {name: disk.link.length for name, disk in self.disks.items()}:
+            for name, disk in self.disks.items():
+                disk.link.since.merge(bits[name])
+            self.standby.go_on(books.instance)
+            self.coordinator.epoch = self.checkpoints.durable = books.durable
+            self.coordinator.asked = books.asked
+
+    async def _lost_nothing(self) -> bool:
+        """Whether the disks have all that they were told: the process that has died may not have heard of a failure."""
+        return not any([await tried(self.graph.find(f"{name}-disk"), disk.backend.flush())
+                        for name, disk in self.disks.items()])
+
+    async def _keep_books(self) -> None:
+        try:
+            await self.ledger.begin()
+        except OSError as error:
+            complain(f"blockstep: after a crash everything would be copied: {error}")
 
     async def close(self) -> None:
         """End everything, in good order: the standby's last checkpoint is the disks as they are in the end.
@@ -162,6 +200,10 @@ class Primary(Service):
             storage = self.graph.find(f"{name}-disk")
             lost += [await tried(storage, self.graph.detach_backend(disk.backend)),
                      await tried(storage, self.graph.close(disk.link)), await tried(storage, self.graph.close(storage))]
+        try:
+            await self.ledger.close()
+        except OSError as failure:
+            lost.append(failure)
         errors = list(filter(None, lost))
         if end and not errors:
             errors += await good_end.noted(self.config.state, end)
@@ -180,9 +222,11 @@ class Primary(Service):
                  for name, disk in self.disks.items()}
         ends = {name: end for name, end in disks.items() if end}
         epoch, asked = self.coordinator.epoch, self.coordinator.asked
+        if len(ends) < len(disks):
+            return None
         # A number that was never asked for is that of a standby's checkpoint of something else.
         return good_end.GoodEnd(self.config.pair, self.standby.known_as, epoch if epoch <= asked else 0, asked,
-                                self.checkpoints.age, ends) if len(ends) == len(disks) else None
+                                self.checkpoints.age, ends, self.checkpoints.durable)
 
     # --- events in, actions out ---
 
@@ -237,9 +281,9 @@ class Primary(Service):
         if not answer["accepted"]:
             return c.Refused(answer["reason"])
         epoch, last, asked = answer["epoch"], self.coordinator.epoch, self.coordinator.asked
-        # Any other checkpoint than the last one, or one whose answer was lost: it is another standby's, or a host was
-        # put back to an old snapshot.
-        known = answer["instance"] == self.standby.instance and last <= epoch <= asked
+        # Older than the last one that is durable, or of a number that was never given: it is another standby's, or a
+        # host was put back to an old snapshot.
+        known = answer["instance"] == self.standby.instance and self.checkpoints.durable <= epoch <= asked
         self.coordinator.epoch = max(last, epoch)
         return c.Attached(attempt, full=not known)
 
@@ -251,6 +295,24 @@ class Primary(Service):
 
     def _link_failed(self, disk: str, error: OSError) -> None:
         self._post(c.Failed(f"disk '{disk}' on the standby: {error.strerror or error}"))
+
+    def _trouble(self, disk: PrimaryDisk) -> None:
+        if disk.link.trouble:
+            self._give_books_up()
+            self.emit(qmp.ReplicationIoError(pair=self.config.pair, disk=disk.spec.name, reason=disk.reasons[-1]))
+        self._report()
+
+    def _files_changed(self) -> None:
+        if self._files.faults:
+            self._give_books_up()
+        self._report()
+
+    def _give_books_up(self) -> None:
+        """A disk may not hold what it was told."""
+        try:
+            self.ledger.give_up()
+        except OSError as error:
+            complain(f"blockstep: {error}; remove that file before this program is started again")
 
     def _look(self) -> None:
         seconds = self.config.max_stall / LOOKS
@@ -264,21 +326,21 @@ class Primary(Service):
         """At once: writes go on alone, nobody waits. The rest of the clearing up follows."""
         for disk in self.disks.values():
             disk.link.switch_off()
-        control = self.standby.cut_off()
+        connections = self.standby.cut_off()
         self.checkpoints.give_up(reason)
         action, self._action = self._action, None
         if action:
             action.cancel()
         self.sync.cancel()
         before = self._cleanup
-        self._cleanup = asyncio.get_running_loop().create_task(self._clear_up(control, action, before))
+        self._cleanup = asyncio.get_running_loop().create_task(self._clear_up(connections, action, before))
 
-    async def _clear_up(self, control: Connection | None, action: asyncio.Task[None] | None,
+    async def _clear_up(self, connections: list[Connection], action: asyncio.Task[None] | None,
                         before: asyncio.Task[None] | None) -> None:
         await ended(before)
         await ended(action)
-        if control:
-            await control.close()
+        for connection in connections:
+            await connection.close()
         await self.sync.cancelled()
         await self.checkpoints.settled()
         await self.standby.detach()
@@ -320,7 +382,11 @@ class Primary(Service):
             try:
                 await self.standby.resize(disk, size)
                 async with self.graph.drained(one.link):
-                    await resize_together([one.link], size)
+                    self.ledger.forget()
+                    try:
+                        await resize_together([one.link], size)
+                    finally:
+                        await self._keep_books()
             except OSError as error:
                 left = await self._take_back(disk, before, control)
                 raise BlockstepError(f"disk '{disk}' of this side cannot grow: {error.strerror or error}; "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
+from blockstep.daemon.ledger import Ledger
 from blockstep.daemon.primary_setup import PrimaryConfig, PrimaryDisk
 from blockstep.daemon.primary_standby import StandbySide
 from blockstep.errors import BlockstepError
@@ -22,10 +23,10 @@ from blockstep.replication import coordinator as c
 class Checkpoints:
     """See the module. ``post`` takes what is due to the coordinator, whose state is asked with ``state``."""
 
-    def __init__(self, config: PrimaryConfig, disks: Mapping[str, PrimaryDisk], standby: StandbySide,
+    def __init__(self, config: PrimaryConfig, disks: Mapping[str, PrimaryDisk], standby: StandbySide, ledger: Ledger,
                  post: Callable[[c.Event], None], state: Callable[[], c.State], emit: Callable[[Event], None],
                  clock: Callable[[], float]) -> None:
-        self._config, self._disks, self._standby = config, disks, standby
+        self._config, self._disks, self._standby, self._ledger = config, disks, standby, ledger
         self._post, self._state, self._emit, self._clock = post, state, emit, clock
         self._timer: asyncio.TimerHandle | None = None
         self._settling: asyncio.Task[None] | None = None
@@ -37,6 +38,8 @@ class Checkpoints:
         self.pause = 0.0
         #: When the last one of the run was committed where this one goes on.
         self.committed_before: float | None = None
+        #: The last one that is durable on the standby: what came before it is not remembered any more.
+        self.durable = 0
 
     @property
     def age(self) -> float:
@@ -94,6 +97,7 @@ class Checkpoints:
         asking, self._asking_next = self._asking_next, []
         self._asking += asking
         await self.settled()
+        self._ledger.note(asked=epoch)
         started = self._clock()
         for link in links:
             link.mark()
@@ -114,7 +118,7 @@ class Checkpoints:
         self.pause, self.committed_at = self._clock() - started, self._clock()
         self._answer(qmp.Committed(epoch=epoch, pause=self.pause), "")
         self._emit(qmp.ReplicationCheckpoint(pair=self._config.pair, epoch=epoch, pause=self.pause))
-        self._settling = asyncio.get_running_loop().create_task(self._settle())
+        self._settling = asyncio.get_running_loop().create_task(self._settle(epoch))
         return c.Committed(attempt, epoch)
 
     def _release(self) -> None:
@@ -122,15 +126,27 @@ class Checkpoints:
             if disk.link.on:
                 disk.link.release()
 
-    async def _settle(self) -> None:
-        """Make the checkpoint's data durable on the standby; from then on a resync need not copy it again."""
-        for disk in self._disks.values():
-            if disk.sync and disk.link.on:
-                try:
-                    await disk.sync.flush()
-                    disk.link.settled()
-                except OSError as error:
-                    disk.link.fail(error)
+    async def _settle(self, epoch: int) -> None:
+        """Make the checkpoint durable on the standby; from then on a resync need not copy again what is in it."""
+        disks = [(disk.link, disk.sync) for disk in self._disks.values()]
+        for link, sync in disks:
+            if sync is None or not link.on:
+                return
+            try:
+                await sync.flush()
+            except OSError as error:
+                link.fail(error)
+                return
+        try:
+            await self._standby.durable(epoch)
+        except CommandRefused:  # the standby tells why; should it crash, it has an older note, or none
+            pass
+        except (OSError, BlockstepError):  # it is gone, of which others hear
+            return
+        self.durable = epoch
+        self._ledger.note(durable=epoch)
+        for link, _ in disks:
+            link.settled()
 
     async def settled(self) -> None:
         """Wait until the last one is durable, or its standby is lost."""

@@ -8,9 +8,10 @@ For each disk NAME, once opened:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.graph import Graph
@@ -23,8 +24,7 @@ from blockstep.replication.catch_up import CatchUp
 from blockstep.replication.link import Link
 
 
-@dataclass(frozen=True, slots=True)
-class PrimaryConfig:
+class PrimaryConfig(msgspec.Struct, frozen=True):
     """What ``blockstep primary`` was told. Times in seconds, sizes in bytes."""
 
     pair: str
@@ -49,8 +49,7 @@ class PrimaryConfig:
     export_given: bool = True
 
 
-@dataclass(slots=True)
-class PrimaryDisk:
+class PrimaryDisk(msgspec.Struct):
     """One disk, opened."""
 
     spec: DiskSpec
@@ -64,6 +63,12 @@ class PrimaryDisk:
     bitmap: DirtyBitmap | None = None
     #: After a resize that failed: what could not be taken back on the standby.
     wrong: str = ""
+
+    @property
+    def reasons(self) -> list[str]:
+        """What is the matter with it, as far as it is not what others have done to its file."""
+        trouble = self.link.trouble
+        return [*filter(None, [self.wrong]), *([f"{self.spec.path}: {trouble.strerror or trouble}"] if trouble else [])]
 
 
 async def open_disk(graph: Graph, config: PrimaryConfig, spec: DiskSpec) -> PrimaryDisk:

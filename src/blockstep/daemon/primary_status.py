@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from blockstep.daemon.disks import with_faults
+from blockstep.daemon.disks import with_expiring, with_faults
 from blockstep.daemon.files import Files
 from blockstep.daemon.primary_checkpoints import Checkpoints
 from blockstep.daemon.primary_setup import PrimaryConfig, PrimaryDisk
@@ -26,15 +26,15 @@ class PrimaryStatus:
     def health(self) -> tuple[qmp.Health, str]:
         """How it is, and why it is not healthy."""
         theirs = [f"disk '{name}' of the standby: {fault}" for name, fault in self._standby.faults.items()]
-        return with_faults(self._health(), [*self._files.told(), *theirs])
+        return with_expiring(with_faults(self._health(), [*self._files.told(), *theirs]), self._files.expiring)
 
     def _health(self) -> tuple[qmp.Health, str]:
         coordinator = self._coordinator
+        wrong = [f"disk '{name}': {reason}" for name, disk in self._disks.items() for reason in disk.reasons]
         if coordinator.state in (c.State.OFFLINE, c.State.FENCED, c.State.STOPPED):
-            return "at-risk", coordinator.reason
+            return "at-risk", "; ".join([coordinator.reason, *wrong])
         if not coordinator.protected:
-            return "degraded", coordinator.reason or "the first checkpoint is being taken"
-        wrong = [f"disk '{name}': {disk.wrong}" for name, disk in self._disks.items() if disk.wrong]
+            return "degraded", "; ".join([coordinator.reason or "the first checkpoint is being taken", *wrong])
         if coordinator.reason or wrong:
             return "degraded", "; ".join(filter(None, [coordinator.reason, *wrong]))
         age, every = self._checkpoints.age, self._config.checkpoint_every
@@ -62,7 +62,7 @@ class PrimaryStatus:
         fault = self._files.faults.get(name, "")
         return qmp.DiskStatus(name=name, format=disk.spec.format, size=disk.link.length, state=state,
                               behind=disk.link.behind, buffer_used=0, buffer_limit=0,
-                              reason="; ".join(filter(None, [fault, disk.wrong])), fault=fault)
+                              reason="; ".join(filter(None, [fault, *disk.reasons])), fault=fault)
 
     def event(self) -> qmp.ReplicationState:
         """The state as it is announced. A checkpoint that is being taken is no news: nor would its end be."""

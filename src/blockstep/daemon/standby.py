@@ -10,6 +10,8 @@ is known and how it is said. This module is the program: it opens and closes all
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import os
 import time
@@ -18,7 +20,8 @@ from functools import partial
 from typing import Any, Final, Literal
 
 from blockstep.aio.pool import in_thread
-from blockstep.daemon import good_end, promotion
+from blockstep.daemon import following, good_end, promotion
+from blockstep.daemon.certificates import Certificates, of_server
 from blockstep.daemon.disks import missing_last, serve, uris
 from blockstep.daemon.files import Files
 from blockstep.daemon.service import Service
@@ -34,7 +37,7 @@ from blockstep.nbd.export import Export
 from blockstep.nbd.server import Server as NbdServer
 from blockstep.nbd.tls import server_context
 from blockstep.nbd.uri import Address
-from blockstep.places import ENDED_SUFFIX
+from blockstep.places import ENDED_SUFFIX, FOLLOWS_SUFFIX
 from blockstep.qmp.commands import looking
 from blockstep.qmp.commands import replication as qmp
 from blockstep.replication.resize import check_growth, resize_together
@@ -54,15 +57,20 @@ class Standby(Service):
         self.inventory = Inventory()
         self.inventory.on_event = self._happened
         self.graph, self.jobs, self.registry = self.inventory.graph, self.inventory.jobs, self.inventory.replication
-        self._files = Files(self._tell)
+        self._files = Files(self._files_changed, Certificates([*of_server(config.tls), *of_server(config.view_tls)]))
         self.situation = Situation(config, clock, self._files)
-        self.link = PrimarysSide(self.situation, self.graph, self.registry, self._tell, self.status,
+        self._good_end, self._follows = (config.state.with_name(f"{config.pair}{suffix}")
+                                         for suffix in (ENDED_SUFFIX, FOLLOWS_SUFFIX))
+        self.following = following.Following(self._follows, config.pair, self.graph, self.disks, self._files,
+                                             lambda: self.situation.primary is not None)
+        self.link = PrimarysSide(self.situation, self.graph, self.registry, self.following, self._tell, self.status,
                                  self._refused)
-        self.ends = Ends(self.situation, self.graph, self.registry, self.link.revoke, self.emit, self._tell)
+        self.ends = Ends(self.situation, self.graph, self.registry, self.link.revoke, self.following.forget, self.emit,
+                         self._tell)
         self._clock = clock
         self._view_server: NbdServer | None = None
         self._addresses: list[Address] = []
-        self._good_end = config.state.with_name(f"{config.pair}{ENDED_SUFFIX}")
+        self._unfollowing: asyncio.Task[None] | None = None
         self._told: tuple[str, str, str] | None = None
         self._heard_of: OSError | None = None
 
@@ -75,11 +83,12 @@ class Standby(Service):
 
     async def open(self) -> None:
         """Open the disks, serve the views, wait for a primary. Raises OptionError or OSError; then all is closed."""
-        if self.config.state == self._good_end:
-            raise OptionError("--state", str(self.config.state), "another name: in the file of this one an end in good "
-                              "order is written down")
+        if self.config.state in (self._good_end, self._follows):
+            raise OptionError("--state", str(self.config.state), "another name: in the file of this one is written "
+                              "down what the disks were at an end in good order, or whom they follow")
         promotion.check(self.config.state, self.config.pair)
         end = await in_thread(good_end.read, self._good_end, self.config.pair, self.config.disks)
+        followed = await in_thread(following.read, self._follows, self.config.pair, self.config.disks)
         try:
             for spec in missing_last(self.config.disks):
                 disk = await open_disk(self.graph, self.config, spec)
@@ -88,6 +97,10 @@ class Standby(Service):
                 self._files.watch(spec.name, self.graph.find(f"{spec.name}-secondary"))
             for spec in self.config.disks:  # in the user's order
                 self.disks[spec.name] = self.disks.pop(spec.name)
+            if followed and followed == await in_thread(following.read, self._follows, self.config.pair,
+                                                        self.config.disks, opened=True):
+                self.situation.instance, self.situation.origin = followed.instance, followed.epoch
+                await self.following.go_on(followed.instance)
             if end:
                 await self._go_on(end)
             tls = server_context(self.config.tls, verify_peer=True, option="--tls") if self.config.tls else None
@@ -108,6 +121,10 @@ class Standby(Service):
             await self.registry.start_all("secondary")
             now.epoch = now.origin = end.epoch
             now.instance, now.committed_at = end.instance, now.clock() - end.age_now
+            await self.following.forget()
+            if end.instance:
+                with contextlib.suppress(OSError):  # if it lasts, the next checkpoint tells
+                    await self.following.keep(end.instance, end.epoch)
 
     async def _serve_views(self) -> None:
         folder = self.config.view_tls
@@ -141,6 +158,9 @@ class Standby(Service):
                 ended = await tried(node, self.graph.close(node))
                 if not name.endswith(BUFFERS):  # what they hold is nobody's by now, or a disk is torn
                     lost.append(ended)
+        if self._unfollowing:
+            await self._unfollowing
+        await self.following.close()
         errors: list[Exception] = [*torn, *filter(None, lost)]
         if end and not errors and not self.situation.declines() and not self._files.faults:
             errors += await good_end.noted(self._good_end, end)
@@ -168,7 +188,7 @@ class Standby(Service):
             written = written or await disk.buffer.view_is_written()
         # What was written here is merged as well: the disks are a view of the checkpoint, and not what it was then.
         return good_end.GoodEnd(self.config.pair, "" if written else now.instance, now.epoch, now.epoch,
-                                now.clock() - now.committed_at, disks)
+                                now.clock() - now.committed_at, disks, now.epoch)
 
     # --- the operator's commands ---
 
@@ -209,8 +229,8 @@ class Standby(Service):
         return uris(self._addresses, self.disks, tls=self.config.view_tls is not None)
 
     async def look(self) -> None:
-        """Find out how the disks' files are."""
-        await self._files.look()
+        """Find out how the disks' files are, and what room the buffers have."""
+        await asyncio.gather(self._files.look(), self.situation.room.look())
 
     def status(self) -> qmp.PairStatus:
         """The truth, at once."""
@@ -234,6 +254,15 @@ class Standby(Service):
 
     def _happened(self, name: str, data: Mapping[str, Any]) -> None:
         self._tell()
+
+    def _files_changed(self) -> None:
+        if self._files.faults:  # what is on the disks may be anything
+            self._unfollowing = asyncio.get_running_loop().create_task(self._unfollow())
+        self._tell()
+
+    async def _unfollow(self) -> None:
+        with contextlib.suppress(OSError):  # then it becomes too old in some seconds
+            await self.following.forget()
 
     def _tell(self) -> None:
         """Announce the state if it is news."""

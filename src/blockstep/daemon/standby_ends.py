@@ -29,13 +29,16 @@ from blockstep.replication.registry import ReplicationRegistry
 
 
 class Ends:
-    """The verbs. ``revoke`` shuts the primary out; ``emit`` sends an event; ``tell`` sends the state if it is new."""
+    """The verbs. ``revoke`` shuts the primary out; ``emit`` sends an event; ``tell`` sends the state if it is new.
+
+    ``unfollow`` forgets, durably, that the disks follow a primary: before a merge writes to them.
+    """
 
     def __init__(self, situation: Situation, graph: Graph, registry: ReplicationRegistry,
-                 revoke: Callable[[], Awaitable[None]], emit: Callable[[Event], None],
-                 tell: Callable[[], None]) -> None:
+                 revoke: Callable[[], Awaitable[None]], unfollow: Callable[[], Awaitable[None]],
+                 emit: Callable[[Event], None], tell: Callable[[], None]) -> None:
         self._now, self._graph, self._registry = situation, graph, registry
-        self._revoke, self._emit, self._tell = revoke, emit, tell
+        self._revoke, self._unfollow, self._emit, self._tell = revoke, unfollow, emit, tell
         self._pair = situation.config.pair
         self._note = situation.config.state
         # One at a time.
@@ -68,6 +71,7 @@ class Ends:
         now = self._now
         try:
             await self._write_down(to, [] if to == "latest" else list(now.disks))
+            await self._unfollow()
             await self._revoke()
             with self._saying_which():
                 try:
@@ -107,6 +111,7 @@ class Ends:
 
     async def _see_merged(self) -> None:
         await self._merged()
+        self._tell()
         await self._close_buffers()
         await self._write_down_what_is_left()
         left = self._now.what_is_left()
@@ -129,7 +134,7 @@ class Ends:
     # --- stop ---
 
     async def stop(self) -> None:
-        """The views become what the primary wrote last. Raises ReplicationError."""
+        """The views become what the primary wrote last. Raises ReplicationError, or OSError of a note."""
         now = self._now
         async with self._turn:
             try:
@@ -141,6 +146,7 @@ class Ends:
                 self._must_be_whole("stop")
                 now.ending = "stop"
                 try:
+                    await self._unfollow()
                     await self._revoke()
                     await self._registry.stop_all(failover=False)
                 finally:
@@ -151,19 +157,24 @@ class Ends:
 
     # --- both ---
 
-    async def close(self) -> list[ReplicationError]:
+    async def close(self) -> list[Exception]:
         """The program ends: put the disks to the checkpoint if nothing else was decided, else go on with what was.
 
-        Returns what could not be put right, an error for each disk.
+        Returns what could not be put right: an error for each disk, and that of a note which may be wrong now.
         """
         async with self._turn:  # what is being done is decided when it has ended
             return await self._close()
 
-    async def _close(self) -> list[ReplicationError]:
+    async def _close(self) -> list[Exception]:
         now = self._now
+        errors: list[Exception] = []
         buffers = [buffer for disk in now.disks.values() if (buffer := disk.buffer)]
         with contextlib.suppress(BlockstepError):  # each disk is asked below
             if now.running and not now.declines():
+                try:
+                    await self._unfollow()
+                except OSError as error:
+                    errors.append(error)
                 await self._registry.stop_all(failover=True)
             else:
                 await self._merged()
@@ -177,8 +188,9 @@ class Ends:
         else:
             promotion.give_back(self._note)
         torn = [] if now.keeps_latest else now.unfinished
-        return [ReplicationError(disk.filter.name, "stop", f"the disk is not at a checkpoint: {disk.filter.error}")
-                for disk in torn]
+        return errors + [
+            ReplicationError(disk.filter.name, "stop", f"the disk is not at a checkpoint: {disk.filter.error}")
+            for disk in torn]
 
     async def _finish(self) -> None:
         for disk in self._now.unfinished:

@@ -24,9 +24,11 @@ import secrets
 import ssl
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import READ, WRITE
+from blockstep.daemon.following import Following
 from blockstep.daemon.good_end import follows
 from blockstep.daemon.standby_setup import StandbyDisk
 from blockstep.daemon.standby_status import Situation
@@ -42,6 +44,9 @@ from blockstep.qmp.server import Server as QmpServer
 from blockstep.replication.registry import Check, ReplicationRegistry
 from blockstep.replication.resize import check_growth, disks_of
 
+#: What a buffer's file system says that has no more room, to all or to this user.
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
+
 
 class PrimarysSide:
     """See the module. ``tell`` is called when the situation has changed; ``status`` is what the primary may ask for.
@@ -49,9 +54,11 @@ class PrimarysSide:
     ``refused`` is called with each error that the primary gets for a request to a disk.
     """
 
-    def __init__(self, situation: Situation, graph: Graph, registry: ReplicationRegistry, tell: Callable[[], None],
-                 status: Callable[[], qmp.PairStatus], refused: Callable[[StandbyDisk, OSError], None]) -> None:
+    def __init__(self, situation: Situation, graph: Graph, registry: ReplicationRegistry, following: Following,
+                 tell: Callable[[], None], status: Callable[[], qmp.PairStatus],
+                 refused: Callable[[StandbyDisk, OSError], None]) -> None:
         self._now, self._graph, self._registry, self._tell = situation, graph, registry, tell
+        self._following = following
         self._status, self._refused = status, refused
         self._config = situation.config
         #: Where it listens; the control port is one above.
@@ -112,6 +119,8 @@ class PrimarysSide:
         self._must_not_be_torn()
         self._check_primary(args, monitor)
         now.primary, now.primarys_faults = monitor, {}
+        now.room.begin()
+        self._tell()
         self._watcher = asyncio.get_running_loop().create_task(self._watch(monitor, args.silence))
         if self.server is None:
             raise BlockstepError("the standby is not ready")
@@ -121,6 +130,7 @@ class PrimarysSide:
         await self._fit({disk.name: disk.size for disk in args.disks}, still)
         if self._no_room:
             await self._give_up(still)
+        await self._follow(args.instance, still)
         # While it waited the standby may have been promoted, or the primary may have come again: no way in then.
         if now.declines():
             return self._decline()
@@ -146,7 +156,7 @@ class PrimarysSide:
     def _answer(self, accepted: bool, reason: str) -> qmp.Attached:
         return qmp.Attached(accepted=accepted, reason=reason, instance=self._now.instance, epoch=self._now.origin,
                             running=self._now.running, port=self.port, prefix=self._prefix,
-                            buffer_limit=self._config.buffer_limit)
+                            buffer_limit=self._now.room.least)
 
     def _check_primary(self, args: qmp.AttachArguments, monitor: Monitor) -> None:
         now = self._now
@@ -166,6 +176,18 @@ class PrimarysSide:
         # From here on it may write to the disks: another one that committed before cannot tell any more what differs.
         same = args.instance == now.instance or follows(args.instance, now.instance)
         now.instance = args.instance if same else ""
+
+    async def _follow(self, instance: str, still: Check) -> None:
+        """Before this run of a primary may write to the disks, no note says that they follow another one."""
+        if self._following.instance == instance:
+            return
+        try:
+            if self._following.instance and self._now.instance:  # this run goes on where the other one has ended
+                await self._following.keep(instance, self._now.origin, still)
+            else:
+                await self._following.forget()
+        except OSError as error:
+            raise BlockstepError(f"the standby cannot take back what it has written down: {error}") from error
 
     async def _give_up(self, still: Check) -> None:
         """The buffer has no room for what a resync changes: without the checkpoint none is needed."""
@@ -207,6 +229,26 @@ class PrimarysSide:
             disk.errors.clear()
         self._tell()
         await self._registry.give_back_all()
+
+    async def durable(self, args: qmp.DurableArguments) -> None:
+        """What the last checkpoint holds is durable: from here on the disks follow that, also after a crash."""
+        now, epoch = self._now, args.epoch
+
+        def still() -> None:
+            if args.prefix != self._prefix or now.shut or now.committed_by is not now.primary or epoch != now.epoch:
+                raise ReplicationError(self._config.pair, "note", f"checkpoint {epoch} is not the last one of the "
+                                       "primary that is attached")
+
+        unnoted = ""
+        try:
+            await self._following.keep(now.instance, epoch, still)
+        except OSError as error:
+            unnoted = f"a crash would cost a copy of everything, as it cannot be written down what it has: {error}"
+            raise BlockstepError(unnoted) from error
+        finally:
+            if unnoted != now.unnoted:
+                now.unnoted = unnoted
+                self._tell()
 
     async def resize_for_primary(self, args: qmp.PairResizeArguments, monitor: Monitor) -> None:
         """A disk, its buffers and its view grow, or get back the length before they did; all or none."""
@@ -258,6 +300,7 @@ class PrimarysSide:
         now = self._now
         if monitor is now.primary:
             self._heard_at = now.clock()
+            now.room.begin()
             faults = {disk.name: disk.fault for disk in args.faults}
             if faults != now.primarys_faults:
                 now.primarys_faults = faults
@@ -282,7 +325,7 @@ class PrimarysSide:
 
     def not_saved(self, error: OSError) -> None:
         """What a request of the primary overwrites could not be saved: the request fails for it."""
-        if error.errno == errno.ENOSPC and self._now.mixed:
+        if error.errno in _NO_ROOM and self._now.mixed:
             self._no_room = True
 
     # --- the way out ---

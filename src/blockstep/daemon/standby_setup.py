@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
+
+import msgspec
 
 from blockstep.aio.pool import in_thread, made_in_thread
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE
 from blockstep.daemon.disks import DiskSpec
-from blockstep.drivers.create import CreateQcow2
 from blockstep.drivers.replication import DiskBuffer, Replication, Stage
 from blockstep.errors import OptionError
 from blockstep.nbd.uri import Address, InetAddress
@@ -39,8 +38,7 @@ _MOST_IN_SMALL_CLUSTERS: Final = 4 << 40
 BUFFERS: Final = ("-active", "-hidden")
 
 
-@dataclass(frozen=True, slots=True)
-class StandbyConfig:
+class StandbyConfig(msgspec.Struct, frozen=True):
     """What ``blockstep standby`` was told."""
 
     pair: str
@@ -64,14 +62,8 @@ class StandbyConfig:
     #: The user said where to serve the views: sockets that systemd passes are not looked at.
     view_given: bool = True
 
-    @property
-    def buffer_limit(self) -> int:
-        """Bytes that the buffer of a disk takes between two checkpoints; 0: there is no limit."""
-        return 0 if self.buffer_dir else self.buffer_memory
 
-
-@dataclass(slots=True)
-class StandbyDisk:
+class StandbyDisk(msgspec.Struct):
     """One disk, opened."""
 
     spec: DiskSpec
@@ -80,7 +72,7 @@ class StandbyDisk:
     link: Backend | None = None
     #: The name under which the primary that is attached finds it.
     link_name: str = ""
-    errors: list[str] = field(default_factory=list)
+    errors: list[str] = msgspec.field(default_factory=list)
     #: What the primary's disk had when that was last heard of: what has grown beyond may be taken back.
     primary_length: int = 0
 
@@ -129,6 +121,8 @@ async def close_buffers(graph: Graph, spec: DiskSpec) -> None:
 
 
 def _empty_file(directory: Path, prefix: str) -> str:
+    import tempfile
+
     fd, filename = tempfile.mkstemp(".qcow2", prefix, directory)
     os.close(fd)
     return filename
@@ -142,6 +136,8 @@ async def _open_buffer(graph: Graph, config: StandbyConfig, node_name: str, belo
             limits["spill-dir"] = str(config.buffer_dir)
         await graph.open({"driver": "overlay", "node-name": node_name, "backing": below, **limits})
         return
+    from blockstep.drivers.create import CreateQcow2
+
     if config.buffer_dir is None or not config.buffer_dir.is_dir():
         raise OptionError("--buffer-dir", config.buffer_dir, "a directory, for buffers that are images")
     length = graph.find(below).length

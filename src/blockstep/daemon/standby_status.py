@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from blockstep.daemon.disks import with_faults, work_status
+from blockstep.daemon.disks import with_expiring, with_faults, work_status
 from blockstep.daemon.files import Files
+from blockstep.daemon.standby_room import Room
 from blockstep.daemon.standby_setup import StandbyConfig, StandbyDisk
 from blockstep.drivers.replication import Stage
 from blockstep.jobs.job import Job
@@ -28,6 +29,8 @@ class Situation:
     def __init__(self, config: StandbyConfig, clock: Callable[[], float], files: Files) -> None:
         self.config, self.clock, self.files = config, clock, files
         self.disks: dict[str, StandbyDisk] = {}
+        #: What their buffers may hold.
+        self.room = Room(config, self.disks)
         #: The connection of the primary that is attached.
         self.primary: Monitor | None = None
         #: What has become of the files of its disks, by their names, as it said last.
@@ -51,6 +54,8 @@ class Situation:
         self.stopped = False
         #: Why the last operation of the primary failed.
         self.last_error = ""
+        #: Why it cannot be written down whom the disks follow.
+        self.unnoted = ""
 
     # --- facts ---
 
@@ -112,7 +117,7 @@ class Situation:
         """How it is, and why it is not healthy."""
         theirs = self.primarys_faults if self.primary and not self.declines() else {}
         told = [f"disk '{name}' of the primary: {fault}" for name, fault in theirs.items()]
-        return with_faults(self._health(), [*self.files.told(), *told])
+        return with_expiring(with_faults(self._health(), [*self.files.told(), *told]), self.files.expiring)
 
     def _health(self) -> tuple[qmp.Health, str]:
         state = self.state
@@ -125,8 +130,7 @@ class Situation:
             return "at-risk", "; ".join([self.last_error or "there is no checkpoint yet", *reasons])
         if state == "lost":
             return "at-risk", "; ".join([f"the primary is gone; the view is at checkpoint {self.epoch}", *reasons])
-        if self.last_error:
-            reasons.append(self.last_error)
+        reasons += filter(None, [self.last_error, self.unnoted])
         if state == "resyncing":
             reasons.insert(0, "the primary copies what is missing; until that is done the view stays at checkpoint "
                               f"{self.epoch}")
@@ -178,7 +182,7 @@ class Situation:
         reasons = [fault, *([self.lacks(disk)] if ended else self._wrong(disk))]
         return qmp.DiskStatus(
             name=name, format=disk.spec.format, size=disk.view.length, state=self._disk_state(disk), behind=0,
-            buffer_used=disk.buffer.used if disk.buffer else 0, buffer_limit=self.config.buffer_limit,
+            buffer_used=disk.buffer.used if disk.buffer else 0, buffer_limit=self.room.limit(name),
             reason="; ".join(filter(None, reasons)), fault=fault)
 
     def _disk_state(self, disk: StandbyDisk) -> str:

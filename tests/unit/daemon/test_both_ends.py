@@ -14,6 +14,8 @@ import pytest
 from blockstep.block.graph import Graph
 from blockstep.daemon.disks import with_faults
 from blockstep.daemon.files import Files
+from blockstep.daemon.following import Following
+from blockstep.daemon.ledger import Ledger
 from blockstep.daemon.primary_setup import PrimaryConfig
 from blockstep.daemon.primary_standby import StandbySide
 from blockstep.daemon.standby_link import PrimarysSide
@@ -35,7 +37,7 @@ Answer = Mapping[str, Any]
 
 def answer(**disk: Any) -> Answer:
     return {"role": "standby", "state": "replicating", "of-a-later-version": {},
-            "disks": [{"name": "disk0", "buffer-used": 0, "more": 1, **disk}]}
+            "disks": [{"name": "disk0", "buffer-used": 0, "buffer-limit": 0, "more": 1, **disk}]}
 
 
 class Primary:
@@ -51,7 +53,9 @@ class Primary:
         self._answers, self._meanwhile = iter(answers), meanwhile
         self._files = Files(lambda: None)
         config = PrimaryConfig("test", (), HERE, NOWHERE, Path("none"), Path("none"), max_stall=0.0)
-        self.side = StandbySide(config, Graph(), {}, self._files, self.failed.append, lambda work: work.close(),
+        ledger = Ledger(Path("none"), "test", Graph(), {}, self._files)
+        self.side = StandbySide(config, Graph(), {}, self._files, ledger,
+                                self.failed.append, lambda work: work.close(),
                                 lambda: self.heard.append(self.side.faults))
 
     async def watch(self) -> None:
@@ -121,6 +125,7 @@ class Standby:
         self.now = Situation(config, lambda: 0.0, Files(lambda: None))
         graph = Graph()
         self.link = PrimarysSide(self.now, graph, ReplicationRegistry(graph, JobRegistry()),
+                                 Following(Path("none"), "test", graph, {}, Files(lambda: None), lambda: False),
                                  lambda: self.told.append(self.now.health()),
                                  lambda: self.now.status("", [], []), lambda disk, error: None)
         self.primary: Any = SimpleNamespace(peer="primary")

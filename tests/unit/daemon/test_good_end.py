@@ -29,7 +29,7 @@ def noted(directory: Path, **disks: str) -> tuple[Path, list[DiskSpec]]:
         spec.path.write_bytes(bytes(KiB))
     note = directory / "state" / "web.ended"
     good_end.write(note, good_end.GoodEnd("web", "run", 7, 8, 1.0, {
-        spec.name: good_end.DiskEnd(str(spec.path), spec.format, {str(spec.path): ""}) for spec in specs}))
+        spec.name: good_end.DiskEnd(str(spec.path), spec.format, {str(spec.path): ""}) for spec in specs}, 7))
     return note, specs
 
 
@@ -102,7 +102,7 @@ def test_a_note_that_cannot_be_understood_is_none(tmp_path: Path, content: bytes
 def test_of_disks_that_show_no_writes_nothing_is_noted(tmp_path: Path) -> None:
     note = tmp_path / "note"
     good_end.write(note, good_end.GoodEnd("web", "run", 7, 8, 1.0, {
-        "a": good_end.DiskEnd("/dev/null", "raw", {"/dev/null": ""})}))
+        "a": good_end.DiskEnd("/dev/null", "raw", {"/dev/null": ""})}, 7))
     assert not note.exists()
 
 
@@ -176,4 +176,4 @@ def test_a_note_says_no_more_than_it_must(tmp_path: Path) -> None:
     """It is a file that operators look at."""
     note, _ = noted(tmp_path, a="raw")
     assert json.loads(note.read_text()).keys() == {"pair", "instance", "epoch", "asked", "age", "disks",
-                                                  "ended"}
+                                                  "durable", "ended"}
