@@ -232,7 +232,8 @@ class _Types:
         if isinstance(kind, kinds.EnumType):
             return " \\| ".join(f"`{each.value}`" for each in kind.cls)
         return {kinds.IntType: "integer", kinds.StrType: "string", kinds.FloatType: "number",
-                kinds.BoolType: "boolean", kinds.NoneType: "null"}.get(type(kind), "anything")
+                kinds.BoolType: "boolean", kinds.BytesType: "string, base64",
+                kinds.NoneType: "null"}.get(type(kind), "anything")
 
     def _struct(self, kind: kinds.StructType, here: bool) -> str:
         name = kind.cls.__name__

@@ -15,6 +15,7 @@ from blockstep.daemon.primary_sync import Sync
 from blockstep.daemon.standby_link import PrimarysSide
 from blockstep.drivers.copy_before_write import CopyBeforeWrite
 from blockstep.drivers.replication import Stage
+from blockstep.replication import comparison
 from blockstep.replication.hidden_disk import HiddenDiskBuffer
 from blockstep.replication.link import Link
 from blockstep.replication.registry import ReplicationRegistry
@@ -121,6 +122,10 @@ def takes_a_written_view_for_a_checkpoint(patch: Patch) -> None:
     patch.setattr(HiddenDiskBuffer, "view_is_written", never)
 
 
+def takes_what_differs_for_the_same(patch: Patch) -> None:
+    patch.setattr(comparison, "differing", lambda one, other: [])
+
+
 def still_follows_after_it_has_merged(patch: Patch) -> None:
     async def never(self: Following) -> None:
         pass
@@ -168,6 +173,8 @@ SINS: list[tuple[Callable[[Patch], None], str, list[Step]]] = [
     (copies_everything_again, "copies clusters .* for nothing", [Do("cut"), Do("recover")]),
     (copies_nothing_at_all, "a differs at|view of a", [Do("down"), WRITE, Do("recover")]),
     (takes_a_written_view_for_a_checkpoint, "a differs at|view of a",
+     [Request("write", side="view"), Do("wait"), Do("bounce-standby"), Do("recover")]),
+    (takes_what_differs_for_the_same, "a differs at|view of a",
      [Request("write", side="view"), Do("wait"), Do("bounce-standby"), Do("recover")]),
     (still_follows_after_it_has_merged, "view of a",
      [Request("write", side="view"), Do("wait"), Do("bounce-standby"), Do("crash-standby"), Do("recover")]),

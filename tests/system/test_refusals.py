@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import datetime
 import shutil
 from collections.abc import AsyncIterator
@@ -68,6 +69,31 @@ async def test_a_second_primary_is_refused_during_the_first_sync_as_well(tmp_pat
                 async with attached(pair, "second"):
                     pass
             await control.execute("pair-checkpoint", {"epoch": 1})
+
+
+@pytest.mark.parametrize(("change", "error"), [
+    ({"prefix": "another"}, "only the primary that is attached"),
+    ({"disk": "other"}, "only the primary that is attached"),
+    ({"offset": 512}, r"offset, length: '512, 65536' is not valid"),
+    ({"length": 65537}, "is not valid; it should be a part of the disk's 1048576 bytes"),
+    ({"offset": MiB}, "is not valid; it should be a part of the disk's 1048576 bytes"),
+    ({"length": 0}, "'length' must be an integer >= 1"),
+    ({"key": "c2hvcnQ="}, "'key' must be "),
+    ({"key": "no base64!"}, "'key'"),
+])
+@scenario
+async def test_whoever_asks_for_digests_and_may_not_is_told_why(
+    tmp_path: Path, change: dict[str, Any], error: str
+) -> None:
+    async with Pair(tmp_path) as pair:
+        standby = await pair.start_standby()
+        async with attached(pair, "first") as (control, answer):
+            question = {"prefix": answer["prefix"], "disk": "disk0", "offset": 0, "length": 65536,
+                        "key": base64.b64encode(bytes(16)).decode()}
+            assert await control.execute("pair-digests", question) == {"zeroes": 65536, "digests": ""}
+            with pytest.raises(BlockstepError, match=error):
+                await control.execute("pair-digests", {**question, **change})
+            assert (await standby.status())["state"] == "syncing"
 
 
 @scenario

@@ -22,8 +22,10 @@ from tests.scenarios import scenario
 
 of_any_kind = pytest.mark.usefixtures("four_disks")
 
-#: More than a resync of some dozen blocks sends, and half of what a disk holds.
+#: More than a resync of some dozen blocks sends, or a comparison of all of them, and half of what a disk holds.
 LITTLE = 4 * MiB
+#: What a primary says of a sync if it does not know what its standby lacks, and if it does.
+ALL, DIFFERENCE = "copying all that differs", "copying what the standby lacks"
 
 
 @asynccontextmanager
@@ -44,6 +46,21 @@ async def quit(side: Side) -> None:
     await side.execute("quit")
     assert await side.ended() == 0
     assert "Traceback" not in side.printed
+
+
+async def start_primary(pair: Pair, proxy: Proxy) -> str:
+    """Returns what it says of its first sync; that has ended then."""
+    proxy.closed = True
+    await pair.start_primary(to=proxy.address)
+    proxy.closed = False
+    return await what_is_copied(pair)
+
+
+async def what_is_copied(pair: Pair, since: int = 0) -> str:
+    """What the primary says of a sync after so many events, whose end is waited for."""
+    said = await pair.primary.heard("REPLICATION_STATE", state="syncing", since=since)
+    await pair.primary.until(health="healthy")
+    return str(said["reason"])
 
 
 def checkpoint(status: dict[str, Any]) -> int:
@@ -100,7 +117,7 @@ async def test_how_old_the_checkpoint_is_outlives_a_restart(tmp_path: Path) -> N
 
 @scenario
 async def test_what_the_standby_itself_wrote_is_there_again_until_the_next_checkpoint(tmp_path: Path) -> None:
-    """The primary does not know where that was: everything is copied."""
+    """The primary does not know where that was: everything is compared."""
     async with pair_behind_proxy(tmp_path, disks=1) as (pair, proxy):
         async with pair.standby.clients() as (view,):
             await view.pwrite(MiB + 1, b"mine")
@@ -109,9 +126,9 @@ async def test_what_the_standby_itself_wrote_is_there_again_until_the_next_check
         await pair.start_standby(link=pair.link)
         async with pair.standby.clients() as (view,):
             assert await view.pread(MiB + 1, 4) == b"mine"
-        before, proxy.closed = proxy.up, False
-        await pair.primary.until(health="healthy")
-        assert proxy.up - before > LITTLE
+        before, events, proxy.closed = proxy.up, len(pair.primary.events), False
+        assert await what_is_copied(pair, events) == ALL
+        assert proxy.up - before < LITTLE
         await pair.checkpoint_shows()
 
 
@@ -236,10 +253,45 @@ async def test_a_pair_that_was_killed_copies_the_difference(in_memory: Path) -> 
         assert proxy.up - before < LITTLE
 
 
+@of_any_kind
+@scenario
+async def test_an_old_primary_whose_host_has_crashed_becomes_the_standby_of_its_successor(tmp_path: Path) -> None:
+    """Each side has writes that the other one lacks; what is copied is the difference, on which nobody kept books."""
+    async with pair_behind_proxy(tmp_path) as (pair, proxy):
+        proxy.cut()
+        proxy.closed = True
+        await pair.primary.until(state="offline")
+        await pair.write(10)
+        pair.primary.kill()
+        (tmp_path / "test.lacks").unlink(missing_ok=True)
+        await pair.standby.execute("replication-failover")
+        await pair.standby.heard("REPLICATION_FAILOVER", stage="done")
+        async with pair.standby.clients() as views:
+            for number, view in enumerate(views):
+                await view.pwrite(number * MiB + 7, b"written after the failover")
+        await quit(pair.standby)
+        for disk in range(2):
+            old, new = tmp_path / f"disk{disk}.primary", tmp_path / f"disk{disk}.standby"
+            old.rename(tmp_path / "in.between")
+            new.rename(old)
+            (tmp_path / "in.between").rename(new)
+        (tmp_path / "standby.promoted").unlink()
+        (tmp_path / "test.follows").unlink(missing_ok=True)
+        await pair.start_standby(link=pair.link)
+        before = proxy.up
+        assert await start_primary(pair, proxy) == ALL
+        assert proxy.up - before < LITTLE
+        await pair.checkpoint()
+        assert await pair.standby.read_disks() == await pair.primary.read_disks()
+        async with pair.standby.clients() as views:
+            for number, view in enumerate(views):
+                assert await view.pread(number * MiB + 7, 26) == b"written after the failover"
+
+
 @pytest.mark.parametrize("what", ["written to", "replaced", "another kernel's", "of a format", "ended in good order"])
 @scenario
 async def test_a_primary_that_was_killed_and_whose_disk_is(in_memory: Path, what: str) -> None:
-    """... may differ anywhere, and everything is copied; but for an end in good order before that."""
+    """... may differ anywhere, and everything is compared; but for an end in good order before that."""
     books, disk = in_memory / "test.lacks", in_memory / "disk0.primary"
     async with Pair(in_memory, size=20 * MiB, format="qcow2" if what == "of a format" else "raw") as pair:
         await pair.start_standby()
@@ -264,9 +316,8 @@ async def test_a_primary_that_was_killed_and_whose_disk_is(in_memory: Path, what
                 books.write_bytes(re.sub(rb'"boot":"[^"]*"', b'"boot":"another"', line) + b"\n" + bits)
             assert books.exists() == (what != "of a format")
             sent = proxy.up
-            await pair.start_primary(to=proxy.address)
-            await pair.primary.until(health="healthy")
-            assert (proxy.up - sent > LITTLE) == (what != "ended in good order")
+            assert await start_primary(pair, proxy) == (DIFFERENCE if what == "ended in good order" else ALL)
+            assert proxy.up - sent < LITTLE
             await pair.checkpoint()
             assert await pair.standby.read_disks() == await pair.primary.read_disks()
 
@@ -316,7 +367,7 @@ async def test_a_standby_that_is_killed_again_and_again_gets_the_difference_of_a
 @pytest.mark.parametrize("what", ["written to", "replaced", "merged", "of another primary"])
 @scenario
 async def test_a_standby_that_was_killed_and_whose_disk_was_then(tmp_path: Path, what: str) -> None:
-    """... may differ anywhere, and gets everything."""
+    """... may differ anywhere, and all of it is compared."""
     async with pair_behind_proxy(tmp_path, disks=1) as (pair, proxy):
         await pair.primary.execute("replication-checkpoint")
         note, disk = tmp_path / "test.follows", tmp_path / "disk0.standby"
@@ -331,18 +382,20 @@ async def test_a_standby_that_was_killed_and_whose_disk_was_then(tmp_path: Path,
         elif what == "of another primary":
             await pair.start_standby(link=pair.link)
             pair.primary.kill()
+            (tmp_path / "test.follows.new").mkdir()  # so that no other note takes its place
             await pair.start_primary(to=proxy.address)
-            await pair.primary.until(state="syncing")
+            await pair.primary.heard("REPLICATION_STATE", state="replicating")
             pair.standby.kill()
+            (tmp_path / "test.follows.new").rmdir()
         else:
             (tmp_path / "standby.promoted").unlink()
             pair.primary.kill()
             await pair.start_primary(to=proxy.address)
-        sent = proxy.up
+        sent, events = proxy.up, len(pair.primary.events)
         await pair.start_standby(link=pair.link)
         assert not note.exists()
-        await pair.primary.until(health="healthy")
-        assert proxy.up - sent > LITTLE
+        assert await what_is_copied(pair, events) == ALL
+        assert proxy.up - sent < LITTLE
         await pair.checkpoint()
         assert await pair.standby.read_disks() == await pair.primary.read_disks()
 
@@ -353,7 +406,7 @@ async def test_a_standby_that_cannot_write_down_whom_it_follows_says_what_that_m
     in_the_way.mkdir()
     async with pair_behind_proxy(tmp_path, disks=1) as (pair, _):
         status = await pair.standby.until(health="degraded")
-        assert "a crash would cost a copy of everything" in status["reason"]
+        assert "after a crash everything would be compared" in status["reason"]
         assert "test.follows.new" in status["reason"]
         in_the_way.rmdir()
         await pair.checkpoint_shows()
@@ -363,7 +416,7 @@ async def test_a_standby_that_cannot_write_down_whom_it_follows_says_what_that_m
 
 @pytest.mark.parametrize("role", ["primary", "standby"])
 @scenario
-async def test_a_disk_that_somebody_wrote_to_meanwhile_is_copied_as_a_whole(tmp_path: Path, role: str) -> None:
+async def test_a_disk_that_somebody_wrote_to_meanwhile_is_compared_as_a_whole(tmp_path: Path, role: str) -> None:
     async with pair_behind_proxy(tmp_path, disks=1) as (pair, proxy):
         await quit(pair.primary if role == "primary" else pair.standby)
         with open(tmp_path / f"disk0.{role}", "r+b") as file:
@@ -371,12 +424,13 @@ async def test_a_disk_that_somebody_wrote_to_meanwhile_is_copied_as_a_whole(tmp_
             file.write(b"somebody")
         before = proxy.up
         if role == "primary":
-            await pair.start_primary(to=proxy.address)
+            assert await start_primary(pair, proxy) == ALL
         else:
+            events = len(pair.primary.events)
             await pair.start_standby(link=pair.link)
             assert checkpoint(await pair.standby.status()) == 0
-        await pair.primary.until(health="healthy")
-        assert proxy.up - before > LITTLE
+            assert await what_is_copied(pair, events) == ALL
+        assert proxy.up - before < LITTLE
         await pair.checkpoint()
         assert await pair.standby.read_disks() == await pair.primary.read_disks()
 

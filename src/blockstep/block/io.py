@@ -202,11 +202,14 @@ class Backend:
 
     async def _wait(self) -> None:
         while self._paused:
-            if self._gone:
-                raise OSError(errno.ESHUTDOWN, f"{os.strerror(errno.ESHUTDOWN)}: '{self.name}' has been detached")
+            self._must_be_there()
             waiter: Completion[None] = Completion()
             self._resumed.append(waiter)
             await waiter
+
+    def _must_be_there(self) -> None:
+        if self._gone:
+            raise OSError(errno.ESHUTDOWN, f"{os.strerror(errno.ESHUTDOWN)}: '{self.name}' has been detached")
 
     async def _counted(self, request: Awaitable[T]) -> T:
         self.in_flight += 1
@@ -240,10 +243,11 @@ async def enter(*backends: Backend) -> None:
     """Begin one piece of work that is several requests, through ``backends`` together; then use their edges.
 
     Until `leave` the work counts as in flight in all of them, so a drain waits for its end as a whole. Waits while
-    any of them is drained, and holds none of them meanwhile.
+    any of them is drained, and holds none of them meanwhile. Raises OSError (ESHUTDOWN) if one has been detached.
     """
     while True:
         for backend in backends:
+            backend._must_be_there()
             if backend._paused:
                 await backend._wait()
                 break

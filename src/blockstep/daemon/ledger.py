@@ -1,9 +1,10 @@
 """What a standby may lack, in memory that outlives the primary: a file for its start after its process has died.
 
 A link remembers what was written since the last checkpoint that is durable on the standby. That would be gone with the
-process, and everything would be copied. So it keeps books here as well: a bit for each cluster, set before the disk is
-written, in a file in memory (tmpfs) that is mapped, so that a bit costs no call. The file begins with a line that says
-whose bits they are, by which names a standby may know that, and which disks.
+process, and both ends would have to read all of their disks and compare them. So it keeps books here as well: a bit
+for each cluster, set before the disk is written, in a file in memory (tmpfs) that is mapped, so that a bit costs no
+call. The file begins with a line that says whose bits they are, by which names a standby may know that, and which
+disks.
 
     line │ bits of a disk │ bits of the next ...
 

@@ -72,7 +72,7 @@ class Primary(Service):
                              self._files)
         self.standby = StandbySide(config, self.graph, self.disks, self._files, self.ledger, self._post, self._spawn,
                                    self._report)
-        self.sync = Sync(self.graph, self.jobs, self.disks)
+        self.sync = Sync(self.graph, self.jobs, self.disks, self.standby.content)
         self.checkpoints = Checkpoints(config, self.disks, self.standby, self.ledger, self._post,
                                        lambda: self.coordinator.state, self.emit, clock)
         self._status = PrimaryStatus(config, self.disks, self.coordinator, self.standby, self.checkpoints, self.sync,
@@ -164,7 +164,7 @@ class Primary(Service):
         try:
             await self.ledger.begin()
         except OSError as error:
-            complain(f"blockstep: after a crash everything would be copied: {error}")
+            complain(f"blockstep: after a crash everything would be compared: {error}")
 
     async def close(self) -> None:
         """End everything, in good order: the standby's last checkpoint is the disks as they are in the end.

@@ -3,17 +3,20 @@
 NAME-standby is the link's: each of its requests has ``max-stall`` for its deadline. NAME-sync has none: what may take
 long without harm goes there, syncs and the flushes that make a checkpoint durable. Over the control connection the
 standby is asked all the time whether it is there. Its answer says what has become of its files, and the question what
-has become of this side's, so that each end can tell of both. Over the second one the standby is told what is durable,
-which it notes: that may take long without harm.
+has become of this side's, so that each end can tell of both. Over the second one goes what may take long without harm:
+what is durable, which the standby notes, and the question what its disks hold.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import errno
 import ssl
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
+
+import msgspec
 
 from blockstep.block.graph import Graph
 from blockstep.block.permissions import Role
@@ -22,11 +25,13 @@ from blockstep.daemon.good_end import successor
 from blockstep.daemon.ledger import Ledger
 from blockstep.daemon.primary_setup import PrimaryConfig, PrimaryDisk
 from blockstep.drivers.nbd import Nbd
-from blockstep.errors import BlockstepError, ConnectionLost, PeerRefused, noting
+from blockstep.errors import BlockstepError, ConnectionLost, PeerRefused, ProtocolError, noting
 from blockstep.nbd.tls import client_context
 from blockstep.qmp.client import Connection, open_connection
+from blockstep.qmp.commands.replication import Digests
 from blockstep.qmp.errors import CommandRefused
 from blockstep.replication import coordinator as c
+from blockstep.replication.comparison import Content
 
 #: Seconds: as long as it takes.
 _EVER: Final = 1e9
@@ -171,6 +176,25 @@ class StandbySide:
         if self._notes is None:
             raise ConnectionLost("the standby's control connection is gone")
         await self._notes.execute("pair-durable", {"epoch": epoch, "prefix": self._prefix}, timeout=_EVER)
+
+    async def content(self, disk: str, offset: int, length: int, key: bytes) -> Content | None:
+        """What the standby holds of a range of a disk: see `blockstep.replication.comparison`.
+
+        None: it cannot say. Raises ConnectionLost, or ProtocolError for an answer that is none.
+        """
+        if self._notes is None:
+            raise ConnectionLost("the standby's control connection is gone")
+        try:
+            answer = msgspec.convert(await self._notes.execute("pair-digests", {
+                "prefix": self._prefix, "disk": disk, "offset": offset, "length": length,
+                "key": base64.b64encode(key).decode()}, timeout=_EVER), Digests)
+            content = Content(answer.zeroes, answer.digests)
+            content.told(length)
+        except CommandRefused:  # it cannot read its disk there, perhaps: a copy mends that, or says what is wrong
+            return None
+        except ValueError as error:
+            raise ProtocolError(f"{self._config.standby}: no answer to 'pair-digests': {error}") from error
+        return content
 
     async def resize(self, disk: str, size: int) -> None:
         """Let the standby's disk follow, if there is a standby. Raises BlockstepError.

@@ -1,13 +1,15 @@
 """The first sync of a primary's disks, and every resync: a job for each disk, from NAME-disk to NAME-sync.
 
 A job (`CatchUp`) converges while the guest writes, and switches its link on when the two are the same. A full sync
-covers the disk; a resync covers what the link remembers.
+covers the disk, of which it leaves out what the standby says that it holds; a resync covers what the link remembers.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from typing import Any
 
 from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.graph import Graph
@@ -16,18 +18,20 @@ from blockstep.daemon.primary_setup import PrimaryDisk
 from blockstep.jobs.registry import JobRegistry
 from blockstep.qmp.commands.replication import WorkStatus
 from blockstep.replication.catch_up import CatchUp
+from blockstep.replication.comparison import Content
 from blockstep.replication.link import GRANULARITY
 
 
 class Sync:
-    """All disks' syncs as one."""
+    """All disks' syncs as one. ``content`` asks the standby what a disk holds: see `StandbySide.content`."""
 
-    def __init__(self, graph: Graph, jobs: JobRegistry, disks: Mapping[str, PrimaryDisk]) -> None:
-        self._graph, self._jobs, self._disks = graph, jobs, disks
+    def __init__(self, graph: Graph, jobs: JobRegistry, disks: Mapping[str, PrimaryDisk],
+                 content: Callable[[str, int, int, bytes], Coroutine[Any, Any, Content | None]]) -> None:
+        self._graph, self._jobs, self._disks, self._content = graph, jobs, disks, content
         self._is_full = True
 
     async def begin(self, full: bool) -> None:
-        """Begin to copy everything, or what the standby lacks. From then on the disks keep their lengths."""
+        """Begin to copy all that differs, or what the standby lacks. From then on the disks keep their lengths."""
         self._is_full = full
         for name, disk in self._disks.items():
             assert disk.sync is not None
@@ -36,7 +40,8 @@ class Sync:
                 disk.bitmap = DirtyBitmap(source, "resync", disk.link.length, GRANULARITY)
                 disk.bitmap.merge(disk.link.since)
                 disk.bitmap.merge(disk.link.closing)
-            job = CatchUp(f"sync-{name}", self._graph, source, disk.sync, disk.link, disk.bitmap)
+            job = CatchUp(f"sync-{name}", self._graph, source, disk.sync, disk.link, disk.bitmap,
+                          partial(self._content, name))
             disk.job = await self._jobs.create(job)
 
     async def ended(self) -> None:

@@ -41,6 +41,7 @@ from blockstep.qmp.commands import core
 from blockstep.qmp.commands import replication as qmp
 from blockstep.qmp.schema import Monitor, Registry
 from blockstep.qmp.server import Server as QmpServer
+from blockstep.replication.comparison import CLUSTER, content
 from blockstep.replication.registry import Check, ReplicationRegistry
 from blockstep.replication.resize import check_growth, disks_of
 
@@ -243,12 +244,27 @@ class PrimarysSide:
         try:
             await self._following.keep(now.instance, epoch, still)
         except OSError as error:
-            unnoted = f"a crash would cost a copy of everything, as it cannot be written down what it has: {error}"
+            unnoted = f"after a crash everything would be compared, as it cannot be written down what it has: {error}"
             raise BlockstepError(unnoted) from error
         finally:
             if unnoted != now.unnoted:
                 now.unnoted = unnoted
                 self._tell()
+
+    async def digests(self, args: qmp.DigestsArguments) -> qmp.Digests:
+        """What a disk holds, without the writes of the view, for a primary that is to copy what differs."""
+        link = self._now.disks[args.disk].link if args.disk in self._now.disks else None
+        if args.prefix != self._prefix or link is None:
+            raise ReplicationError(self._config.pair, "compare", "only the primary that is attached may ask for it")
+        end = args.offset + args.length
+        if end > link.length or args.offset % CLUSTER or (end % CLUSTER and end != link.length):
+            raise OptionError("offset, length", f"{args.offset}, {args.length}", f"a part of the disk's {link.length} "
+                              f"bytes that begins and ends with {CLUSTER} bytes, or ends with the disk")
+        try:
+            zeroes, digests = await content(link, args.offset, args.length, args.key)
+        except OSError as error:
+            raise BlockstepError(f"disk '{args.disk}' of the standby: {error.strerror or error}") from error
+        return qmp.Digests(zeroes=zeroes, digests=digests)
 
     async def resize_for_primary(self, args: qmp.PairResizeArguments, monitor: Monitor) -> None:
         """A disk, its buffers and its view grow, or get back the length before they did; all or none."""

@@ -8,38 +8,102 @@ guest writes from then on. It is little, because passes in the background go bef
 Nor do the guest's writes go to the standby during the copy, as long as passes make what is dirty less. Only when the
 guest writes faster than the link carries, its writes are sent to both ends, and it is held down to the link's speed.
 
+A full sync compares before it copies (`blockstep.replication.comparison`). Where nearly everything differs digests are
+work for nothing: then more and more is copied without a look, up to sixteen parts of seventeen.
+
 Nothing is durable on the standby when the job ends; the first checkpoint after it sees to that.
 """
 
 from __future__ import annotations
 
+import asyncio
+import secrets
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any, ClassVar, Final
 
+from blockstep.aio.pool import wait_out
 from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph
 from blockstep.jobs.mirror import MirrorJob
 from blockstep.jobs.states import JobKind, OnError
+from blockstep.replication import comparison
+from blockstep.replication.comparison import Content
 from blockstep.replication.link import Link
 from blockstep.units import MiB
 
 #: Bytes that may be left to the link's queue, and how many passes are made to get there.
 _REST: Final = MiB
 _PASSES: Final = 4
+#: Bytes that are copied without a look, at the most, before some are compared again.
+_UNSEEN: Final = 16 * comparison.WINDOW
+
+#: What the target holds of a range (offset, length), with a key for the digests. None: it cannot say.
+Ask = Callable[[int, int, bytes], Coroutine[Any, Any, Content | None]]
 
 
 class CatchUp(MirrorJob):
-    """From ``source``, below the ``link``, to ``target``: all of it, or what ``bitmap`` says."""
+    """From ``source``, below the ``link``, to ``target``: what ``bitmap`` says, or all that is not the same there.
+
+    ``ask`` is the way to hear of what is there; without it everything is copied.
+    """
 
     kind: ClassVar[JobKind] = "mirror"
 
     def __init__(self, id: str, graph: Graph, source: Driver, target: Driver, link: Link,
-                 bitmap: DirtyBitmap | None) -> None:
+                 bitmap: DirtyBitmap | None, ask: Ask | None = None) -> None:
         super().__init__(id, graph, source, target, sync="bitmap" if bitmap else "full", bitmap=bitmap,
                          copy_mode="background", auto_complete=True)
         self.link = link
+        self._ask = ask
         self._rest: list[tuple[int, bytes]] = []
+
+    async def fill(self) -> None:
+        await super().fill()
+        if self._ask and self.bitmap is None:
+            await self._compare(self._ask, secrets.token_bytes(comparison.SIZE))
+
+    async def _compare(self, ask: Ask, key: bytes) -> None:
+        """Take out of `dirty` what the target holds already. It is asked for the next part while one is compared."""
+        size, at, unseen = self.source.length, 0, 0
+        asking = asyncio.ensure_future(ask(at, size, key))
+        try:
+            while (theirs := await asking) is not None:
+                offset, length = at, theirs.told(size - at)
+                at = min(offset + length + unseen, size)
+                if at < size:
+                    asking = asyncio.ensure_future(ask(at, size - at, key))
+                await self.pause_point()
+                differing = await self._leave_out(offset, length, theirs, key)
+                many = differing * 8 > len(theirs.digests) // comparison.SIZE * 7
+                unseen = min(unseen * 2 or comparison.WINDOW, _UNSEEN) if many else 0
+                if at == size:
+                    break
+        finally:
+            asking.cancel()
+            await wait_out(asking)
+            _ = asking.cancelled() or asking.exception()  # whatever it is, another one is raised, or nobody waits
+
+    async def _leave_out(self, offset: int, length: int, theirs: Content, key: bytes) -> int:
+        """Leave out what is the same of a range. Returns how many clusters differ, of those that have digests.
+
+        The bits are reset before the content is looked at, as before a copy.
+        """
+        source, start = self._backends[0], offset + theirs.zeroes
+        before = self.dirty.count()
+        self.dirty.reset(offset, length)
+        try:
+            for at, count in await comparison.data(source, offset, theirs.zeroes):
+                self.dirty.set(at, count)
+            ours = await comparison.digests(source, start, offset + length - start, key)
+        except OSError as error:
+            raise self._said("of this side", error) from error
+        differing = list(comparison.differing(ours, theirs.digests))
+        for cluster in differing:
+            self.dirty.set(start + cluster * comparison.CLUSTER, 1)
+        self.copied(max(before - self.dirty.count(), 0))  # the guest may have written meanwhile
+        return len(differing)
 
     async def prepare(self) -> None:
         await self._converge()

@@ -43,7 +43,7 @@ class State(enum.Enum):
 
 
 class Attached(msgspec.Struct, frozen=True):
-    """The standby is there. ``full``: nothing is known of what it holds, so everything is copied."""
+    """The standby is there. ``full``: nothing is known of what it holds, so all of it is compared."""
 
     attempt: int
     full: bool
@@ -104,7 +104,7 @@ class Attach(msgspec.Struct, frozen=True):
 
 
 class Sync(msgspec.Struct, frozen=True):
-    """Copy everything (``full``) or what the standby lacks, switch the links on; answer Synced or Failed."""
+    """Copy all that differs (``full``) or what the standby lacks, switch the links on; answer Synced or Failed."""
 
     attempt: int
     full: bool
@@ -174,8 +174,8 @@ class Coordinator:
 
     def _attached(self, event: Attached) -> list[Action]:
         self._attempt += 1
-        return [*self._enter(State.SYNCING, "copying everything" if event.full else "copying what the standby lacks"),
-                Sync(self._attempt, event.full)]
+        reason = "copying all that differs" if event.full else "copying what the standby lacks"
+        return [*self._enter(State.SYNCING, reason), Sync(self._attempt, event.full)]
 
     def _synced(self, _: Synced) -> list[Action]:
         return self._checkpoint()

@@ -297,6 +297,30 @@ class DurableArguments(Arguments):
     prefix: str
 
 
+class DigestsArguments(Arguments):
+    """Arguments of pair-digests. ``prefix``: of the attach. ``offset`` and ``length``: bytes, whole clusters of 64 KiB.
+
+    ``key``: of the digests.
+    """
+
+    prefix: str
+    disk: str
+    offset: Size
+    length: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
+    key: Annotated[bytes, Meta(min_length=16, max_length=64)]
+
+
+class Digests(Result):
+    """Result of pair-digests: of a part of what was asked for, from its beginning on.
+
+    ``zeroes``: so many bytes are known to be zero. ``digests``: of the clusters after them, one after the other: keyed
+    BLAKE2b of 16 bytes; all zero for a cluster of zeroes.
+    """
+
+    zeroes: Annotated[int, Meta(ge=0)]
+    digests: bytes
+
+
 class PairResizeArguments(Arguments):
     """Arguments of pair-resize. ``size`` and ``now``, what the primary's disk has now: in bytes."""
 
@@ -327,6 +351,7 @@ class Peer(Protocol):
     async def attach(self, args: AttachArguments, monitor: Monitor) -> Attached: ...
     async def commit(self, epoch: int, monitor: Monitor) -> None: ...
     async def durable(self, args: DurableArguments) -> None: ...
+    async def digests(self, args: DigestsArguments) -> Digests: ...
     async def resize_for_primary(self, args: PairResizeArguments, monitor: Monitor) -> None: ...
     def heard(self, args: PairQueryArguments, monitor: Monitor) -> PairStatus: ...
 
@@ -354,6 +379,15 @@ async def pair_durable(context: Peer, args: DurableArguments, monitor: Monitor) 
     was written since, and no more. An error says that this standby would get everything.
     """
     await context.durable(args)
+
+
+@peer_commands.command("pair-digests")
+async def pair_digests(context: Peer, args: DigestsArguments, monitor: Monitor) -> Digests:
+    """What a disk holds, so that a primary that does not know what the standby lacks copies only what differs.
+
+    An error, for example that the disk cannot be read there, means that everything is to be copied.
+    """
+    return await context.digests(args)
 
 
 @peer_commands.command("pair-resize")
