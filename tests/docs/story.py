@@ -32,7 +32,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -40,6 +39,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+from blockstep.testing.processes import free_ports
 
 ROOT: Final = Path(__file__).parents[2]
 #: Directories of a host; in the test each host has its own.
@@ -102,22 +103,6 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def _free_neighbours(count: int) -> list[int]:
-    """Ports that were free a moment ago, each with a free port above it."""
-    result: list[int] = []
-    while len(result) < count:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            if all(abs(port - other) > 1 for other in result):
-                result.append(port)
-    return result
-
-
 class Story:
     """The two hosts of a page."""
 
@@ -125,7 +110,8 @@ class Story:
         self.directory = directory
         self.programs: dict[str, list[subprocess.Popen[bytes]]] = {host: [] for host in HOSTS}
         self._ports: dict[tuple[str, str], int] = {}
-        self._reserve = _free_neighbours(6)
+        first = free_ports(12)
+        self._reserve = list(range(first, first + 12, 2))  # each with one above it
         tools = directory / "bin"
         tools.mkdir()
         _script(tools / "blockstep", f'#!/bin/sh\nexec {sys.executable} -m blockstep "$@"\n')

@@ -36,6 +36,7 @@ from blockstep.nbd.uri import InetAddress, UnixAddress
 from blockstep.qmp.commands import replication as qmp
 from blockstep.qmp.schema import Event
 from blockstep.replication.link import GRANULARITY
+from blockstep.testing.processes import free_ports
 from blockstep.testing.proxy import Proxy
 from tests.scenario import pair_model as model
 
@@ -77,7 +78,7 @@ class World:
     def __init__(self, directory: Path, shape: Shape) -> None:
         self.directory, self.shape = directory, shape
         self.names = "abc"[:len(shape.sizes)]
-        self.proxy = Proxy("127.0.0.1", 0)
+        self.proxy = Proxy("127.0.0.1", free_ports(2))
         #: Where the disks and notes of the primary are, and those of the standby.
         self.hosts = [directory / "one", directory / "two"]
         self.clients: dict[tuple[model.Side, str], Client] = {}

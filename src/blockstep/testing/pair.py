@@ -38,6 +38,7 @@ from blockstep.nbd.uri import UnixAddress
 from blockstep.qmp.client import Connection, connect, open_connection
 from blockstep.testing.numbered import NotAState, NumberedWrites, make_image
 from blockstep.testing.processes import blockstep as blockstep_command
+from blockstep.testing.processes import free_ports
 from blockstep.units import MiB
 
 #: Seconds that a process may take to start, and anything that is waited for, unless told otherwise.
@@ -277,9 +278,9 @@ class Pair:
         await self.start_standby(*standby)
         await self.start_primary(*primary)
 
-    async def start_standby(self, *options: str, link: str = "127.0.0.1:0", **popen: Any) -> Side:
-        """Start the standby; sets `link`."""
-        defaults = ["--pair", self.pair, "--link", link]
+    async def start_standby(self, *options: str, link: str = "", **popen: Any) -> Side:
+        """Start the standby; sets `link`, at which it can be started again."""
+        defaults = ["--pair", self.pair, "--link", link or f"127.0.0.1:{free_ports(2)}"]
         if self.format == "qcow2":
             defaults += ["--buffer-format", "qcow2"]
             if "--buffer-dir" not in options:

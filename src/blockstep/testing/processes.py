@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import socket
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from urllib.parse import quote
 
 from blockstep.errors import BlockstepError
 
+#: Where `free_ports` looks, from there on.
+_FIRST_PORT = 10240
 #: Seconds that a program may take to listen, to end after SIGTERM, and to answer one command.
 START_LIMIT, END_LIMIT, COMMAND_LIMIT = 20.0, 5.0, 50.0
 
@@ -157,16 +160,21 @@ def nbd_uri(address: Address, export: str = "") -> str:
 
 
 def free_ports(count: int = 1, host: str = "127.0.0.1") -> int:
-    """The first of ``count`` adjacent TCP ports that nobody uses now. For programs that cannot be told port 0."""
+    """The first of ``count`` adjacent TCP ports that nobody uses now.
+
+    For programs that cannot be told port 0, or that are started again where they were. No socket that is given any port
+    gets one of these: they lie below those that the kernel gives out.
+    """
+    given_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
+        first = _FIRST_PORT + secrets.randbelow(max(given_out - _FIRST_PORT, 8192) - count)
         with ExitStack() as stack:
             try:
-                first = stack.enter_context(socket.create_server((host, 0))).getsockname()[1]
-                for port in range(first + 1, first + count):
+                for port in range(first, first + count):
                     stack.enter_context(socket.create_server((host, port)))
-            except (OSError, OverflowError):
+            except OSError:
                 continue
-            return int(first)
+            return first
 
 
 def blockstep(*arguments: str | Path, before: str = "") -> list[str | Path]:
