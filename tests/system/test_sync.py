@@ -33,6 +33,7 @@ async def test_the_first_sync_copies_a_disk_that_is_being_written(tmp_path: Path
                 status = await pair.primary.until(lambda status: status["work"] and status["work"]["current"])
                 assert status["work"]["kind"] == "sync"
                 assert status["health"] == "degraded"
+                assert any(disk["behind"] for disk in status["disks"])
                 await pair.written(20)
                 proxy.rate = 0
                 await pair.primary.until(health="healthy")
@@ -109,22 +110,26 @@ async def test_after_a_cut_only_the_difference_is_copied_and_the_view_stays(tmp_
 
 @of_any_kind
 @scenario
-async def test_a_primary_that_was_restarted_copies_everything_and_the_view_stays_meanwhile(tmp_path: Path) -> None:
+async def test_a_primary_that_was_restarted_copies_what_differs_and_the_view_stays_meanwhile(tmp_path: Path) -> None:
     async with Pair(tmp_path, disks=2, size=4 * MiB) as pair:
-        await pair.start()
-        await pair.primary.until(health="healthy")
-        async with pair.writing():
-            await pair.written(50)
-            low, high = await pair.checkpoint()
-            await pair.written(50)
-            pair.primary.kill()
-        at = await pair.proven(pair.standby)
-        assert low <= at <= high
+        await pair.start_standby()
         async with proxy_to(pair) as proxy:
-            proxy.rate = MiB
             await pair.start_primary(to=proxy.address)
-            status = await pair.primary.until(lambda status: status["work"] and status["work"]["current"] > MiB)
-            assert status["work"]["kind"] == "sync"
+            await pair.primary.until(health="healthy")
+            async with pair.writing():
+                await pair.written(50)
+                low, high = await pair.checkpoint()
+                proxy.closed = True
+                proxy.cut()
+                await pair.primary.until(state="offline")
+                await pair.written(100)
+                pair.primary.kill()
+            at = await pair.proven(pair.standby)
+            assert low <= at <= high
+            proxy.closed, proxy.rate = False, 128 * KiB
+            await pair.start_primary(to=proxy.address)
+            work = (await pair.primary.until(lambda status: status["work"] and status["work"]["current"]))["work"]
+            assert work["kind"] == "sync"
             assert await pair.proven(pair.standby) == at
             proxy.rate = 0
             await pair.primary.until(health="healthy")
@@ -159,7 +164,7 @@ async def test_a_failover_in_the_middle_of_a_resync_lives_on_from_the_last_check
 
 
 @scenario
-async def test_a_standby_that_was_restarted_gets_everything_again(tmp_path: Path) -> None:
+async def test_a_standby_that_was_restarted_gets_what_it_lacks(tmp_path: Path) -> None:
     async with Pair(tmp_path, size=2 * MiB) as pair:
         await pair.start()
         await pair.primary.until(health="healthy")

@@ -58,10 +58,11 @@ class PrimaryStatus:
             exports=exports)
 
     def _disk_status(self, name: str, disk: PrimaryDisk) -> qmp.DiskStatus:
-        state = "replicating" if disk.link.on else "syncing" if disk.job else self._coordinator.state.value
+        syncing = None if disk.link.on else disk.job
+        state = "replicating" if disk.link.on else "syncing" if syncing else self._coordinator.state.value
         fault = self._files.faults.get(name, "")
         return qmp.DiskStatus(name=name, format=disk.spec.format, size=disk.link.length, state=state,
-                              behind=disk.link.behind, buffer_used=0, buffer_limit=0,
+                              behind=syncing.left if syncing else disk.link.behind, buffer_used=0, buffer_limit=0,
                               reason="; ".join(filter(None, [fault, *disk.reasons])), fault=fault)
 
     def event(self) -> qmp.ReplicationState:

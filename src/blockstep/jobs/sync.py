@@ -404,9 +404,14 @@ class SyncJob(Job):
         self.kick()
 
     @property
-    def total(self) -> int:
+    def left(self) -> int:
+        """Bytes that the target may lack."""
         in_flight = self.engine.in_flight if self.engine is not None else 0
-        return self.current + self.dirty.count() + in_flight
+        return self.dirty.count() + in_flight
+
+    @property
+    def total(self) -> int:
+        return self.current + self.left
 
     @property
     def actively_synced(self) -> bool:

@@ -29,7 +29,8 @@ class DiskStatus(Result):
     size: int
     #: On a standby its own: none (no checkpoint), running, failover, failover-failed, promoted, stopped.
     state: str
-    #: What the standby lacks (on the primary): in the queue, or to be copied by a resync.
+    #: What the standby lacks (on the primary): in the queue, or to be copied by a resync, or compared by a sync that
+    #: runs.
     behind: int
     #: What the standby's disk buffer holds, and can hold: in memory, and in what is free in its directory (0: no limit
     #: is known). 0 on the primary.
