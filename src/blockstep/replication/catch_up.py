@@ -94,7 +94,7 @@ class CatchUp(MirrorJob):
         before = self.dirty.count()
         self.dirty.reset(offset, length)
         try:
-            for at, count in await comparison.data(source, offset, theirs.zeroes):
+            async for at, count in comparison.data(source, offset, theirs.zeroes):
                 self.dirty.set(at, count)
             ours = await comparison.digests(source, start, offset + length - start, key)
         except OSError as error:

@@ -14,7 +14,7 @@ two contents that are taken for the same.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
@@ -82,19 +82,17 @@ async def digests(user: Backend, offset: int, length: int, key: bytes) -> bytes:
     return b"".join(found)
 
 
-async def data(user: Backend, offset: int, length: int) -> list[tuple[int, int]]:
+async def data(user: Backend, offset: int, length: int) -> AsyncIterator[tuple[int, int]]:
     """The parts of a range, as (offset, length), that are not known to read as zeroes. Raises OSError."""
-    found = []
-    window = WINDOW
-    end = offset + length
+    window, end = WINDOW, offset + length
     while offset < end:
         extents = await _status(user, offset, min(window, end - offset))
         for extent in extents:
             if not extent.zero:
-                found.append((offset, extent.length))
+                yield offset, extent.length
             offset += extent.length
         window = window * 16 if len(extents) == 1 else WINDOW
-    return found
+        await asyncio.sleep(0)  # where nobody waits for a device: let the others have their turn
 
 
 def differing(one: bytes, other: bytes) -> Iterator[int]:
