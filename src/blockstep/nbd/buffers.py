@@ -14,7 +14,9 @@ larger one, and the connection goes on with that size for as long as such reques
 
 Large arenas are what clients can make a server hold: all connections together have one *budget* for them. A
 connection that gets none receives nothing until others have given theirs back, first come, first served; small
-requests need none. One is always given, whatever the budget.
+requests need none. One is always given, whatever the budget. While somebody waits, nobody keeps a large arena for
+what may come: those that hold no part of a request are given back at once, or by their last users, and who waits
+itself holds a small one, if what it has received fits into that.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class Pool:
     ``budget``: bytes of large arenas that may be out.
     """
 
-    __slots__ = ("_budget", "_limit", "_out", "_spare", "_waiting", "kept")
+    __slots__ = ("_budget", "_limit", "_out", "_spare", "_waiting", "holders", "kept")
 
     def __init__(self, limit: int = 16 << 20, budget: int = 1 << 30) -> None:
         self._limit, self._budget = limit, budget
@@ -68,6 +70,8 @@ class Pool:
         self._out = 0
         self._waiting: deque[Callable[[], bool]] = deque()
         self._spare: dict[int, list[Arena]] = {size: [] for size in SIZES}
+        #: Who receives into a large arena.
+        self.holders: dict[ReceiveBuffer, None] = {}
         #: Bytes in spare arenas.
         self.kept = 0
 
@@ -98,20 +102,33 @@ class Pool:
         if spare is not None and self.kept + arena.size <= self._limit:
             self.kept += arena.size
             spare.append(arena)
-        while self._waiting and arena.size > SIZES[0]:
-            if not self._waiting[0]():
-                break
-            self._waiting.popleft()
+        if arena.size > SIZES[0]:
+            self._wake()
 
     def wait(self, again: Callable[[], bool]) -> None:
-        """Call ``again`` when large arenas come back, until it says that it needs none any more."""
+        """Call ``again`` when large arenas come back, perhaps at once, until it says that it needs none any more."""
         self._waiting.append(again)
+        for buffer in list(self.holders):
+            buffer.let_go()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether somebody waits for a large arena."""
+        return bool(self._waiting)
+
+    def _wake(self) -> None:
+        while self._waiting:
+            # Who is asked may give back another arena for the one it gets, and so bring us here again.
+            again = self._waiting.popleft()
+            if not again():
+                self._waiting.appendleft(again)
+                break
 
 
 class ReceiveBuffer:
     """The arena that a connection receives into, and where the undecoded bytes lie in it."""
 
-    __slots__ = ("_large", "_pool", "arena", "end", "need", "start", "view")
+    __slots__ = ("_large", "_pool", "arena", "end", "is_settled", "need", "start", "view")
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -122,6 +139,8 @@ class ReceiveBuffer:
         self.end = 0
         #: What the incomplete request at ``start`` still lacks.
         self.need = 0
+        #: False from the decoding of a batch to its end: there are requests in it that do not count as users yet.
+        self.is_settled = True
         self._large = 0  # for how many batches more a large arena is worth having
 
     def target(self) -> memoryview:
@@ -144,12 +163,14 @@ class ReceiveBuffer:
         False: not now, the budget of large arenas is used up (see `Pool.wait`). Receive nothing, and settle again.
         """
         arena, tail = self.arena, self.end - self.start
+        self.is_settled = True
         if arena.size > SIZES[0] or self.need > SIZES[0]:
             self._large = _QUIET_BATCHES if self.need > SIZES[0] else self._large - 1
+            if self._large <= 0 or self._pool.is_short:
+                self.let_go()
+                arena = self.arena
         if not arena.users:
             if not tail:
-                if arena.size > SIZES[0] and self._large <= 0:
-                    self._change(0, 0)
                 self.start = self.end = 0
                 return True
             if self.start and tail <= _CHEAP_MOVE:
@@ -160,25 +181,40 @@ class ReceiveBuffer:
             return True
         if not arena.users and arena.size >= tail + max(self.need, _LEAST_FREE):
             self.view[:tail] = self.view[self.start:self.end]
+            self.start, self.end = 0, tail
         else:
             try:
                 self._change(max(tail + self.need, arena.size if self._large > 0 else 0), tail)
             except MemoryError:
-                return False
-        self.start, self.end = 0, tail
+                if arena.size > SIZES[0] and tail <= SIZES[0]:
+                    self._change(0, tail)
+                return tail + self.need <= SIZES[0]
         return True
+
+    def let_go(self) -> None:
+        """Leave a large arena to its users, or to the pool, if nothing that was received has still to be looked at."""
+        if self.arena.size > SIZES[0] and self.is_settled and self.start == self.end:
+            self._large = 0
+            self._change(0, 0)
 
     def give_up(self) -> None:
         """The connection is gone: leave the arena to its users, or to the pool."""
+        self._pool.holders.pop(self, None)
         self.arena.retired = True
         if not self.arena.users:
             self._pool.give_back(self.arena)
 
     def _change(self, least: int, tail: int) -> None:
+        """Go on in another arena, at its front. Raises MemoryError; then nothing has changed."""
         old, view = self.arena, self.view
         self.arena = self._pool.take(least, None if old.users else old)
         self.view = self.arena.view
         self.view[:tail] = view[self.start:self.end]
+        self.start, self.end = 0, tail
+        if self.arena.size > SIZES[0]:
+            self._pool.holders[self] = None
+        else:
+            self._pool.holders.pop(self, None)
         old.retired = True
         if not old.users:
             self._pool.give_back(old)

@@ -228,6 +228,7 @@ class Connection:
     def _batch(self) -> None:
         """Decode all that is there, and run it."""
         buffer = self._buffer
+        buffer.is_settled = False
         requests, buffer.start, buffer.need, error = self._decode(buffer.view, buffer.start, buffer.end)
         if error is not None:
             self.error = error
@@ -247,9 +248,8 @@ class Connection:
                 self.channel.pause()
                 break
             self._out.append(self._form.error(cookie, offset, c.ESHUTDOWN, "the server is shutting down"))
-        self._buffer.settle()
         self._flush()
-        if self._room() <= 0:
+        if not self._buffer.settle() or self._room() <= 0:
             self.channel.pause()
         self._close_if_idle()
 
@@ -333,8 +333,8 @@ class Connection:
             self._close_if_idle()
 
     def _settled(self) -> bool:
-        """Others have given memory back: whether this connection needs none of it any more."""
-        if self._is_gone:
+        """Memory has come back: whether this connection needs none of it any more."""
+        if self._is_gone or self._starving is None:
             return True
         if not self._buffer.settle():
             return False
@@ -432,6 +432,8 @@ class Connection:
             self._out.clear()
             return
         self._flush()
+        if self._starving is not None:  # its own arena may be free now
+            self._settled()
         if self._backlog is not None:
             if not self._running and self._room() > 0:
                 self._run(self._backlog)

@@ -72,6 +72,69 @@ def test_one_large_arena_is_given_whatever_the_budget_and_can_be_exchanged() -> 
     assert _wants(other, SIZES[0] - 100)
 
 
+def test_who_gets_a_larger_arena_keeps_what_it_received_and_the_one_that_it_gives_back_goes_to_the_next() -> None:
+    pool = Pool(budget=SIZES[3] + SIZES[1])
+    holder, waiter, next_one = (ReceiveBuffer(pool) for _ in range(3))
+    assert _wants(holder, SIZES[3] - 100)
+    assert _wants(waiter, SIZES[1] - 100)
+    waiter.start = waiter.end
+    receive(waiter, b"begun" * 80_000)
+    waiter.need = SIZES[2] - 400_000
+    assert not waiter.settle()
+    assert not _wants(next_one, SIZES[1] - 100)
+    pool.wait(waiter.settle)
+    pool.wait(next_one.settle)
+    holder.give_up()
+    assert (waiter.arena.size, next_one.arena.size) == (SIZES[2], SIZES[1])
+    assert bytes(waiter.view[waiter.start:waiter.end]) == b"begun" * 80_000
+    assert not pool.is_short
+
+
+def test_a_small_request_behind_large_ones_needs_no_large_arena() -> None:
+    pool = Pool(budget=SIZES[1])
+    buffer = ReceiveBuffer(pool)
+    assert _wants(buffer, SIZES[1] - 100)
+    receive(buffer, bytes(SIZES[1] - 100))
+    buffer.arena.users = 1
+    buffer.start = buffer.end - 10
+    buffer.need = 18
+    assert buffer.settle()
+    assert (buffer.arena.size, buffer.end) == (SIZES[0], 10)
+
+
+def test_while_somebody_waits_nobody_keeps_a_large_arena_for_what_may_come() -> None:
+    pool = Pool(budget=2 * SIZES[1])
+    idle, used, waiter = (ReceiveBuffer(pool) for _ in range(3))
+    for buffer in (idle, used):
+        assert _wants(buffer, SIZES[1] - 100)
+        buffer.start = buffer.end
+        buffer.need = 28
+    used.arena.users = 1
+    busy = used.arena
+    assert idle.settle()
+    assert used.settle()
+    assert (idle.arena.size, used.arena.size) == (SIZES[1], SIZES[1])
+    assert not _wants(waiter, SIZES[2] - 100)
+    pool.wait(waiter.settle)
+    assert (idle.arena.size, used.arena.size) == (SIZES[0], SIZES[0])
+    assert pool.is_short
+    busy.release()
+    assert waiter.arena.size == SIZES[2]
+
+
+def test_requests_that_are_decoded_and_not_begun_keep_their_arena() -> None:
+    pool = Pool(budget=SIZES[1])
+    buffer, waiter = ReceiveBuffer(pool), ReceiveBuffer(pool)
+    assert _wants(buffer, SIZES[1] - 100)
+    arena = buffer.arena
+    buffer.is_settled, buffer.start = False, buffer.end
+    assert not _wants(waiter, SIZES[1] - 100)
+    pool.wait(waiter.settle)
+    assert buffer.arena is arena
+    assert buffer.settle()
+    assert (buffer.arena.size, waiter.arena) == (SIZES[0], arena)
+
+
 def _wants(buffer: ReceiveBuffer, count: int) -> bool:
     if not buffer.end:
         receive(buffer, bytes(28))

@@ -603,6 +603,38 @@ def test_a_large_write_waits_while_others_hold_the_servers_memory() -> None:
     asyncio.run(main())
 
 
+def test_a_client_waits_for_the_memory_that_its_own_writes_hold() -> None:
+    async def main() -> None:
+        storage = Storage(1 << 20)
+        async with served(storage, memory=1 << 20) as (server, client):
+            await client.go()
+            storage.hold = True
+            writes = [client.request(c.CMD_WRITE, 0, cookie=n, payload=bytes(900_000)) for n in range(3)]
+            sending = asyncio.ensure_future(client.send(*writes))
+            await until(lambda: any(connection._starving for connection in server.connections))
+            storage.release()
+            await sending
+            assert [reply[2:4] for reply in await client.replies(3)] == [(0, 0), (1, 0), (2, 0)]
+
+    asyncio.run(main())
+
+
+def test_a_client_that_does_nothing_keeps_no_memory_from_others() -> None:
+    async def main() -> None:
+        storage = Storage(8 << 20)
+        async with served(storage, memory=3 << 20) as (server, first):
+            ours, theirs = socket.socketpair()
+            server.serve(theirs)
+            with ours:
+                second = Client(ours)
+                for client in (first, second):
+                    await client.go()
+                    await client.send(client.request(c.CMD_WRITE, 0, cookie=1, payload=bytes(2 << 20)))
+                    assert [reply[2:4] for reply in await client.replies(1)] == [(1, 0)]
+
+    asyncio.run(main())
+
+
 def test_a_client_that_gets_no_memory_for_long_is_cut_off() -> None:
     async def main() -> None:
         storage, events = Storage(8 << 20), []
