@@ -25,7 +25,10 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 #: How much of a bad value its error shows.
 _LONGEST_SHOWN: Final = 200

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from typing import Final
-
 from blockstep.errors import OptionError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 KiB: Final = 1 << 10
 MiB: Final = 1 << 20
@@ -27,6 +28,8 @@ def parse_size(text: str, option: str = "size") -> int:
 
     Raises OptionError naming ``option`` when the text is no size or not a whole number of bytes.
     """
+    import re
+
     match = re.fullmatch(_SIZE, text.strip(), re.IGNORECASE)
     if match:
         number = float(match[1]) if "." in match[1] else int(match[1])
@@ -38,6 +41,8 @@ def parse_size(text: str, option: str = "size") -> int:
 
 def parse_duration(text: str, option: str = "time") -> float:
     """``"500ms"``, ``"5s"``, ``"2m"``, ``"5"`` to seconds. Raises OptionError naming ``option``."""
+    import re
+
     match = re.fullmatch(_TIME, text.strip(), re.IGNORECASE)
     if match:
         return float(match[1]) * _SECONDS[match[2].lower()]

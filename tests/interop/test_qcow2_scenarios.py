@@ -78,7 +78,7 @@ def unknown_extension(path: Path) -> Extension:
     extension = Extension(0x12345678, b"something of another program's")
     data = path.read_bytes()
     header = parse_header(data[:65536])
-    begin = build_header(header._replace(extensions=(*header.extensions, extension)))
+    begin = build_header(header.replaced(extensions=(*header.extensions, extension)))
     path.write_bytes(begin.ljust(header.cluster_size, b"\0") + data[header.cluster_size:])
     return extension
 

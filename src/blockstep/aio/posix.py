@@ -28,12 +28,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any, Final, Literal, NamedTuple
 
 from blockstep.aio import Buffer
 from blockstep.errors import noting
+from blockstep.records import Record
 
-Locking = Literal["on", "off", "auto"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Final
+
+    from blockstep.aio.locking import Locking
 
 #: Copies longer than this go to a thread even if they would not wait: so many bytes take some 50 us.
 INLINE: Final = 1 << 20
@@ -298,7 +302,7 @@ def set_length(fd: int, length: int, filename: str) -> None:
         raise OSError(code, f"{os.strerror(code)}: it cannot have {length} bytes", filename) from None
 
 
-class Fault(NamedTuple):
+class Fault(Record):
     """What somebody else has done to a file that is open."""
 
     text: str  #: which file, what happened, what to do

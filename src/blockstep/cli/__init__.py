@@ -9,6 +9,12 @@ request a good part of a second earlier for that. So this module imports nothing
 knows which command is wanted; the module of a command imports little more than its options need, which is what the
 help asks of all of them, and the rest when it is called; and typer comes in when there is something to explain
 (`blockstep.cli.words`).
+
+`typing` is no small part of a short command, and most of it is for mypy. So the modules here, and those that
+`img check` imports, import it for mypy only, below ``TYPE_CHECKING = False``, which mypy takes for true; their
+annotations are not evaluated. What options are written with is in `blockstep.forms`, records are those of
+`blockstep.records`.
+`signal` stays, though it brings `enum` with it (2 ms): Ctrl-C has to end a program from the first import on.
 """
 
 from __future__ import annotations
@@ -17,10 +23,11 @@ import atexit
 import gc
 import signal
 import sys
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, Final
+
     import typer
 
     app: typer.Typer
@@ -35,6 +42,8 @@ COMMANDS: Final = ("export", "img", "standby", "primary", "daemon", "status", "c
 
 def make_app(*commands: str) -> typer.Typer:
     """The application with these commands, whose modules are imported for it."""
+    from importlib import import_module
+
     import typer
 
     from blockstep.cli.words import for_typer
@@ -128,6 +137,8 @@ def _carry_out(wanted: str, words: list[str]) -> int | None:
         return img.main(words)
     if wanted not in COMMANDS:
         return None
+    from importlib import import_module
+
     from blockstep.cli.words import parsed
 
     command = getattr(import_module(f"blockstep.cli.{wanted}"), wanted)

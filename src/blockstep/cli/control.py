@@ -6,17 +6,21 @@ import errno
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 from blockstep.cli.signals import run_unless_told
 from blockstep.cli.words import Argument, Option
 from blockstep.errors import BlockstepError, OptionError
+from blockstep.forms import Annotated
 from blockstep.places import QMP_SUFFIX, runtime_directory
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, Final, TypeVar
+
     from blockstep.qmp.client import Connection
 
-T = TypeVar("T")
+    T = TypeVar("T")
+
 
 _ROLES: Final = ("primary", "standby")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from blockstep.cli.words import Argument
+from blockstep.forms import Annotated
 
 
 def daemon(

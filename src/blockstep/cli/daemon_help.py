@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import Any, Final
 
 import msgspec
 from msgspec import inspect
@@ -19,6 +18,10 @@ from blockstep.daemon.startup import MonitorOptions
 from blockstep.errors import OptionError
 from blockstep.inventory.exports import ExportOptions, ServerOptions
 from blockstep.inventory.objects import TYPES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Final
 
 _WIDTH: Final = 100
 

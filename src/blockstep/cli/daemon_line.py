@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Final
 
 from blockstep.errors import BlockstepError, told
 from blockstep.streams import complain
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 FAILED: Final = 1
 

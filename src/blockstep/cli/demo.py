@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 from blockstep.cli.words import Option
 from blockstep.errors import OptionError
+from blockstep.forms import Annotated
 from blockstep.images import FORMATS
 from blockstep.units import parse_size
 

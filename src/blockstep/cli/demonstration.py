@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +31,10 @@ from blockstep.images.opened import ImageName
 from blockstep.testing.numbered import BLOCK, NumberedWrites
 from blockstep.testing.pair import Pair
 from blockstep.units import format_duration, format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def show(image: Path | None, format: str, disks: int, size: int, checkpoints: int) -> None:

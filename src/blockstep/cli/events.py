@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
 
 from blockstep.cli.control import Json, PairName, Qmp, ask, find_socket
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from blockstep.qmp.client import Connection
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
 
 from blockstep.cli.options import Listen, Socket, parse_served
 from blockstep.cli.words import Argument, Option
 from blockstep.errors import OptionError
+from blockstep.forms import Annotated, Literal
 
 
 def export(

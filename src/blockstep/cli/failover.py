@@ -6,15 +6,18 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from blockstep.cli.control import Json, PairName, Qmp, ask, find_socket
 from blockstep.cli.words import Option
 from blockstep.errors import BlockstepError
+from blockstep.forms import Annotated, Literal
 from blockstep.streams import complain
 from blockstep.units import format_duration
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from blockstep.qmp.client import Connection
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from blockstep.cli.control import PairName
 from blockstep.cli.monitors import MonitorTls, Socket, find_monitor
 from blockstep.cli.signals import run
 from blockstep.cli.words import Option
 from blockstep.errors import BlockstepError
+from blockstep.forms import Annotated, Literal
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ssl
+    from typing import Any
 
     from blockstep.qmp.client import Address
 

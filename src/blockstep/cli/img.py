@@ -7,7 +7,6 @@ are the options, and what is printed; of the commands for two images and more in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from blockstep.cli.img_copy import (
     commit_command,
@@ -38,11 +37,15 @@ from blockstep.cli.img_options import (
 from blockstep.cli.img_snapshots_bitmaps import bitmap_command, snapshot_command
 from blockstep.cli.words import Argument, Command, Option, parsed, typer_app
 from blockstep.errors import BlockstepError, OptionError, told
+from blockstep.forms import Annotated, Literal
 from blockstep.images import AUTO
 from blockstep.streams import complain
 from blockstep.units import parse_size
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final
+
     import typer
 
     from blockstep.drivers.qcow2.check import CheckResult

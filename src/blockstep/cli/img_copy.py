@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from blockstep.cli.img_options import (
     Bar,
     Cache,
@@ -24,6 +22,7 @@ from blockstep.cli.img_options import (
 )
 from blockstep.cli.words import Argument, Option
 from blockstep.errors import OptionError
+from blockstep.forms import Annotated
 from blockstep.streams import complain
 from blockstep.units import parse_size
 

@@ -8,15 +8,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, TypeVar
 
 from blockstep.cli.signals import run_unless_told
 from blockstep.cli.words import Argument, Option
 from blockstep.errors import BlockstepError, OptionError, told
+from blockstep.forms import Annotated, Literal
 from blockstep.images import CacheMode
 from blockstep.streams import complain, nobody_reads
 
-T = TypeVar("T")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
+
 Output = Literal["human", "json"]
 
 _FORMAT = "raw, qcow2 or overlay; auto: what its content looks like."

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, cast
-
 from blockstep.cli.img_options import Image, ImageOpts, Quiet, Share, image_format, run
 from blockstep.cli.words import Argument, Option, Order
 from blockstep.errors import OptionError
+from blockstep.forms import Annotated
 from blockstep.units import parse_size
 
 
@@ -61,6 +60,8 @@ def bitmap_command(
     image_opts: ImageOpts = False,
 ) -> None:
     """Change a persistent bitmap of a qcow2 image: actions in the order given, all of them or none."""
+    from typing import cast
+
     from blockstep.images.bitmap import BitmapAction, Kind, change_bitmap
     from blockstep.images.opened import ImageName
 

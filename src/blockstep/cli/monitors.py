@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
 from blockstep.cli.control import find_socket
 from blockstep.cli.words import Option
 from blockstep.errors import OptionError
+from blockstep.forms import Annotated
 from blockstep.nbd.uri import UnixAddress, parse_address
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ssl
 

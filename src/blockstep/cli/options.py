@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 from blockstep.cli.words import Option
 from blockstep.errors import OptionError
+from blockstep.forms import Annotated
 from blockstep.nbd.uri import Address, InetAddress, UnixAddress, parse_address
 from blockstep.places import runtime_directory
 from blockstep.units import parse_size
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final, TypeVar
+
     from blockstep.daemon.disks import DiskSpec
 
-T = TypeVar("T", int, float)
+    T = TypeVar("T", int, float)
+
 
 _PAIR: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DISK_OPTION: Final = re.compile(r"(.*),(size|format)=([^,]*)", re.DOTALL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final, Literal
 
 from blockstep.cli.options import (
     Disks,
@@ -21,8 +20,13 @@ from blockstep.cli.options import (
 )
 from blockstep.cli.words import Option
 from blockstep.errors import OptionError
+from blockstep.forms import Annotated, Literal
 from blockstep.places import ENDED_SUFFIX, runtime_directory, state_directory
 from blockstep.units import parse_duration, parse_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 #: Seconds: requests are looked at several times in that time.
 _LEAST_STALL: Final = 0.01

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from blockstep.cli.control import PairName, Qmp, execute, find_socket
 from blockstep.cli.words import Argument
+from blockstep.forms import Annotated
 from blockstep.units import format_size, parse_size
 
 

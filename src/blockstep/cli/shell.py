@@ -6,13 +6,14 @@ import io
 import json
 import sys
 from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING, Annotated
 
 from blockstep.cli.control import PairName
 from blockstep.cli.monitors import MonitorTls, Socket, find_monitor
 from blockstep.cli.signals import run, run_unless_told
 from blockstep.cli.words import Option
+from blockstep.forms import Annotated
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ssl
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Coroutine
-from typing import Any, TypeVar
 
-T = TypeVar("T")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
+
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

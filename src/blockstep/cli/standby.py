@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
 
 from blockstep.cli.options import (
     Disks,
@@ -21,6 +20,7 @@ from blockstep.cli.options import (
 )
 from blockstep.cli.words import Option
 from blockstep.errors import OptionError
+from blockstep.forms import Annotated, Literal
 from blockstep.places import STATE_SUFFIX, runtime_directory, state_directory
 from blockstep.units import parse_size
 

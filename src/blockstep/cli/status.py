@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Annotated, Any
 
 from blockstep.cli.control import Json, PairName, Qmp, execute, find_sockets
 from blockstep.cli.words import Option
 from blockstep.errors import BlockstepError, told
+from blockstep.forms import Annotated
 from blockstep.units import format_duration, format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 #: The exit codes of the command, by health.
 EXIT_CODES = {"healthy": 0, "degraded": 1, "at-risk": 2}

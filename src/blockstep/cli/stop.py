@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
 
 from blockstep.cli.control import PairName, Qmp, ask, execute, find_socket
 from blockstep.cli.words import Option
 from blockstep.errors import BlockstepError, ConnectionLost
+from blockstep.forms import Annotated
 from blockstep.streams import complain
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from blockstep.qmp.client import Connection
 
 

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from blockstep.forms import Annotated, Literal
+
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     import typer
 
 
@@ -48,13 +52,13 @@ class _Parameter:
 
     def __init__(self, name: str, annotation: Any) -> None:
         self.name = name
-        kind, self.info = get_args(annotation)[:2]
-        if get_origin(kind) in (Union, UnionType):
-            kind = next(one for one in get_args(kind) if one is not NoneType)
-        self.many = get_origin(kind) is list
+        kind, self.info = annotation.__args__
+        if isinstance(kind, UnionType):
+            kind = next(one for one in kind.__args__ if one is not NoneType)
+        self.many = _form(kind) is list
         if self.many:
-            kind = get_args(kind)[0]
-        self.kind = get_args(kind) if get_origin(kind) is Literal else kind
+            kind = kind.__args__[0]
+        self.kind = kind.__args__ if _form(kind) is Literal else kind
 
     def value(self, text: str) -> Any:
         if isinstance(self.kind, tuple):
@@ -65,6 +69,16 @@ class _Parameter:
             return self.kind(text)
         except ValueError:
             raise _NotUnderstood from None
+
+
+def _form(kind: Any) -> Any:
+    """What ``kind`` is a form of, as list of ``list[str]``; None if of nothing."""
+    return getattr(kind, "__origin__", None)
+
+
+def _annotations(command: Command) -> dict[str, Any]:
+    """The annotations of a command as values, as `typing.get_type_hints` finds them. What they name is imported."""
+    return {name: eval(text, command.__globals__) for name, text in command.__annotations__.items()}
 
 
 def parsed(command: Command, words: Sequence[str], dashed: bool = False) -> dict[str, Any] | None:
@@ -83,10 +97,10 @@ class _Reader:
         self._off: set[str] = set()
         self._arguments: list[_Parameter] = []
         self._order = ""
-        for name, annotation in get_type_hints(command, include_extras=True).items():
+        for name, annotation in _annotations(command).items():
             if annotation is Order:
                 self._order = name
-            elif get_origin(annotation) is Annotated:
+            elif _form(annotation) is Annotated:
                 parameter = _Parameter(name, annotation)
                 if isinstance(parameter.info, Argument):
                     self._arguments.append(parameter)
@@ -171,26 +185,35 @@ def typer_app(name: str, help: str, commands: Mapping[str, Command], dashed: Seq
 def for_typer(command: Command) -> Command:
     """The same command; one with a parameter for the order inside of another that keeps it."""
     import inspect
+    import typing
 
     import typer
+
+    forms: Any = typing
 
     def noted(context: Any, parameter: Any, value: Any) -> Any:
         if value:
             context.meta.setdefault("order", []).append(str(parameter.name))
         return value
 
-    noted.__annotations__.update(context=typer.Context, parameter=typer.CallbackParam)
-    hints = get_type_hints(command, include_extras=True)
+    def in_full(kind: Any) -> Any:
+        """With the forms of typing in the place of ours."""
+        if isinstance(kind, UnionType):
+            return forms.Union[tuple(map(in_full, kind.__args__))]
+        return forms.Literal[kind.__args__] if _form(kind) is Literal else kind
+
+    noted.__annotations__ = {"context": typer.Context, "parameter": typer.CallbackParam}
+    hints = _annotations(command)
     ordered = next((name for name, annotation in hints.items() if annotation is Order), None)
     for name, annotation in hints.items():
         if annotation is Order:
             hints[name] = typer.Context
-        elif get_origin(annotation) is Annotated:
-            kind, info = get_args(annotation)[:2]
+        elif _form(annotation) is Annotated:
+            kind, info = annotation.__args__
             made = (typer.Argument(metavar=info.metavar, help=info.help) if isinstance(info, Argument) else
                     typer.Option(*info.names, metavar=info.metavar, help=info.help,
                                  callback=noted if info.noted else None))
-            hints[name] = Annotated[kind, made]
+            hints[name] = forms.Annotated[in_full(kind), made]
     parameters = [parameter.replace(annotation=hints[parameter.name])
                   for parameter in inspect.signature(command).parameters.values()]
 

@@ -3,10 +3,13 @@
 To import this package makes them known; the module of a driver is imported when it is first used, or by `load`.
 """
 
-from importlib import import_module
-from typing import Final
+from __future__ import annotations
 
 from blockstep.block.driver_modules import MODULES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 _MODULES: Final = {
     "blkdebug": "blkdebug",
@@ -32,5 +35,7 @@ MODULES.update({name: f"{__name__}.{module}" for name, module in _MODULES.items(
 
 def load() -> None:
     """Import all of them now: a server does that before it serves, not in the middle of somebody's request."""
+    from importlib import import_module
+
     for module in MODULES.values():
         import_module(module)

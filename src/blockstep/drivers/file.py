@@ -38,12 +38,12 @@ from typing import Any, ClassVar, Final, Literal
 
 from blockstep.aio.cold import ColdReads
 from blockstep.aio.copying import clone, copy_pieces
+from blockstep.aio.locking import Locking
 from blockstep.aio.pool import in_thread, made_in_thread
 from blockstep.aio.posix import (
     INLINE,
     EndOfFile,
     Fault,
-    Locking,
     OpenFile,
     Reader,
     Writer,

@@ -31,12 +31,12 @@ import os
 from collections.abc import Awaitable, Mapping
 from typing import Any, ClassVar, Final
 
+from blockstep.aio.locking import Locking
 from blockstep.aio.pool import in_background, in_thread, made_in_thread
 from blockstep.aio.posix import (
     INLINE,
     EndOfFile,
     Fault,
-    Locking,
     Reader,
     Writer,
     punch_hole,

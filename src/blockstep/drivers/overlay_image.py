@@ -35,8 +35,8 @@ import struct
 import zlib
 from typing import Final
 
+from blockstep.aio.locking import Locking
 from blockstep.aio.posix import (
-    Locking,
     OpenFile,
     data_runs,
     length_of,

@@ -11,7 +11,13 @@ image of another format, with a backing file of its choice.
 A file that is made comes under its name when it is complete (`blockstep.images.files`).
 """
 
-from typing import Final, Literal
+from __future__ import annotations
+
+from blockstep.forms import Literal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 #: How images are cached, as people who come from QEMU say it. A command makes all durable at its end, so that
 #: writethrough differs from writeback by nothing that could be seen.

@@ -120,12 +120,12 @@ def amended(header: Header, options: Mapping[str, str]) -> Amended:
     bits = _refcount_bits(header, options, version)
     older = version < header.version
     if version > header.version:
-        header = _with_names(header._replace(version=version, header_length=V3_LENGTH))
+        header = _with_names(header.replaced(version=version, header_length=V3_LENGTH))
     if "lazy_refcounts" in options:
         lazy = _switch("lazy_refcounts", options)
         if lazy and version < 3:
             raise OptionError("-o lazy_refcounts", options["lazy_refcounts"], "off in images of version 0.10")
-        header = header._replace(compatible=header.compatible & ~LAZY_REFCOUNTS | (LAZY_REFCOUNTS if lazy else 0))
+        header = header.replaced(compatible=header.compatible & ~LAZY_REFCOUNTS | (LAZY_REFCOUNTS if lazy else 0))
     if "data_file" in options:
         name = options["data_file"]
         if header.data_file is None:
@@ -138,7 +138,7 @@ def amended(header: Header, options: Mapping[str, str]) -> Amended:
         if raw and not header.autoclear & RAW_EXTERNAL:
             raise OptionError("-o data_file_raw", options["data_file_raw"], "off, of an image that exists")
         if not raw:
-            header = header._replace(autoclear=header.autoclear & ~RAW_EXTERNAL)
+            header = header.replaced(autoclear=header.autoclear & ~RAW_EXTERNAL)
     return Amended(header, bits, older)
 
 
@@ -155,7 +155,7 @@ def _refcount_bits(header: Header, options: Mapping[str, str], version: int) -> 
 
 
 def _with_names(header: Header) -> Header:
-    named = header._replace(extensions=(*header.extensions, feature_table()))
+    named = header.replaced(extensions=(*header.extensions, feature_table()))
     try:
         build_header(named)
     except ImageError:  # small clusters: the names are left out
@@ -181,7 +181,7 @@ def write_header(file: WholeFile, changed: Header) -> None:
     Autoclear bits that nobody knows here are reset, as the format demands of who changes an image.
     """
     raw = bytes(file.read(0, read_header(file).cluster_size))
-    changed = changed._replace(autoclear=changed.autoclear & (BITMAPS | RAW_EXTERNAL))
+    changed = changed.replaced(autoclear=changed.autoclear & (BITMAPS | RAW_EXTERNAL))
     for offset, data in header_steps(raw, build_header(fitting(changed))):
         file.write(offset, data)
         file.sync()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
 
 from blockstep.drivers.qcow2.check import CheckResult, check
 from blockstep.errors import BlockstepError, OptionError
 from blockstep.images import is_address, is_options
 from blockstep.images.whole import whole_file
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final
+
     from blockstep.drivers.qcow2.repair import Repair
     from blockstep.images.opened import ImageName
 

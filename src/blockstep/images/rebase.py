@@ -113,7 +113,7 @@ def _change_backing(filename: str, backing: str, backing_format: str | None) -> 
     kind = backing_format.encode() if backing and backing_format else None
     with whole_file(filename, writable=True) as file:
         header = read_header(file)
-        write_header(file, header.with_extension(EXT_BACKING_FORMAT, kind)._replace(backing_file=backing or None))
+        write_header(file, header.with_extension(EXT_BACKING_FORMAT, kind).replaced(backing_file=backing or None))
 
 
 def _is_raw_external(filename: str) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from blockstep.aio.posix import OpenFile, length_of, read_padded, write_whole
 from blockstep.errors import ImageError, OptionError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from blockstep.images.opened import ImageName
 

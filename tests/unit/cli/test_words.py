@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pytest
 import typer
 
 from blockstep.cli import COMMANDS, img
 from blockstep.cli.words import Argument, Option, Order, parsed, typer_app
+from blockstep.forms import Annotated, Literal
 
 SEEN: list[dict[str, Any]] = []
 

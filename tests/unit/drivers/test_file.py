@@ -211,7 +211,7 @@ def test_a_file_that_is_gone_from_its_server_is_a_fault(image: Path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(os, "fstat", stale)
             fault = node.storage_fault()
-        assert fault == (f"{image} cannot be looked at: {os.strerror(errno.ESTALE)}", False, False)
+        assert fault == posix.Fault(f"{image} cannot be looked at: {os.strerror(errno.ESTALE)}", False)
         assert node.storage_fault() is None
         await graph.close(node)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 from blockstep.drivers.qcow2.format import IN_USE, MOST_BITMAP_DIRECTORY, MOST_BITMAPS, BitmapEntry, Header
 from blockstep.errors import ImageError
 from blockstep.units import GiB, MiB
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 #: Bytes of one bitmap, at most.
 MOST_BITMAP: Final = 512 * MiB

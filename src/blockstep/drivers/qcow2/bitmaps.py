@@ -159,7 +159,7 @@ def store(read: Read, length: int, write: Write, sync: Sync, bitmaps: Sequence[S
     editor.write(AT_AUTOCLEAR, others.to_bytes(8, "big"))
     editor.sync()
     extension = BitmapsExtension(len(entries), len(directory), place)
-    editor.set_header(editor.header._replace(autoclear=others).with_extension(
+    editor.set_header(editor.header.replaced(autoclear=others).with_extension(
         EXT_BITMAPS, build_bitmaps_extension(extension) if entries else None))
     editor.sync()
     if entries:

@@ -17,7 +17,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from itertools import chain
-from typing import Final
 
 from blockstep.drivers.qcow2.bitmap_limits import check_entries
 from blockstep.drivers.qcow2.check_tables import CheckResult, Fixer, Read, Report, TableChecker
@@ -38,6 +37,10 @@ from blockstep.drivers.qcow2.format import (
 )
 from blockstep.errors import ImageError
 from blockstep.units import GiB, MiB
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 __all__ = ["CheckResult", "Checker", "Fixer", "Read", "Report", "check"]
 
@@ -212,7 +215,7 @@ class Checker(TableChecker):
         while good + 1 < bad:
             middle = (good + bad) // 2
             try:
-                best = parse_snapshots(self.header._replace(snapshot_count=middle), data)
+                best = parse_snapshots(self.header.replaced(snapshot_count=middle), data)
                 good = middle
             except ImageError:
                 bad = middle

@@ -17,7 +17,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from functools import cache
-from typing import Final, NamedTuple
 
 from bitarray import bitarray
 
@@ -40,6 +39,11 @@ from blockstep.drivers.qcow2.format import (
     parse_header,
 )
 from blockstep.errors import ImageError
+from blockstep.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 #: (offset, length) -> exactly that many bytes; never called for what is not wholly inside of the file.
 Read = Callable[[int, int], Buffer]
@@ -88,7 +92,7 @@ class CheckResult:
         return found
 
 
-class Fixer(NamedTuple):
+class Fixer(Record):
     """How a `Checker` changes what it finds wrong in tables."""
 
     #: (offset, data); nothing is durable before the caller says so.
@@ -366,9 +370,9 @@ class _Table:
 @cache
 def _ramp(count: int, step: int, words: int) -> tuple[int, int]:
     """Of a table of ``count`` entries, as one number: each entry 1, and the first word of entry k ``step`` times k."""
-    shifts = range((count - 1) * 64 * words, -1, -64 * words)
-    step <<= 64 * (words - 1)
-    return sum(1 << shift for shift in shifts), sum(step * k << shift for k, shift in enumerate(shifts))
+    steps = array("Q", bytes(count * words * 8))
+    steps[::words] = array("Q", range(0, count * step, step))
+    return int.from_bytes((1).to_bytes(words * 8, "big") * count, "big"), int.from_bytes(encode_table(steps), "big")
 
 
 @cache

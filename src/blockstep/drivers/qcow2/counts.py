@@ -9,11 +9,14 @@ all over 64 PiB.
 from __future__ import annotations
 
 from array import array
-from typing import Final
 
 from blockstep.drivers.qcow2.format import Header, empty_block
 from blockstep.errors import ImageError
 from blockstep.units import GiB
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 #: Bytes of memory that the arrays of one `Counts` take at most, and a check has two. With clusters of 64 KiB and
 #: refcounts of 16 bits that is a file of 32 TiB.

@@ -65,9 +65,9 @@ def new_header(size: int, *, version: int = 3, cluster_size: int = 65536, refcou
                     compatible=LAZY_REFCOUNTS if lazy_refcounts else 0,
                     refcount_order=refcount_bits.bit_length() - 1, backing_file=backing_file)
     if version < 3:
-        header = header._replace(header_length=V2_LENGTH)
+        header = header.replaced(header_length=V2_LENGTH)
     if compression_type == "zstd":
-        header = header._replace(incompatible=incompatible | COMPRESSION_TYPE, compression_type=ZSTD)
+        header = header.replaced(incompatible=incompatible | COMPRESSION_TYPE, compression_type=ZSTD)
     if backing_fmt is not None:
         header = header.with_extension(EXT_BACKING_FORMAT, backing_fmt.encode())
     if data_file is not None:
@@ -79,7 +79,7 @@ def new_header(size: int, *, version: int = 3, cluster_size: int = 65536, refcou
         raise OptionError(option, backing_file if option == "backing-file" else size,
                           f"{error.expected} ({error.field})") from error
     if version >= 3:
-        named = header._replace(extensions=(*header.extensions, feature_table()))
+        named = header.replaced(extensions=(*header.extensions, feature_table()))
         try:
             build_header(named)
         except ImageError:  # small clusters: the names are left out
@@ -118,7 +118,7 @@ def write_image(fd: int, header: Header, preallocation: Preallocation) -> None:
     l2 = header.l1_size if preallocation != "off" else 0
     blocks, table = _refcount_clusters(header, rest := 1 + l1_clusters + l2 + (0 if external else data))
     total = rest + blocks + table
-    header = header._replace(refcount_table_offset=size, refcount_table_clusters=table,
+    header = header.replaced(refcount_table_offset=size, refcount_table_clusters=table,
                      l1_table_offset=(1 + table + blocks) << bits)
     check_header(header)
     write_whole(fd, encode_table(array("Q", ((1 + table + index) << bits for index in range(blocks)))), size)

@@ -44,7 +44,7 @@ _MOST_VM_STATE: Final = (1 << 32) - 1
 
 def as_version_2(header: Header) -> Header:
     """The same header in version 2, without what has no place there. Its refcounts must have 16 bits."""
-    header = header._replace(version=2, header_length=V2_LENGTH, incompatible=0, compatible=0, autoclear=0,
+    header = header.replaced(version=2, header_length=V2_LENGTH, incompatible=0, compatible=0, autoclear=0,
                      compression_type=ZLIB, more=b"")
     return header.with_extension(EXT_FEATURE_NAMES, None).with_extension(EXT_BITMAPS, None)
 

@@ -177,13 +177,13 @@ class Qcow2(Emptier, Packer):
     async def _mark_corrupt(self, what: str, offset: int | None, length: int | None) -> None:
         """Let everybody repair the image before it is written to again. What is in order can be used meanwhile."""
         if self.header.version >= 3 and not self.header.incompatible & CORRUPT:
-            self.header = self.header._replace(incompatible=self.header.incompatible | CORRUPT)
+            self.header = self.header.replaced(incompatible=self.header.incompatible | CORRUPT)
             try:
                 async with self._saving:
                     await self.file.pwrite(AT_INCOMPATIBLE, self.header.incompatible.to_bytes(8, "big"))
                     await self.file.flush()
             except OSError:  # the next one tries again
-                self.header = self.header._replace(incompatible=self.header.incompatible & ~CORRUPT)
+                self.header = self.header.replaced(incompatible=self.header.incompatible & ~CORRUPT)
                 return
             self._tell_broken(what, offset, length, fatal=True)
 
@@ -233,7 +233,7 @@ class Qcow2(Emptier, Packer):
         if self.header.autoclear != known:
             await self.file.pwrite(AT_AUTOCLEAR, known.to_bytes(8, "big"))
             await self.file.flush()
-            self.header = self.header._replace(autoclear=known)
+            self.header = self.header.replaced(autoclear=known)
 
     async def close(self) -> None:
         """As of all drivers; the metadata is written, so that an image that was closed in order has no leaks."""

@@ -94,7 +94,7 @@ class Editor:
     def set_header(self, header: Header) -> None:
         """Write another header, in steps; the dirty bit stays. Durable at return."""
         self.header = header
-        new = build_header(fitting(header._replace(incompatible=header.incompatible | DIRTY)))
+        new = build_header(fitting(header.replaced(incompatible=header.incompatible | DIRTY)))
         for offset, data in header_steps(self.read(0, header.cluster_size), new):
             self.write(offset, data)
             self.sync()
@@ -157,7 +157,7 @@ class Editor:
             self.sync()
             self._structures = [table, *((offset >> bits, 1) for offset in self._blocks.values())]
             self._table_entries = (table[1] << bits) // 8
-            self.header = header._replace(refcount_table_offset=table[0] << bits, refcount_table_clusters=table[1])
+            self.header = header.replaced(refcount_table_offset=table[0] << bits, refcount_table_clusters=table[1])
             header = self.header
             start = self.refcounts.end()
         self.refcounts.add_run(start, count)
@@ -187,7 +187,7 @@ class Editor:
 
         Neither needs `begin`, nor `end`. Raises ImageError, and changes nothing, if they cannot say all that they say.
         """
-        header = self.header._replace(refcount_order=order)
+        header = self.header.replaced(refcount_order=order)
         for number, block in self.refcounts.items():
             if max(block) > header.most_refcount:
                 cluster = (number << self.refcounts.bits) + block.index(max(block))

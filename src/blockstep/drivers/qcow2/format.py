@@ -18,9 +18,14 @@ import struct
 import sys
 from array import array
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from functools import cache
 
 from blockstep.errors import ImageError
+from blockstep.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 MAGIC: Final = b"QFI\xfb"
 CLUSTER_BITS: Final = (9, 21)
@@ -92,14 +97,14 @@ FEATURE_NAMES: Final = ((0, 0, "dirty bit"), (0, 1, "corrupt bit"), (0, 2, "exte
                         (2, 0, "bitmaps"), (2, 1, "raw external data"))
 
 
-class Extension(NamedTuple):
+class Extension(Record):
     """A header extension as it is; those nobody here knows are kept."""
 
     kind: int
     data: bytes
 
 
-class Header(NamedTuple):
+class Header(Record):
     """The header of an image, checked. `parse_header` and `build_header` are its two directions."""
 
     version: int
@@ -171,11 +176,11 @@ class Header(NamedTuple):
     def with_extension(self, kind: int, data: bytes | None) -> Header:
         """The same header with that extension in the place of the one of its kind, or behind all (None: without)."""
         if data is None:
-            return self._replace(extensions=tuple(each for each in self.extensions if each.kind != kind))
+            return self.replaced(extensions=tuple(each for each in self.extensions if each.kind != kind))
         new = Extension(kind, data)
         if self.extension(kind) is None:
-            return self._replace(extensions=(*self.extensions, new))
-        return self._replace(extensions=tuple(new if each.kind == kind else each for each in self.extensions))
+            return self.replaced(extensions=(*self.extensions, new))
+        return self.replaced(extensions=tuple(new if each.kind == kind else each for each in self.extensions))
 
 
 def entries_for(size: int, cluster_bits: int, l2_bits: int) -> int:
@@ -280,8 +285,8 @@ def build_header(header: Header) -> bytes:
         parts = [_V3.pack(header.incompatible, header.compatible, header.autoclear, header.refcount_order, length)]
         if length > V3_LENGTH:
             parts.append(bytes([header.compression_type]) + header.more.ljust(length - V3_LENGTH - 1, b"\0"))
-    for kind, data in header.extensions:
-        parts.append(_EXTENSION.pack(kind, len(data)) + data + bytes(-len(data) % 8))
+    for each in header.extensions:
+        parts.append(_EXTENSION.pack(each.kind, len(each.data)) + each.data + bytes(-len(each.data) % 8))
     parts.append(_EXTENSION.pack(EXT_END, 0))
     rest = b"".join(parts)
     name = b"" if header.backing_file is None else header.backing_file.encode("utf-8", "surrogateescape")
@@ -379,7 +384,7 @@ def decode_block(header: Header, data: bytes | bytearray | memoryview) -> array[
     """A refcount block: one item for each cluster, also where several share a byte (lowest bits first)."""
     order = header.refcount_order
     if order < 3:
-        spread = _SPREAD[order]
+        spread = _spread(order)
         return array("B", b"".join([spread[byte] for byte in bytes(data)]))
     block = array(_BLOCK_CODES[order], bytes(data))
     if sys.byteorder == "little":
@@ -401,8 +406,11 @@ def encode_block(header: Header, block: array[int]) -> bytes:
     return block.tobytes()
 
 
-_SPREAD: Final = {order: [bytes(byte >> (index << order) & ((1 << (1 << order)) - 1) for index in range(8 >> order))
-                          for byte in range(256)] for order in (0, 1, 2)}
+@cache
+def _spread(order: int) -> list[bytes]:
+    """Of each byte: the refcounts that share it."""
+    return [bytes(byte >> (index << order) & ((1 << (1 << order)) - 1) for index in range(8 >> order))
+            for byte in range(256)]
 
 
 def compressed_place(entry: int, cluster_bits: int) -> tuple[int, int]:
@@ -421,11 +429,13 @@ def compressed_entry(offset: int, length: int, cluster_bits: int) -> int | None:
     return COMPRESSED | (offset + length - 1 >> 9) - (offset >> 9) << split | offset
 
 
-class Subclusters(NamedTuple):
+class Subclusters:
     """The bitmap of an extended L2 entry: bit x of each is subcluster x, 32 in a cluster."""
 
-    allocated: int
-    zero: int
+    __slots__ = ("allocated", "zero")
+
+    def __init__(self, allocated: int, zero: int) -> None:
+        self.allocated, self.zero = allocated, zero
 
     @classmethod
     def parse(cls, bitmap: int) -> Subclusters:
@@ -443,7 +453,7 @@ class Subclusters(NamedTuple):
 # --- snapshots ---
 
 
-class Snapshot(NamedTuple):
+class Snapshot(Record):
     """An internal snapshot: an entry of the snapshot table."""
 
     l1_table_offset: int
@@ -515,7 +525,7 @@ def build_snapshots(snapshots: list[Snapshot]) -> bytes:
 # --- bitmaps ---
 
 
-class BitmapsExtension(NamedTuple):
+class BitmapsExtension(Record):
     """Where the bitmap directory is."""
 
     bitmaps: int  #: how many there are
@@ -550,7 +560,7 @@ AUTO: Final = 2
 EXTRA_COMPATIBLE: Final = 4
 
 
-class BitmapEntry(NamedTuple):
+class BitmapEntry(Record):
     """An entry of the bitmap directory."""
 
     table_offset: int

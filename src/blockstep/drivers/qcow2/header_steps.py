@@ -100,7 +100,7 @@ def bitmap_steps(raw: bytes, old: Header, extension: bytes | None) -> list[Step]
         if mine[0] + 8 + -(-mine[1] // 8) * 8 == end:
             return [*off, (mine[0], _HEAD.pack(EXT_END, 0))]
         return [*off, *header_steps(_without_bit(raw, old), build_header(
-            old._replace(autoclear=old.autoclear & ~BITMAPS).with_extension(EXT_BITMAPS, None)))]
+            old.replaced(autoclear=old.autoclear & ~BITMAPS).with_extension(EXT_BITMAPS, None)))]
     if mine is not None and mine[1] == len(extension):
         at = mine[0] + 8
         if valid and at // _SECTOR == (at + len(extension) - 1) // _SECTOR:
@@ -108,7 +108,7 @@ def bitmap_steps(raw: bytes, old: Header, extension: bytes | None) -> list[Step]
         return [*off, (at, extension), *on]
     if mine is None and (steps := _insertion(raw, old, end, extension)):
         return [*steps, *on]
-    whole = old._replace(autoclear=old.autoclear & ~BITMAPS).with_extension(EXT_BITMAPS, extension)
+    whole = old.replaced(autoclear=old.autoclear & ~BITMAPS).with_extension(EXT_BITMAPS, extension)
     return [*off, *header_steps(_without_bit(raw, old), build_header(fitting(whole))), *on]
 
 

@@ -274,7 +274,7 @@ class Keeper(Saver):
                 await self.file.pwrite(offset, piece)
                 await self.file.flush()
             new = _with_bitmaps(old, extension)
-            self.header = self.header._replace(extensions=new.extensions, autoclear=new.autoclear)
+            self.header = self.header.replaced(extensions=new.extensions, autoclear=new.autoclear)
 
     # --- what cannot be marked must not be written ---
 
@@ -305,7 +305,7 @@ class Keeper(Saver):
 
 
 def _in_use(kept: Kept) -> Kept:
-    return Kept(kept.entry._replace(flags=kept.entry.flags | IN_USE), kept.clusters)
+    return Kept(kept.entry.replaced(flags=kept.entry.flags | IN_USE), kept.clusters)
 
 
 def _directory(kept: dict[str, Kept]) -> bytes:
@@ -313,5 +313,5 @@ def _directory(kept: dict[str, Kept]) -> bytes:
 
 
 def _with_bitmaps(header: Header, extension: BitmapsExtension | None) -> Header:
-    return header._replace(autoclear=header.autoclear & ~BITMAPS | (BITMAPS if extension else 0)).with_extension(
+    return header.replaced(autoclear=header.autoclear & ~BITMAPS | (BITMAPS if extension else 0)).with_extension(
         EXT_BITMAPS, None if extension is None else build_bitmaps_extension(extension))

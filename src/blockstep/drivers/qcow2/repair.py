@@ -120,7 +120,7 @@ class _Repair:
         header, table = checker.header, b""
         if checker.snapshots:
             table = build_snapshots([each if each.disk_size is not None or header.version == 2 else
-                                     each._replace(disk_size=header.size) for each in checker.snapshots])
+                                     each.replaced(disk_size=header.size) for each in checker.snapshots])
         place = self._new_place(header, len(table)) if table else 0
         if table:
             self._write(place, table)

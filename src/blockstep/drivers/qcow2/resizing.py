@@ -98,7 +98,7 @@ class Resizer(Writer):
         """Durable at return. If it fails the disk keeps its length, and the next save puts the header right."""
         await self._write_field(AT_SIZE, length.to_bytes(8, "big"))
         self.length = length
-        self.header = self.header._replace(size=length, l1_size=len(self._tables.l1),
+        self.header = self.header.replaced(size=length, l1_size=len(self._tables.l1),
                               l1_table_offset=self._tables.l1_offset)
         self._header_in_doubt = False
 

@@ -42,7 +42,7 @@ async def show(file: Child, header: Header, wanted: str | None) -> Header:
         return header
     found = find_snapshot(await read_snapshots(file, header) if header.snapshot_count else [], wanted)
     size = header.size if found.disk_size is None else found.disk_size
-    shown = header._replace(size=size, l1_size=found.l1_size, l1_table_offset=found.l1_table_offset,
+    shown = header.replaced(size=size, l1_size=found.l1_size, l1_table_offset=found.l1_table_offset,
                     autoclear=header.autoclear & ~BITMAPS).with_extension(EXT_BITMAPS, None)
     if shown.l1_size < shown.l1_needed:
         raise ImageError("snapshot l1_size", found.l1_size, f"from {shown.l1_needed}, for a disk of {size} bytes")

@@ -121,7 +121,7 @@ def apply_snapshot(read: Read, length: int, write: Write, sync: Sync, wanted: st
     if any(each.flags & AUTO for each in entries_of(read, length)):
         raise ImageError("bitmap flags", "auto", "without it in all bitmaps when a snapshot is applied")
     size = header.size if snapshot.disk_size is None else snapshot.disk_size
-    if snapshot.l1_size < header._replace(size=size).l1_needed:
+    if snapshot.l1_size < header.replaced(size=size).l1_needed:
         raise ImageError("snapshot l1_size", snapshot.l1_size, "enough for the disk")
     if size != header.size and entries_of(read, length):
         raise ImageError("snapshot virtual disk size", size, f"{header.size}, as bitmaps are for that size")

@@ -29,7 +29,8 @@ class SubclusterWriter(Saver):
         old = [self._subclusters(index, first + each) for each in range(count)]
         maps: list[int] = []
         copied: list[tuple[int, int]] = []
-        for each, (allocated, zero) in enumerate(old):
+        for each, bitmap in enumerate(old):
+            allocated, zero = bitmap.allocated, bitmap.zero
             cluster = start + each * self.cluster_size
             touched = self._touched(cluster, left, right)
             if new:
@@ -113,10 +114,9 @@ class SubclusterWriter(Saver):
             elif entry & COMPRESSED:
                 entry, bitmap = 0, ZEROED
             elif entry or bitmap or backed:
-                allocated, zero = tables.subclusters(index, first + each)
-                allocated, zero = allocated & ~touched, zero | touched
-                bitmap = Subclusters(allocated, zero).build()
-                if unmap and not allocated:
+                old = tables.subclusters(index, first + each)
+                bitmap = Subclusters(old.allocated & ~touched, old.zero | touched).build()
+                if unmap and not bitmap & ALLOCATED:
                     entry = 0
             entries.append(entry & ~PARTIAL if not entry & COMPRESSED else entry)
             maps.append(bitmap)

@@ -348,7 +348,8 @@ class Tables:
         self._check_entry(entry, offset)
         subclusters = Subclusters.parse(self.maps[index][at])
         if not subclusters.valid or (subclusters.allocated and not entry & self.placed):
-            raise self._refcounts.broken(f"the subclusters of the disk's byte {offset} are {subclusters}")
+            raise self._refcounts.broken(f"the subclusters of the disk's byte {offset} are "
+                                         f"{subclusters.allocated:#x} allocated and {subclusters.zero:#x} zero")
         return subclusters
 
 

@@ -91,13 +91,13 @@ def over_a_base(path: Path, options: str = "compat=1.1") -> Path:
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
 @pytest.mark.parametrize("items", [1, 3, 255])
 def test_counts_of_another_width_are_the_same(bits: int, items: int) -> None:
-    header = parse_header(build_header(_header()._replace(refcount_order=3)))
+    header = parse_header(build_header(_header().replaced(refcount_order=3)))
     counts = Counts(header)
     rnd = random.Random(bits * items)
     clusters = {rnd.randrange(3 << counts.bits): rnd.randrange(1, 2) for _ in range(items)}
     for cluster, value in clusters.items():
         counts.add(cluster, value)
-    new = counts.recast(header._replace(refcount_order=bits.bit_length() - 1))
+    new = counts.recast(header.replaced(refcount_order=bits.bit_length() - 1))
     assert {cluster: new.of(cluster) for cluster in clusters} == clusters
     assert sum(sum(block) for block in new.values()) == sum(clusters.values())
     assert new.end() == counts.end()
@@ -106,7 +106,7 @@ def test_counts_of_another_width_are_the_same(bits: int, items: int) -> None:
 def _header() -> Any:
     from blockstep.drivers.qcow2.create import new_header
 
-    return new_header(1 << 20, cluster_size=512)._replace(l1_table_offset=1024)
+    return new_header(1 << 20, cluster_size=512).replaced(l1_table_offset=1024)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith(("v2", "external", "refcount-1"))])

@@ -107,7 +107,7 @@ async def test_a_resize_waits_for_a_header_that_is_being_changed_for_bitmaps(
         await node.keep_bitmaps()
     image = bytearray(path.read_bytes())
     header = parse_header(image[:64 * KiB])
-    begin = build_header(header._replace(extensions=(*header.extensions, Extension(0x12345678, b"unknown"))))
+    begin = build_header(header.replaced(extensions=(*header.extensions, Extension(0x12345678, b"unknown"))))
     image[:len(begin)] = begin  # what is behind the bitmaps' extension has to move
     path.write_bytes(image)
     graph = Graph()

@@ -57,7 +57,7 @@ def test_a_power_cut_at_any_step_leaves_all_else_as_it_was(
                         backing_fmt=None if name is None else "raw")
     kept = header.extensions if features else header.extensions[:1]
     kept += tuple(Extension(0x1000 + number, rnd.randbytes(size)) for number, size in enumerate(more))
-    raw = build_header(header._replace(extensions=kept)).ljust(1 << bits, b"\0")
+    raw = build_header(header.replaced(extensions=kept)).ljust(1 << bits, b"\0")
     for change in changes:
         old = parse_header(raw)
         wanted = None if change is None else extension(change)
@@ -77,16 +77,16 @@ def _header(rnd: random.Random, bits: int) -> bytes:
     header = new_header(rnd.randrange(1 << 40), cluster_size=1 << bits, version=rnd.choice((2, 3, 3)),
                         backing_file=name, backing_fmt=None if name is None else rnd.choice(("raw", "a long one")))
     if header.version == 3 and rnd.random() < 0.3:
-        header = header._replace(incompatible=COMPRESSION_TYPE, compression_type=ZSTD)
+        header = header.replaced(incompatible=COMPRESSION_TYPE, compression_type=ZSTD)
     kept = [*header.extensions, *(Extension(0x1000 + number, rnd.randbytes(rnd.randrange(300)))
                                   for number in rnd.sample(range(9), rnd.randrange(3)))]
     rnd.shuffle(kept)
-    return build_header(header._replace(extensions=tuple(kept[:rnd.randrange(len(kept) + 1)])))
+    return build_header(header.replaced(extensions=tuple(kept[:rnd.randrange(len(kept) + 1)])))
 
 
 def _meant(raw: bytes) -> Header:
     """What a header says, wherever its extensions begin."""
-    return parse_header(raw)._replace(header_length=0, more=b"")
+    return parse_header(raw).replaced(header_length=0, more=b"")
 
 
 @given(bits=st.sampled_from((12, 16)), seed=st.integers(0, 1 << 32))
@@ -136,4 +136,4 @@ def test_where_there_is_room_only_for_another_order_the_header_is_written_as_a_w
 
 def _with(data: bytes) -> Header:
     header = new_header(1 << 30)
-    return header._replace(autoclear=BITMAPS, extensions=(Extension(EXT_BITMAPS, data), *header.extensions))
+    return header.replaced(autoclear=BITMAPS, extensions=(Extension(EXT_BITMAPS, data), *header.extensions))
