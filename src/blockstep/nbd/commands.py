@@ -31,7 +31,8 @@ from blockstep.nbd.wire import Request, parse_status_query
 #: How much of a CACHE request is read at once, and at most.
 _CACHE_PIECE: Final = 1 << 20
 _CACHE_MOST: Final = 32 << 20
-#: Of block status: some 250 bytes for each extent, and so much work in threads that few may be at it together.
+#: Of block status: some 250 bytes for each extent, and so much work that few may be at it together; for an answer of
+#: one extent (REQ_ONE) as many are looked at as there are in the first window.
 _STATUS_COST: Final = 16 << 20
 #: Zeroes that storage may write at once rather than elsewhere.
 _ZEROES_COST: Final = 64 << 10
@@ -108,8 +109,8 @@ def _check_flags(session: Session, command: _Command, type: int, flags: int) -> 
 
 def cost(request: Request) -> int:
     """How many bytes of memory the request may hold while it is in flight, or move if it ends at once."""
-    type, flags, _, _, length, payload = request
-    if type == c.CMD_BLOCK_STATUS and not flags & c.CMD_FLAG_REQ_ONE:
+    type, _, _, _, length, payload = request
+    if type == c.CMD_BLOCK_STATUS:
         return _STATUS_COST
     if type == c.CMD_READ or payload is not None:
         return length
@@ -196,11 +197,12 @@ async def _block_status(session: Session, request: Request) -> Pieces:
 
 
 def _status_query(session: Session, payload: memoryview) -> tuple[int, tuple[int, ...]]:
-    try:
-        length, wanted = parse_status_query(payload)
+    known = len(session.contexts)
+    try:  # what is longer has one of them twice: not to be taken apart, it may have millions
+        length, wanted = parse_status_query(payload[:8 + 4 * (known + 1)])
     except ProtocolError as error:
         raise OSError(errno.EINVAL, str(error)) from None
-    if len(set(wanted)) != len(wanted) or any(number >= len(session.contexts) for number in wanted):
+    if len(set(wanted)) != len(wanted) or any(number >= known for number in wanted):
         raise OSError(errno.EINVAL, "block status asks for an unknown context, or for one of them twice")
     return length, wanted
 

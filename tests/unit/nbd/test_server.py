@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import struct
+import tracemalloc
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from itertools import pairwise
@@ -21,7 +22,7 @@ from blockstep.nbd import constants as c
 from blockstep.nbd.connection import Limits
 from blockstep.nbd.export import Export, ExportInUse
 from blockstep.nbd.server import ClientEvent, Server, passed_sockets
-from blockstep.nbd.wire import parse_error, parse_status
+from blockstep.nbd.wire import encode_status_query, parse_error, parse_status
 from tests.unit.nbd.storage import SIMPLE, TIMEOUT, Client, Storage, served
 
 Scenario = Callable[[], Coroutine[Any, Any, None]]
@@ -204,6 +205,21 @@ def test_a_payload_where_none_belongs_is_invalid() -> None:
             assert error_of(await client.ask(c.CMD_TRIM, 0, payload=b"what?")) == c.EINVAL
             assert error_of(await client.ask(c.CMD_FLUSH)) == 0
             assert storage.calls == [("flush",)]
+
+    asyncio.run(main())
+
+
+def test_a_block_status_for_more_contexts_than_there_are_is_not_taken_apart() -> None:
+    async def main() -> None:
+        async with served(Storage(8 << 20)) as (_, client):
+            await client.go(extended=True, contexts=["base:allocation"])
+            query = encode_status_query(4096, range(1 << 20))
+            tracemalloc.start()
+            try:
+                assert error_of(await client.ask(c.CMD_BLOCK_STATUS, payload=query)) == c.EINVAL
+                assert tracemalloc.get_traced_memory()[1] < 16 << 20
+            finally:
+                tracemalloc.stop()
 
     asyncio.run(main())
 
@@ -657,7 +673,8 @@ def test_a_client_that_gets_no_memory_for_long_is_cut_off() -> None:
     asyncio.run(main())
 
 
-def test_of_all_clients_together_one_expensive_request_is_made_in_each_turn_of_the_loop() -> None:
+@pytest.mark.parametrize("flags", [0, c.CMD_FLAG_REQ_ONE])
+def test_of_all_clients_together_one_expensive_request_is_made_in_each_turn_of_the_loop(flags: int) -> None:
     async def main() -> None:
         storage = Storage()
         async with served(storage) as (server, first), AsyncExitStack() as stack:
@@ -670,7 +687,7 @@ def test_of_all_clients_together_one_expensive_request_is_made_in_each_turn_of_t
                 await client.go(contexts=["base:allocation"])
             storage.calls.clear()
             for client in clients:
-                client.sock.send(b"".join(client.request(c.CMD_BLOCK_STATUS, 0, 4096, cookie=n) for n in range(5)))
+                client.sock.send(b"".join(client.request(c.CMD_BLOCK_STATUS, 0, 4096, flags, n) for n in range(5)))
             clients[3].sock.close()  # who goes away leaves the turn to others
             made = 0
             async with asyncio.timeout(TIMEOUT):
