@@ -106,10 +106,10 @@ class CopyBeforeWrite(Filter):
                 or (end - first > 1 and bits.find(1, first, end) >= 0)):
             return self.pwrite(offset, data)
         # Clusters none of which is saved, as in most small writes after a checkpoint: mostly nothing comes in between.
-        old = self.file.begin_read(start, size)
-        if old.__class__ is CoroutineType:
-            return self._save_and_write(first, end, old, None, offset, data)
         try:
+            old = self.file.begin_read(start, size)
+            if old.__class__ is CoroutineType:
+                return self._save_and_write(first, end, old, None, offset, data)
             saving = self.target.begin_write(start, old)
         except OSError as error:
             self._not_saved(error)

@@ -12,6 +12,8 @@ import pytest
 
 from blockstep.block.driver import FAST, MAY_UNMAP
 from blockstep.block.graph import Graph
+from blockstep.drivers.copy_before_write import CopyBeforeWrite
+from blockstep.drivers.file import File
 from blockstep.drivers.overlay import Overlay
 from blockstep.units import GiB, KiB, MiB
 from tests.disks import ram
@@ -31,6 +33,35 @@ def test_zeroes_are_fast_only_where_nothing_has_to_be_saved() -> None:
         assert disk.content == bytes(64 * KiB) + b"x" * 192 * KiB
         await top.write_zeroes(0, 128 * KiB, MAY_UNMAP)
         assert saved.content == b"x" * 128 * KiB + bytes(128 * KiB)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("breaks", ["break-guest-write", "break-snapshot"])
+def test_what_cannot_be_read_to_save_it_breaks_what_was_chosen(breaks: str, tmp_path: Path) -> None:
+    """Also where the disk says so at once, and not when it is waited for."""
+    async def main() -> None:
+        graph, heard = Graph(), list[OSError]()
+        (tmp_path / "disk").write_bytes(b"x" * 64 * KiB)
+        disk = await graph.open({"driver": "file", "node-name": "disk", "filename": str(tmp_path / "disk")})
+        await ram(graph, "saved", 64 * KiB)
+        top = await graph.open({"driver": "copy-before-write", "node-name": "top", "file": "disk", "target": "saved",
+                                "cluster-size": 4096, "on-cbw-error": breaks})
+        assert isinstance(top, CopyBeforeWrite)
+        assert isinstance(disk, File)
+        top.on_error = heard.append
+
+        def broken(fd: int, length: int, offset: int) -> bytes:
+            raise OSError(errno.EIO, "no")
+
+        disk._read = broken
+        if breaks == "break-snapshot":
+            assert top.begin_write(0, b"y" * 4096) is None
+            assert top.broken is heard[0]
+        else:
+            with pytest.raises(OSError, match="no"):
+                top.begin_write(0, b"y" * 4096)
+        assert len(heard) == 1
 
     asyncio.run(main())
 
