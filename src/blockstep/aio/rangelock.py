@@ -11,6 +11,7 @@ served in the order in which they came; a waiter holds back all later comers tha
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Final
 
 from blockstep.aio.inline import Completion
@@ -24,11 +25,14 @@ class RangeLock:
         finally: lock.give_back(token)
     """
 
-    __slots__ = ("_held", "_next", "_waiting")
+    __slots__ = ("_granted", "_held", "_is_telling", "_next", "_waiting")
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[int, int, bool]] = {}
         self._waiting: dict[int, tuple[int, int, bool, Completion[None]]] = {}
+        # Those who hold their range now, and have not been told.
+        self._granted: deque[Completion[None]] = deque()
+        self._is_telling = False
         self._next = 1
 
     @property
@@ -72,20 +76,29 @@ class RangeLock:
         return token
 
     def give_back(self, token: int) -> None:
-        """Release what `take` or `try_take` returned; waiters that it held back go on at once."""
+        """Release what `take` or `try_take` returned; waiters that it held back have their ranges, and go on at once.
+
+        Where this is called by one of them that has just gone on, they do so after that, and not within: each of
+        a hundred that wait for one range may end, and give it back, in the frame in which it goes on.
+        """
         del self._held[token]
         if self._waiting:
             self._grant()
 
     def _grant(self) -> None:
-        ready = []
         for waiting, (start, end, shared, waiter) in list(self._waiting.items()):
             if not self._blocked(start, end, shared, waiting):
                 del self._waiting[waiting]
                 self._held[waiting] = (start, end, shared)
-                ready.append(waiter)
-        for waiter in ready:
-            waiter.set_result(None)
+                self._granted.append(waiter)
+        if self._is_telling:
+            return
+        self._is_telling = True
+        try:
+            while self._granted:
+                self._granted.popleft().set_result(None)
+        finally:
+            self._is_telling = False
 
     def _blocked(self, start: int, end: int, shared: bool, token: int) -> bool:
         for held_start, held_end, held_shared in self._held.values():

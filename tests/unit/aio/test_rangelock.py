@@ -120,6 +120,27 @@ def test_a_waiter_may_take_and_give_back_in_the_frame_of_the_one_who_gave_back()
     assert lock.idle
 
 
+def test_however_many_wait_for_one_range_each_gets_it_in_its_order() -> None:
+    """Each of them gives it back in the frame in which it goes on."""
+    lock, ended = RangeLock(), list[int]()
+
+    async def use(number: int) -> int:
+        token = await lock.take(0, 10)
+        lock.give_back(token)
+        return number
+
+    def done(number: int, error: BaseException | None) -> None:
+        assert error is None
+        ended.append(number)
+
+    token = lock.try_take(0, 10)
+    for number in range(2000):
+        start(use(number), done)
+    lock.give_back(token)
+    assert ended == list(range(2000))
+    assert lock.idle
+
+
 def test_a_task_that_is_cancelled_while_it_waits_leaves_no_trace() -> None:
     async def main() -> None:
         lock = RangeLock()
