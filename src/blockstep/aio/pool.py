@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import get_native_id
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
+from blockstep.aio.endings import wait_out
 from blockstep.errors import noting
 
 P = ParamSpec("P")
@@ -54,27 +55,6 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
         raise
     finally:
         _at_work -= 1
-
-
-async def wait_out(future: asyncio.Future[Any]) -> None:
-    """Until the future is done, however often the task is cancelled meanwhile: for one that has been cancelled."""
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError:
-            pass
-
-
-async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work``, which must not be left half done: a task that is cancelled here is so once the work has ended."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError as error:
-        await wait_out(task)
-        with noting(error):
-            task.result()
-        raise
 
 
 async def made_in_thread(undo: Callable[[T], object], make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

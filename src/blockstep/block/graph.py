@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from blockstep.aio.pool import to_its_end
+from blockstep.aio.endings import to_its_end
 from blockstep.block.accounting import Accounts
 from blockstep.block.change import Change as Change
 from blockstep.block.driver import Driver, Prepared

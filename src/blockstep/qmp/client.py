@@ -52,6 +52,7 @@ from qemu.qmp import (
 )
 from qemu.qmp.events import EventListener
 
+from blockstep.aio.endings import to_its_end
 from blockstep.errors import ConnectionLost, PeerRefused, ProtocolError
 from blockstep.qmp.errors import CommandRefused
 
@@ -79,6 +80,11 @@ class _Client(QMPClient):
         """Drop the connection without a flush: what waits for it ends with an error."""
         if self._writer is not None:
             self._writer.transport.abort()
+
+    async def disconnect(self) -> None:
+        """The library's, which must not be left half done: what had ended the connection would be raised nowhere."""
+        self._schedule_disconnect()  # now, and not in that task's first turn: nothing more is heard
+        await to_its_end(super().disconnect())
 
     async def _bh_flush_writer(self) -> None:
         """A step of the library's disconnect that is left out: see the module."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any, ClassVar, Final
 
-from blockstep.aio.pool import wait_out
+from blockstep.aio.endings import wait_out
 from blockstep.block.bitmap import DirtyBitmap
 from blockstep.block.driver import Driver
 from blockstep.block.graph import Graph

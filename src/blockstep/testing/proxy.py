@@ -23,7 +23,7 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Final, Self
 
-from blockstep.aio.pool import wait_out
+from blockstep.aio.endings import wait_out
 
 _CHUNK: Final = 64 << 10
 #: Bytes that are under way in one direction of a connection before reading stops.

@@ -35,7 +35,7 @@ finally:
 HEAVY = {"typer", "click", "pydantic", "rich", "msgspec", "bitarray", "zstandard", "prompt_toolkit"}
 #: Of blockstep, what every command has; with the module of the command itself.
 OURS = {"cli", "cli.words", "errors", "forms", "streams", "units"}
-ASKING = OURS | {"cli.control", "cli.signals", "places", "qmp", "qmp.client", "qmp.errors"}
+ASKING = OURS | {"aio", "aio.endings", "cli.control", "cli.signals", "places", "qmp", "qmp.client", "qmp.errors"}
 
 #: The facts that the commands look for in an answer.
 ANSWER: dict[str, Any] = {

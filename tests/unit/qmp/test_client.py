@@ -18,10 +18,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from qemu.qmp import Runstate
 
 from blockstep.errors import ConnectionLost, ProtocolError
 from blockstep.qmp import client as client_module
-from blockstep.qmp.client import EventsLost, connect
+from blockstep.qmp.client import EventsLost, connect, open_connection
 from blockstep.qmp.errors import CommandRefused
 from blockstep.qmp.server import Server
 from tests.unit.qmp.support import Context, Tick, served, until
@@ -357,6 +358,28 @@ def test_closing_over_tls_is_quiet_however_far_the_other_side_has_come_with_its_
                 await asyncio.sleep(0)
         await asyncio.gather(asking, return_exceptions=True)
         await until(lambda: not server.monitors)
+
+    served(tmp_path, scenario)
+    assert reported == []
+
+
+@pytest.mark.parametrize("turns", range(1, 8))
+def test_a_close_that_is_cancelled_closes_all_the_same_and_is_quiet(tmp_path: Path, turns: int) -> None:
+    reported: list[object] = []
+
+    async def scenario(server: Server, context: Context, path: Path) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, what: reported.append(what))
+        qmp = await open_connection(path)
+        for monitor in server.monitors:
+            monitor.abort()
+        await qmp.ended(60)
+        closing = asyncio.create_task(qmp.close())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing])
+        assert qmp._client.runstate is Runstate.IDLE
+        gc.collect()
 
     served(tmp_path, scenario)
     assert reported == []

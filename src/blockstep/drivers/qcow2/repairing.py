@@ -17,7 +17,7 @@ from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
-from blockstep.aio.pool import wait_out
+from blockstep.aio.endings import wait_out
 from blockstep.block.node import Child
 from blockstep.drivers.qcow2.check_tables import CheckResult
 from blockstep.drivers.qcow2.repair import repair
