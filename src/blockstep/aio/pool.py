@@ -11,6 +11,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import get_native_id
 from typing import Final, ParamSpec, TypeVar
 
@@ -74,10 +75,27 @@ async def made_in_thread(undo: Callable[[T], object], make: Callable[P, T], *arg
     return made[0]
 
 
-def in_background(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+def in_background(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> Callable[[], None]:
     """Run ``function(*args)`` in a thread of low priority soon, without waiting: to release what nobody uses any more.
 
     The thread is woken in the loop's next turn, not now, so that it does not take the processor from the caller.
     Whatever is still to be released when the loop ends goes with the process.
+
+    On a busy machine that thread gets nowhere for seconds. Who comes again and again would leave more and more, and so
+    calls what this returns: what has not begun by then is done soon by another thread, at the program's priority.
     """
-    asyncio.get_running_loop().call_soon(lambda: _releasing.submit(function, *args, **kwargs))
+    todo = [partial(function, *args, **kwargs)]
+
+    def release() -> None:
+        try:
+            call = todo.pop()
+        except IndexError:  # the other thread has begun with it
+            return
+        call()
+
+    def hasten() -> None:
+        if todo:
+            asyncio.get_running_loop().call_soon(_pool.submit, release)
+
+    asyncio.get_running_loop().call_soon(_releasing.submit, release)
+    return hasten

@@ -20,15 +20,18 @@ writes to the same clusters meanwhile waits. All other writes end where they beg
 holds one or the page cache would wait. Overlapping writes take effect one after the other, each as a whole.
 
 **Emptying** replaces the maps (and the data file, in memory) by fresh ones and lets the pool release the old ones:
-the same few ten microseconds however much is held. In a file it is durable after the next flush, and only then
-the old data is given back to the filesystem, in the background, piece by piece: before, a crash must find it.
+the same few ten microseconds however much is held. Where the pool is late with that, no more is left to it than the
+last ones, and no spill file is begun before the last one is gone. In a file it is durable after the next flush, and
+only then the old data is given back to the filesystem, in the background, piece by piece: before, a crash must find it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import os
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ClassVar, Final
 
 from blockstep.aio.locking import Locking
@@ -125,6 +128,9 @@ class Overlay(Driver):
         self._spill: int | None = None
         self._spilled: Bitmap | None = None
         self._spilled_bytes = 0
+        #: Lets what was emptied last be free soon; and the end of the last spill file.
+        self._hasten: Callable[[], None] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._lock = RangeLock()
         #: Of an image.
         self._saver = OverlaySaver(self._image, lambda: (self._map, self._zero), self._lock,
@@ -176,7 +182,11 @@ class Overlay(Driver):
     async def close(self) -> None:
         """As of all drivers; an image's map is written, so that a file that was closed in order is complete."""
         if self._image is None or self._saver is None:
-            await in_thread(_release, self._fd, self._spill, None)
+            if self._closing:
+                await self._closing
+            for fd in (self._fd, self._spill):
+                if fd is not None:
+                    await in_thread(os.close, fd)
             return
         await self._saver.stop()
         try:
@@ -301,6 +311,8 @@ class Overlay(Driver):
         spill: list[tuple[int, int]] = []
         try:
             if new and self.used - self._spilled_bytes > self._memory_limit:
+                if self._closing and not self._closing.done():  # there may not be room for this spill file and the last
+                    await asyncio.wait([self._closing])
                 spill = self._spill_new(offset, len(data), new)
             await self._write_runs(offset, data)
         except BaseException:
@@ -466,13 +478,17 @@ class Overlay(Driver):
         fd = self._fd if self._image else _memory_file(self.length)
 
         def commit() -> None:
-            old = None if self._image else self._fd, self._spill, self._map
+            old = None if self._image else self._fd, self._map
+            if self._spill is not None:
+                self._closing = asyncio.ensure_future(_closed(self._spill))
             self._fd, self._map, self._bits = fd, fresh, fresh.bits
             self._zero = self._spilled = self._spill = None
             self.used = self._spilled_bytes = 0
             if self._saver is not None:
                 self._saver.emptied()
-            in_background(_release, *old)
+            if self._hasten:
+                self._hasten()
+            self._hasten = in_background(_release, *old)
 
         def abort() -> None:
             if not self._image:
@@ -584,8 +600,12 @@ def _cluster_bytes(bitmap: Bitmap) -> int:
     return bitmap.bits.count() << bitmap.shift
 
 
-def _release(fd: int | None, spill: int | None, _bitmap: Bitmap | None) -> None:
-    """Runs in the pool: freeing a gigabyte of memory takes a tenth of a second."""
-    for descriptor in (fd, spill):
-        if descriptor is not None:
-            os.close(descriptor)
+async def _closed(spill: int) -> None:
+    with contextlib.suppress(OSError):  # what it held is nobody's
+        await in_thread(os.close, spill)
+
+
+def _release(fd: int | None, _bitmap: Bitmap) -> None:
+    """Runs in a thread: freeing a gigabyte of memory takes a tenth of a second."""
+    if fd is not None:
+        os.close(fd)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import blockstep.drivers  # noqa: F401
+from blockstep.aio import pool
 from blockstep.aio.inline import Completion
 from blockstep.block.driver import FAST, FUA, Buffer
 from blockstep.block.graph import Graph
@@ -236,6 +239,42 @@ def test_the_spill_file_has_no_name(tmp_path: Path) -> None:
         await graph.close(node)
 
     asyncio.run(scenario())
+
+
+def test_what_was_emptied_does_not_become_more_and_more_on_a_busy_machine(tmp_path: Path) -> None:
+    """Where the thread that frees it, which has the lowest priority, gets nowhere."""
+    def held(begin: str) -> int:
+        return sum(name.startswith(begin) for name in files())
+
+    async def scenario() -> None:
+        graph = Graph()
+        node = await opened(graph, None, **{"size": SIZE, "memory-limit": CLUSTER, "spill-dir": str(tmp_path)})
+        most = held("/memfd:blockstep") + 1  # what was emptied last
+        for _ in range(3):
+            await node.pwrite(0, bytes(2 * CLUSTER))
+            assert held(str(tmp_path)) == 1
+            while held("/memfd:blockstep") > most:  # noqa: ASYNC110 - another thread is at it
+                await asyncio.sleep(0)
+            prepared = await node.prepare_empty()
+            prepared.commit()
+        await graph.close(node)
+        assert held(str(tmp_path)) == 0
+
+    go_on = threading.Event()
+    pool._releasing.submit(go_on.wait)
+    try:
+        asyncio.run(scenario())
+    finally:
+        go_on.set()
+
+
+def files() -> list[str]:
+    """What this process has open."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return found
 
 
 def test_prepared_and_aborted_it_holds_what_it_held() -> None:
