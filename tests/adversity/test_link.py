@@ -101,15 +101,13 @@ async def test_a_slow_link_holds_the_guest_up_only_when_the_queue_is_full(tmp_pa
     async with Pair(tmp_path, size=4 * MiB) as pair:
         await pair.start_standby()
         async with proxy_to(pair) as proxy:
-            await pair.start_primary("--queue", "2M", "--max-stall", "3s", to=proxy.address)
+            await pair.start_primary("--queue", "2M", "--max-stall", "30s", to=proxy.address)
             await pair.primary.until(health="healthy")
-            proxy.rate = 1 * MiB
-            started = time.monotonic()
-            await pair.write(256)  # 1 MiB
-            assert time.monotonic() - started < 0.7
+            proxy.rate = 64 * KiB
+            await pair.write(256)  # 1 MiB: the link takes 16 s for it
             status = await pair.primary.status()
             assert status["health"] == "healthy"
-            assert status["disks"][0]["behind"] > 0
+            assert status["disks"][0]["behind"] > 256 * KiB
             proxy.rate = 0
             await pair.checkpoint_shows()
 
@@ -145,7 +143,7 @@ async def test_a_link_that_is_cut_in_the_middle_of_a_resync_again_and_again(tmp_
                 proxy.cut()
                 await pair.primary.until(state="offline")
                 await pair.write(30)
-                proxy.rate = 512 * KiB
+                proxy.rate = 128 * KiB
                 before = proxy.up
                 await pair.primary.until(lambda status: status["work"] and proxy.up > before + 64 * KiB)  # noqa: B023
                 assert await pair.proven(pair.standby) == at

@@ -317,6 +317,8 @@ class Player(Checks):
             stale = True
         if stale:
             self.model.known = False
+        elif self.world.primary.standby.known_as != self.world.standby.situation.instance:  # it was just attaching
+            self.model.known = self.model.known and None
         await self.world.start_primary()
         self.was_ended = bool(self.ended)
 
@@ -422,7 +424,7 @@ class Player(Checks):
         except TimeoutError:
             raise AssertionError(f"the pair does not recover:\n{primary.status()}\n{standby.status()}") from None
         await primary.checkpoints.settled()
-        assert world.keeps_books is (self.shape.format == "raw"), "the books are not kept"
+        assert world.keeps_books is (self.shape.format == "raw" and not world.has_failed), "whether books are kept"
         assert world.follows or not self.shape.ample, "whom the standby follows is not written down"
         self.failing.clear()
         self.was_ended = False

@@ -85,6 +85,8 @@ class World:
         self.primary_running = self.standby_running = False
         #: What each of them has announced last.
         self.announced: dict[str, qmp.ReplicationState] = {}
+        #: A disk of the primary that runs has failed: until the next start it keeps no books.
+        self.has_failed = False
         #: Bytes that a resync may have sent so far, and what the proxy had carried when it began; None: none runs.
         self._resync: tuple[int, int] | None = None
         self._written = 0
@@ -145,6 +147,7 @@ class World:
             standby=InetAddress("127.0.0.1", self.proxy.port), export=UnixAddress(str(self.directory / "export")),
             qmp=self.directory / "primary.qmp", state=self.hosts[0] / "p.ended", ack=shape.ack, queue=shape.queue,
             max_stall=MAX_STALL, checkpoint_every=shape.every, checkpoint_bytes=0), asyncio.get_running_loop().time)
+        self.has_failed = False
         self._listen(self.primary, "primary")
         await self.primary.open()
         self.primary_running = True
@@ -164,6 +167,8 @@ class World:
         def heard(event: Event) -> None:
             if isinstance(event, qmp.ReplicationState):
                 self.announced[name] = event
+            elif isinstance(event, qmp.ReplicationIoError) and name == "primary":
+                self.has_failed = True
 
         _before(program, "emit", heard)
 

@@ -128,6 +128,10 @@ FOUND: Final[dict[str, tuple[Shape, list[Step]]]] = {
     "a buffer that cannot be emptied when the checkpoint is given up": (
         Shape(buffer=400_000),
         [Do("down"), Request("write", length=800_000), Do("wait"), Do("stuck"), Do("up"), Do("sleep", amount=10.0)]),
+    "the primary ends while it attaches": (
+        Shape(format="qcow2", ack="both", queue=65_536, every=5.0),
+        [Do("bounce-primary"), Do("cut"), Do("bounce-primary"), Do("wait")]),
+    "the primary's disk fails": (Shape(), [Fault("disk", "write", always=True), Request("write"), Do("wait")]),
 }
 
 
