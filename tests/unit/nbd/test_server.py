@@ -673,10 +673,14 @@ def test_a_client_that_gets_no_memory_for_long_is_cut_off() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("flags", [0, c.CMD_FLAG_REQ_ONE])
-def test_of_all_clients_together_one_expensive_request_is_made_in_each_turn_of_the_loop(flags: int) -> None:
+@pytest.mark.parametrize(("type", "flags", "length"), [
+    (c.CMD_BLOCK_STATUS, 0, 4096), (c.CMD_BLOCK_STATUS, c.CMD_FLAG_REQ_ONE, 4096), (c.CMD_TRIM, 0, 1 << 40)])
+def test_of_all_clients_together_one_expensive_request_is_made_in_each_turn_of_the_loop(
+    type: int, flags: int, length: int
+) -> None:
     async def main() -> None:
         storage = Storage()
+        storage.length = 1 << 40
         async with served(storage) as (server, first), AsyncExitStack() as stack:
             clients = [first]
             for _ in range(3):
@@ -684,10 +688,10 @@ def test_of_all_clients_together_one_expensive_request_is_made_in_each_turn_of_t
                 server.serve(theirs)
                 clients.append(Client(stack.enter_context(ours)))
             for client in clients:
-                await client.go(contexts=["base:allocation"])
+                await client.go(extended=True, contexts=["base:allocation"])
             storage.calls.clear()
             for client in clients:
-                client.sock.send(b"".join(client.request(c.CMD_BLOCK_STATUS, 0, 4096, flags, n) for n in range(5)))
+                client.sock.send(b"".join(client.request(type, 0, length, flags, n) for n in range(5)))
             clients[3].sock.close()  # who goes away leaves the turn to others
             made = 0
             async with asyncio.timeout(TIMEOUT):
