@@ -6,7 +6,10 @@ import asyncio
 import os
 import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import run
 
 import pytest
 
@@ -15,7 +18,65 @@ from blockstep.images.convert import Conversion, convert
 from blockstep.images.opened import ImageName
 from blockstep.testing.pair import Pair
 from blockstep.units import KiB, MiB
+from tests.peers import need
 from tests.scenarios import limit_files, make_room, scenario, small_file_system
+
+
+@contextmanager
+def thin_file_system(small: Path) -> Iterator[Path]:
+    """An ext4 of 128 MiB, without a journal, over a device that gets its space from ``small``, block by block."""
+    need("mkfs.ext4", "losetup")
+    image, place = small / "device", small.parent / "thin"
+    place.mkdir()
+    image.touch()
+    os.truncate(image, 128 * MiB)
+    run(["mkfs.ext4", "-q", "-b", "4096", "-O", "^has_journal", "-E", "nodiscard", str(image)], check=True)
+    done = run(["mount", "-o", "loop,errors=continue", str(image), str(place)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        run(["umount", "-l", str(place)], check=True)
+
+
+def take_room(small: Path, thin: Path) -> None:
+    """From now on there is no room for most of what it holds: a thin pool that is full."""
+    run(["sync", "-f", str(thin)], check=True)
+    device = small / "device"
+    run(["fallocate", "-p", "-o", str(16 * MiB), "-l", str(112 * MiB), str(device)], check=True)
+    run(["mount", "-o", f"remount,size={device.stat().st_blocks * 512 + 4 * MiB}", str(small)], check=True)
+
+
+def forget_cached(path: Path) -> None:
+    """What was not written is gone, as after a power failure."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@scenario
+async def test_what_a_disk_had_no_room_for_is_not_found_there_by_the_next_standby(tmp_path: Path) -> None:
+    """The kernel tells of it once, and has it in its cache as if it had been written."""
+    size = 32 * MiB
+    with small_file_system(tmp_path, 256 * MiB) as small, thin_file_system(small) as thin:
+        disk = thin / "disk"
+        disk.write_bytes(bytes(size))
+        take_room(small, thin)
+        async with Pair(tmp_path, size=size) as pair:
+            (tmp_path / "disk0.standby").symlink_to(disk)
+            (tmp_path / "disk0.primary").write_bytes(os.urandom(size))
+            await pair.start()
+            await pair.primary.heard("REPLICATION_STATE", state="offline")
+            make_room(small)
+            await pair.standby.execute("quit")
+            await pair.standby.ended()
+            await pair.start_standby(link=pair.link)
+            await pair.primary.until(health="healthy")
+            await pair.primary.execute("replication-checkpoint")
+            pair.primary.kill()
+            pair.standby.kill()
+            forget_cached(disk)
+            assert disk.read_bytes() == (tmp_path / "disk0.primary").read_bytes()
 
 
 @scenario

@@ -93,6 +93,7 @@ class StandbyDisk(msgspec.Struct):
 async def open_disk(graph: Graph, config: StandbyConfig, spec: DiskSpec) -> StandbyDisk:
     """Open a disk with its buffers and its view, not started. Raises OSError or OptionError."""
     await spec.make()
+    await in_thread(_forget_cached, spec.path)
     name = spec.name
     below = f"{name}-secondary"
     await spec.open(graph, below)
@@ -106,6 +107,20 @@ async def open_disk(graph: Graph, config: StandbyConfig, spec: DiskSpec) -> Stan
     filter = graph.find(f"{name}-filter")
     assert isinstance(filter, Replication)
     return StandbyDisk(spec, filter, graph.attach_backend(top, f"view of {name}", READ | WRITE))
+
+
+def _forget_cached(path: Path) -> None:
+    """Have a file read from where it is stored.
+
+    What the kernel could not write may stay in its cache as if it had been: a process that was told so has ended
+    (`blockstep.drivers.file`), and a comparison with the primary would find on the disk what is not there.
+    """
+    with contextlib.suppress(OSError):  # whoever opens it next says what is wrong with it
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
 
 
 async def close_buffers(graph: Graph, spec: DiskSpec) -> None:
