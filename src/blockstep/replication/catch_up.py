@@ -86,24 +86,41 @@ class CatchUp(MirrorJob):
             _ = asking.cancelled() or asking.exception()  # whatever it is, another one is raised, or nobody waits
 
     async def _leave_out(self, offset: int, length: int, theirs: Content, key: bytes) -> int:
-        """Leave out what is the same of a range. Returns how many clusters differ, of those that have digests.
-
-        The bits are reset before the content is looked at, as before a copy.
-        """
-        source, start = self._backends[0], offset + theirs.zeroes
-        before = self.dirty.count()
-        self.dirty.reset(offset, length)
+        """Leave out what is the same of a range. Returns how many clusters differ, of those that have digests."""
+        source, start, end = self._backends[0], offset + theirs.zeroes, offset + length
         try:
-            async for at, count in comparison.data(source, offset, theirs.zeroes):
-                self.dirty.set(at, count)
-            ours = await comparison.digests(source, start, offset + length - start, key)
+            for at in range(offset, start, comparison.STATUS):
+                count = min(comparison.STATUS, start - at)
+                await self._look(at, count, comparison.data(source, at, count))
+                await self.pause_point()
+                await asyncio.sleep(0)  # where nobody waits for a device: let the others have their turn
+            return await self._look(start, end - start, self._differing(start, end, theirs.digests, key))
         except OSError as error:
             raise self._said("of this side", error) from error
-        differing = list(comparison.differing(ours, theirs.digests))
-        for cluster in differing:
-            self.dirty.set(start + cluster * comparison.CLUSTER, 1)
-        self.copied(max(before - self.dirty.count(), 0))  # the guest may have written meanwhile
-        return len(differing)
+
+    async def _look(self, offset: int, length: int, differing: Coroutine[Any, Any, list[tuple[int, int]]]) -> int:
+        """Leave out a range but for the parts that are ``differing``. Returns how many those are.
+
+        As in a copy, the bits are reset before the content is looked at, and the range is in flight meanwhile.
+        """
+        assert self.engine is not None
+        before = self.dirty.count()
+        self.dirty.reset(offset, length)
+        looked_at = before - self.dirty.count()
+        self.engine.in_flight += looked_at
+        try:
+            parts = await differing
+        finally:
+            self.engine.in_flight -= looked_at
+        left = self.dirty.count()
+        for part in parts:
+            self.dirty.set(*part)
+        self.copied(looked_at - (self.dirty.count() - left))
+        return len(parts)
+
+    async def _differing(self, start: int, end: int, theirs: bytes, key: bytes) -> list[tuple[int, int]]:
+        ours = await comparison.digests(self._backends[0], start, end - start, key)
+        return [(start + cluster * comparison.CLUSTER, 1) for cluster in comparison.differing(ours, theirs)]
 
     async def prepare(self) -> None:
         await self._converge()

@@ -14,7 +14,7 @@ two contents that are taken for the same.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
@@ -24,7 +24,7 @@ from blockstep.aio.pool import in_thread
 from blockstep.block.driver import Extent
 from blockstep.block.io import Backend, enter, leave
 from blockstep.block.status import status_through
-from blockstep.units import MiB
+from blockstep.units import GiB, MiB
 
 #: Bytes of the disk for which there is one digest; the last cluster ends with the disk.
 CLUSTER: Final = 65536
@@ -34,6 +34,8 @@ SIZE: Final = 16
 _ZEROES: Final = bytes(SIZE)
 #: Bytes of a disk whose digests are told at once, at the most; a multiple of what is read at once.
 WINDOW: Final = 16 * MiB
+#: Bytes of a disk whose block status is asked at once, at the most.
+STATUS: Final = GiB
 #: Bytes that are read at once, and how many times at a time.
 _PIECE: Final = MiB
 _PIECES: Final = 4
@@ -82,17 +84,17 @@ async def digests(user: Backend, offset: int, length: int, key: bytes) -> bytes:
     return b"".join(found)
 
 
-async def data(user: Backend, offset: int, length: int) -> AsyncIterator[tuple[int, int]]:
-    """The parts of a range, as (offset, length), that are not known to read as zeroes. Raises OSError."""
-    window, end = WINDOW, offset + length
-    while offset < end:
-        extents = await _status(user, offset, min(window, end - offset))
-        for extent in extents:
-            if not extent.zero:
-                yield offset, extent.length
-            offset += extent.length
-        window = window * 16 if len(extents) == 1 else WINDOW
-        await asyncio.sleep(0)  # where nobody waits for a device: let the others have their turn
+async def data(user: Backend, offset: int, length: int) -> list[tuple[int, int]]:
+    """The parts of a range, as (offset, length), that are not known to read as zeroes. Raises OSError.
+
+    Of at most `STATUS` bytes: a disk may be in any number of parts.
+    """
+    found = []
+    for extent in await _status(user, offset, length):
+        if not extent.zero:
+            found.append((offset, extent.length))
+        offset += extent.length
+    return found
 
 
 def differing(one: bytes, other: bytes) -> Iterator[int]:
@@ -111,7 +113,7 @@ async def _zeroes(user: Backend, offset: int, length: int) -> int:
             if not extent.zero:
                 return found // CLUSTER * CLUSTER
             found += extent.length
-        window *= 16
+        window = min(window * 16, STATUS)
     return found
 
 

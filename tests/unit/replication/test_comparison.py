@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from hashlib import blake2b
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 
 import blockstep.drivers  # noqa: F401  (they register themselves)
 from blockstep.block.bitmap import DirtyBitmap
+from blockstep.block.driver import Driver, Extent
 from blockstep.block.graph import Graph
 from blockstep.block.io import Backend
 from blockstep.block.permissions import READ, WRITE, Role
+from blockstep.block.status import status_through
 from blockstep.jobs.registry import JobRegistry
 from blockstep.replication import catch_up, comparison
 from blockstep.replication.catch_up import Ask, CatchUp
@@ -200,6 +203,48 @@ def test_what_the_guest_writes_while_its_disk_is_compared_is_copied(
     asyncio.run(main())
 
 
+def test_while_a_part_is_looked_at_nothing_is_missing_in_the_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        count = 24
+        async with Disks([ONE] * count, [HOLE] * 8 + [OTHER] * 4 + [ONE] * 12, count * CLUSTER - 1) as disks:
+            seen: list[tuple[int, int]] = []
+
+            def watched(look: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+                async def run(user: Backend, *args: Any) -> Any:
+                    seen.extend((job.current, job.total) for job in disks.jobs.list())
+                    return await look(user, *args)
+                return run
+
+            monkeypatch.setattr(comparison, "data", watched(comparison.data))
+            monkeypatch.setattr(comparison, "digests", watched(comparison.digests))
+            assert await disks.sync() is None
+            assert {total for _, total in seen} == {disks.length}
+            assert sorted(seen) == seen
+            assert seen[-1][0] > 0
+
+    asyncio.run(main())
+
+
+def test_the_status_of_a_long_range_is_asked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In how many extents it is nobody knows before."""
+    most, asked = 8 * CLUSTER, []
+
+    async def status(node: Driver, offset: int, length: int) -> list[Extent]:
+        asked.append(length)
+        return await status_through(node, offset, length)
+
+    async def main() -> None:
+        count = 1000
+        async with Disks([HOLE] * (count - 1) + [ONE], [HOLE] * count, count * CLUSTER) as disks:
+            monkeypatch.setattr(comparison, "STATUS", most)
+            monkeypatch.setattr(comparison, "status_through", status)
+            assert await disks.sync() is None
+            assert disks.were_copied() == [count - 1]
+            assert max(asked) == most
+
+    asyncio.run(main())
+
+
 async def says_nothing(offset: int, length: int, key: bytes) -> Content | None:
     return None
 
@@ -262,5 +307,3 @@ def test_what_is_no_answer_is_refused(content: Content, length: int) -> None:
 ])
 def test_how_much_an_answer_tells(content: Content, length: int, told: int) -> None:
     assert content.told(length) == told
-
-
