@@ -466,5 +466,5 @@ async def test_a_primary_whose_good_end_cannot_be_written_down_says_what_that_me
     async with pair_behind_proxy(tmp_path, disks=1) as (pair, _):
         await pair.primary.execute("quit")
         assert await pair.primary.ended() == 3
-        assert "primary.ended: Is a directory: all has ended in good order, but the next start will copy " \
+        assert "primary.ended: Is a directory: all has ended in good order, but the next start will compare " \
                "everything" in pair.primary.printed

@@ -195,7 +195,7 @@ def write(note: Path, end: GoodEnd) -> None:
         replace_file(note, said)
     except OSError as error:
         code = error.errno or errno.EIO
-        raise OSError(code, explained(code, "all has ended in good order, but the next start will copy everything"),
+        raise OSError(code, explained(code, "all has ended in good order, but the next start will compare everything"),
                       str(note)) from None
 
 

@@ -298,8 +298,8 @@ class PrimarysSide:
     def _must_not_be_torn(self) -> None:
         """Where a file was cut off, a copy of what differs makes no disk, and a checkpoint would be of none."""
         for name, fault in self._now.files.torn.items():
-            raise BlockstepError(f"disk '{name}' of the standby: {fault}; start the standby again, and everything is "
-                                 "copied")
+            raise BlockstepError(f"disk '{name}' of the standby: {fault}; start the standby again, and all that "
+                                 "differs is copied")
 
     def _is_primary(self, monitor: Monitor) -> bool:
         return monitor is self._now.primary and not self._now.shut
