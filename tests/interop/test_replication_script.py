@@ -100,8 +100,10 @@ def test_the_script_runs_unchanged(tmp_path: Path, primary: Program, secondary: 
             assert step("detach") == [{}, {}, {}]
             await client.pwrite(0, b"3" * 512)
             assert (await _read(guest, "guest"))[:16384] == b"3" * 512 + before[512:4096] + b"1" * 4096 + b"2" * 8192
-            await client.close()
+            # QEMU 7.2 may hang in nbd-server-stop while a client is just leaving: this one stays.
+            assert bytes(await client.pread(0, 512)) == b"3" * 512
             assert step("teardown") == [{}] * 7 + [[], []]
+            client.yank()
             assert (tmp_path / "secondary.img").read_bytes() == promoted
 
     run()
