@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from blockstep.aio.inline import Completion
@@ -183,11 +183,18 @@ async def served(storage: Storage | None = None, *, name: str = "", export: Expo
     """A server of one export, and a client that is connected to it."""
     server = Server(on_client=events.append if events is not None else None, **options)
     server.add(export or Export(name, storage or Storage()))
+    with connected(server) as client:
+        yield server, client
+        await server.stop(0.1)
+
+
+@contextmanager
+def connected(server: Server) -> Iterator[Client]:
+    """One client more."""
     ours, theirs = socket.socketpair()
     server.serve(theirs)
     with ours:
-        yield server, Client(ours)
-        await server.stop(0.1)
+        yield Client(ours)
 
 
 def option_bytes(option: int, data: bytes = b"") -> bytes:

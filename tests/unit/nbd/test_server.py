@@ -23,7 +23,7 @@ from blockstep.nbd.connection import Limits
 from blockstep.nbd.export import Export, ExportInUse
 from blockstep.nbd.server import ClientEvent, Server, passed_sockets
 from blockstep.nbd.wire import encode_status_query, parse_error, parse_status
-from tests.unit.nbd.storage import SIMPLE, TIMEOUT, Client, Storage, served
+from tests.unit.nbd.storage import SIMPLE, TIMEOUT, Client, Storage, connected, served
 
 Scenario = Callable[[], Coroutine[Any, Any, None]]
 FORMS = [{"structured": False}, {"structured": True}, {"extended": True}]
@@ -598,10 +598,7 @@ def test_a_large_write_waits_while_others_hold_the_servers_memory() -> None:
     async def main() -> None:
         storage = Storage(8 << 20)
         async with served(storage, memory=3 << 20) as (server, first):
-            ours, theirs = socket.socketpair()
-            server.serve(theirs)
-            with ours:
-                second = Client(ours)
+            with connected(server) as second:
                 for client in (first, second):
                     await client.go()
                 storage.hold = True
@@ -639,10 +636,7 @@ def test_a_client_that_does_nothing_keeps_no_memory_from_others() -> None:
     async def main() -> None:
         storage = Storage(8 << 20)
         async with served(storage, memory=3 << 20) as (server, first):
-            ours, theirs = socket.socketpair()
-            server.serve(theirs)
-            with ours:
-                second = Client(ours)
+            with connected(server) as second:
                 for client in (first, second):
                     await client.go()
                     await client.send(client.request(c.CMD_WRITE, 0, cookie=1, payload=bytes(2 << 20)))
@@ -655,10 +649,7 @@ def test_a_client_that_gets_no_memory_for_long_is_cut_off() -> None:
     async def main() -> None:
         storage, events = Storage(8 << 20), []
         async with served(storage, memory=3 << 20, events=events, limits=Limits(handshake=0.5)) as (server, first):
-            ours, theirs = socket.socketpair()
-            server.serve(theirs)
-            with ours:
-                second = Client(ours)
+            with connected(server) as second:
                 for client in (first, second):
                     await client.go()
                 storage.hold = True
@@ -682,11 +673,7 @@ def test_of_all_clients_together_one_expensive_request_is_made_in_each_turn_of_t
         storage = Storage()
         storage.length = 1 << 40
         async with served(storage) as (server, first), AsyncExitStack() as stack:
-            clients = [first]
-            for _ in range(3):
-                ours, theirs = socket.socketpair()
-                server.serve(theirs)
-                clients.append(Client(stack.enter_context(ours)))
+            clients = [first, *(stack.enter_context(connected(server)) for _ in range(3))]
             for client in clients:
                 await client.go(extended=True, contexts=["base:allocation"])
             storage.calls.clear()
