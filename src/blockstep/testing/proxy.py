@@ -99,6 +99,7 @@ class Proxy:
             connection = _Connection(self, near, self._swallowing)
             self._connections.add(connection)
             connection.task = self._begin(connection.run(port))
+            connection.task.add_done_callback(connection.close)  # it may be cancelled before its first step
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -143,9 +144,13 @@ class _Connection:
             for pump in self._pumps:
                 await wait_out(pump)
                 _ = pump.cancelled() or pump.exception()  # both may have failed
-            self.near.close()
-            self.far.close()
-            self.proxy._forget(self)
+            self.close()
+
+    def close(self, _: object = None) -> None:
+        """Nothing more is heard or said."""
+        self.near.close()
+        self.far.close()
+        self.proxy._forget(self)
 
     def reset(self) -> None:
         """RST on both sides. The sockets are closed by `run`."""
