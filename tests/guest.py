@@ -30,6 +30,7 @@ import stat
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -37,7 +38,7 @@ from typing import Final
 import pytest
 
 from blockstep.testing.processes import Address
-from tests.peers import need, run
+from tests.peers import QMP, need, run
 
 #: The packages, and where they may have been unpacked.
 PACKAGES: Final = ("linux-image-cloud-amd64", "busybox-static")
@@ -131,8 +132,9 @@ def need_guest() -> Parts:
 class Guest:
     """A running machine. Its console is its output, read line by line."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, monitor: Path) -> None:
         self._process = process
+        self._monitor = monitor
         self.lines: list[str] = []
         self._more = asyncio.Event()
         self._reader = asyncio.ensure_future(self._read())
@@ -141,7 +143,7 @@ class Guest:
     async def boot(cls, directory: Path, server: Address, *exports: str, task: str) -> Guest:
         """Start a machine whose disks are NBD exports. It is not up yet: see `until`."""
         parts = need_guest()
-        image = directory / "initramfs"
+        image, monitor = directory / "initramfs", directory / "guest.qmp"
         if not image.exists():
             image.write_bytes(initramfs(parts))
         where = (f"server.type=unix,server.path={server}" if isinstance(server, Path)
@@ -153,8 +155,9 @@ class Guest:
             "qemu-system-x86_64", "-accel", "tcg", "-m", "192", "-nodefaults", "-display", "none", "-serial", "stdio",
             "-no-reboot", "-kernel", parts.kernel, "-initrd", image,
             "-append", f"console=ttyS0 quiet panic=-1 task={task}", *disks,
+            "-qmp", f"unix:{monitor},server=on,wait=off",
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
-        return cls(process)
+        return cls(process, monitor)
 
     async def until(self, pattern: str) -> re.Match[str]:
         """Wait for a line that matches, also one of those that have come already. Fails if something has FAILED."""
@@ -177,6 +180,17 @@ class Guest:
     @property
     def console(self) -> str:
         return "\n".join(self.lines)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The machine stands still meanwhile, with no request of its disks in flight. It is up already."""
+        qmp = QMP(self._monitor)
+        try:
+            qmp.execute("stop")
+            yield
+            qmp.execute("cont")
+        finally:
+            qmp.close()
 
     async def ended(self) -> int:
         """Wait until the machine has ended by itself, and return QEMU's exit code."""
